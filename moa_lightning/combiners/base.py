@@ -1,0 +1,48 @@
+"""The contract of a combiner: N signals in, one score out.
+
+Legend: B sequences, T tokens, N objectives.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from moa_lightning.signals import Signal, Signals
+from moa_lightning.types import Experience, State
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The outcome of one combination."""
+
+    score: Tensor  # (B, T) or (B,), detached: the advantage that the policy loss trains on
+    weights_N: Tensor  # the share each objective got, averaged over what counted; for the logs
+
+
+class Combiner(ABC):
+    """How N objectives become one. Subclasses are frozen dataclasses, validated in ``__post_init__``.
+
+    A combiner holds configuration only. What it remembers lives in the state, which is passed in and returned:
+    float32 tensors, identical on every rank, saved in the checkpoint.
+    """
+
+    needs: ClassVar[frozenset[Signal]]
+
+    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
+        """First state, for the trained objectives in order and the weights that the user gave them.
+
+        Raises:
+            ValueError: the configuration does not fit the objectives.
+        """
+        return {}
+
+    def observe(self, experience: Experience, state: State) -> State:
+        """State after a newly collected batch (duals, averages, ideal points). Called once per batch."""
+        return state
+
+    @abstractmethod
+    def combine(self, signals: Signals, state: State) -> Combined:
+        """One score from N signals. Pure; called once per optimiser step."""

@@ -1,0 +1,50 @@
+"""Signals: what sources provide and combiners need.
+
+Legend: B sequences, T tokens, N objectives.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class Signal(StrEnum):
+    """The kinds of evidence. A combiner names those it reads; the source must provide them."""
+
+    ADVANTAGES = "advantages"  # one number per token and objective
+    SCORES = "scores"  # one number per sequence and objective
+    RATIO = "ratio"  # policy over behaviour policy, per token
+    GRAMIAN = "gramian"  # inner products of the objectives' gradients
+
+
+@dataclass(frozen=True)
+class Signals:
+    """N signals for one update. A field is None when its signal is not provided."""
+
+    mask_BT: Tensor  # bool, tokens that count
+    valid_BN: Tensor  # bool, objectives that could score the row
+    advantages_BTN: Tensor | None = None  # float32
+    scores_BN: Tensor | None = None  # float32, in the objectives' units after their transform; 0 where invalid
+    ratio_BT: Tensor | None = None  # float32, detached
+    clip_range: float = float("inf")  # the epsilon of the clipped surrogate that follows
+    gramian: Callable[[Tensor], Tensor] | None = None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks
+
+    def unclipped(self, advantages_BTN: Tensor) -> Tensor:
+        """``I(A)``: the advantage where the clipped surrogate has a gradient, 0 where it has none.
+
+        The surrogate ``min(u A, clip(u, 1-eps, 1+eps) A)`` is flat where ``A > 0, u > 1+eps`` and where
+        ``A < 0, u < 1-eps``. Source: PAMA, arXiv 2508.07768; the second case arises only without Noon.
+        """
+        if self.ratio_BT is None:
+            return advantages_BTN
+        ratio_BT1 = self.ratio_BT.unsqueeze(-1)
+        flat_BTN = ((advantages_BTN > 0) & (ratio_BT1 > 1 + self.clip_range)) | (
+            (advantages_BTN < 0) & (ratio_BT1 < 1 - self.clip_range)
+        )
+        return advantages_BTN.masked_fill(flat_BTN, 0.0)
+
+    def present_BTN(self) -> Tensor:
+        """Bool: tokens that count, per objective that could score their row."""
+        return self.mask_BT.unsqueeze(-1) & self.valid_BN.unsqueeze(1)

@@ -1,0 +1,155 @@
+"""The records that travel between the pieces.
+
+Legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), L = P + T, N objectives.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""Memory of a combiner: float32 tensors by name, the same on every rank, saved in the checkpoint."""
+
+Columns = dict[str, list[Any]]
+"""The data's other columns, one entry per row."""
+
+
+@dataclass
+class PromptBatch:
+    """Prompts as the policy reads them, with the rest of their rows."""
+
+    prompts: list[str]  # chat template applied
+    columns: Columns
+    input_ids_BP: Tensor  # int64, left-padded
+    attention_mask_BP: Tensor  # int64, 0 on padding
+
+
+@dataclass
+class Responses:
+    """What the policy answered."""
+
+    input_ids_BL: Tensor
+    attention_mask_BL: Tensor
+    mask_BT: Tensor  # bool, 1 on response tokens, the end-of-sequence token included
+    truncated_B: Tensor  # bool, no end-of-sequence token within the limit
+    prompts: list[str]
+    completions: list[str]  # special tokens removed
+    columns: Columns
+
+    @property
+    def prompt_length(self) -> int:
+        """P, the padded length of the prompts."""
+        return self.input_ids_BL.shape[1] - self.mask_BT.shape[1]
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Response lengths in tokens."""
+        return self.mask_BT.sum(1)
+
+
+@dataclass
+class RewardTable:
+    """Scores of B responses under every objective of the panel, eval-only ones included.
+
+    NaN marks a response that an objective could not score.
+    """
+
+    names: tuple[str, ...]
+    trained: tuple[bool, ...]  # False for eval-only objectives
+    raw_BN: Tensor  # float32, as the reward returned it
+    value_BN: Tensor  # float32, after the objective's affine transform and clip
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """The objectives that reach the combiner, in order."""
+        return tuple(n for n, t in zip(self.names, self.trained, strict=True) if t)
+
+    @property
+    def trained_BN(self) -> Tensor:
+        """``value_BN`` of the trained objectives only."""
+        return self.value_BN[:, list(self.trained)]
+
+    @property
+    def valid_BN(self) -> Tensor:
+        """Bool: which responses the trained objectives could score."""
+        return torch.isfinite(self.trained_BN)
+
+
+@dataclass
+class Experience:
+    """One collected batch, or some rows of it: everything that the updates on it need. N counts trained objectives."""
+
+    responses: Responses
+    rewards: RewardTable
+    valid_BN: Tensor  # bool, where the objective counts
+    mask_BT: Tensor  # bool, tokens that are trained on (a row nobody could score, or left out when truncated: all 0)
+    behaviour_logprobs_BT: Tensor  # of the policy that sampled, at the sampling temperature
+    reference_logprobs_BT: Tensor
+    advantages_BTN: Tensor
+    returns_BTN: Tensor | None  # targets of the value heads; None without critics
+    values_BTN: Tensor | None
+    tokens_per_row: float  # trained tokens per row of the whole collected batch, over all ranks: the loss's divisor
+    seconds: dict[str, float] = field(default_factory=dict)  # generation, scoring, forward
+    metrics: dict[str, float] = field(default_factory=dict)  # scalars of the collection (kl, kl_coefficient, …)
+
+    def __len__(self) -> int:
+        """B, the number of rows."""
+        return self.mask_BT.shape[0]
+
+    def select(self, rows: Tensor) -> "Experience":
+        """The given rows, in the given order."""
+        picked: dict[str, Any] = {
+            f.name: getattr(self, f.name)[rows] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(
+            self,
+            responses=_select_rows(self.responses, rows),
+            rewards=_select_rows(self.rewards, rows),
+            **picked,
+        )
+
+
+def _select_rows(record: Any, rows: Tensor) -> Any:
+    indices = rows.tolist()
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows]
+        if isinstance(value, list):
+            return [value[i] for i in indices]
+        if isinstance(value, dict):
+            return {k: pick(v) for k, v in value.items()}
+        return value
+
+    return replace(record, **{f.name: pick(getattr(record, f.name)) for f in fields(record)})
+
+
+@dataclass
+class Minibatch:
+    """What one ``training_step`` receives."""
+
+    experience: Experience
+    collected: Experience | None  # the whole collected batch, on the first of its minibatches; None on the others
+
+
+@dataclass
+class Evaluation:
+    """What one ``validation_step``, ``test_step`` or ``predict_step`` returns."""
+
+    responses: Responses
+    rewards: RewardTable
+    kl_B: Tensor  # sum over the response of log pi/pi_ref, in nats
+
+
+@dataclass
+class StepOutput:
+    """What ``training_step`` shows to callbacks, beside the loss. All detached; N counts trained objectives."""
+
+    names: tuple[str, ...]
+    weights_N: Tensor  # given by the combiner, averaged over the tokens
+    score_BT: Tensor  # the one signal that was trained on
+    terms: dict[str, Tensor]  # scalars of the loss: policy_loss, value_loss/<name>, entropy, clip_ratio, approx_kl, …
+    minibatch: Minibatch
+    seconds: float  # forward pass and combination; the backward pass is not in it
