@@ -1,0 +1,8 @@
+"""Combiners: the ways N objectives become one update. One file each."""
+
+from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.linear import Linear
+from moa_lightning.combiners.mgda_ub import MGDAUB
+from moa_lightning.combiners.pama import PAMA, Batch, Granularity, Sequence, Token
+
+__all__ = ["MGDAUB", "PAMA", "Batch", "Combined", "Combiner", "Granularity", "Linear", "Sequence", "Token"]

@@ -1,0 +1,70 @@
+"""Prompts as a LightningDataModule; the module that trains turns them into batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+
+class Stage(StrEnum):
+    """Which rows are asked for."""
+
+    TRAIN = "train"
+    VALIDATE = "validate"
+    TEST = "test"
+    PREDICT = "predict"
+
+
+Row = dict[str, Any]
+"""One row: ``prompt`` (text, or a list of chat messages) and any other columns."""
+
+
+class PromptData(LightningDataModule, ABC):
+    """Rows with a ``prompt``, for each stage.
+
+    Args:
+        batch_size: prompts per collected batch, on each process.
+        val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
+        seed: of the order in which training prompts are drawn.
+    """
+
+    def __init__(self, batch_size: int = 64, val_batch_size: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
+            raise ValueError(f"data.batch_size must be at least 1, got {batch_size} (val_batch_size {val_batch_size})")
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.seed = seed
+
+    @abstractmethod
+    def rows(self, stage: Stage) -> Sequence[Row]:
+        """The rows of a stage; all have the same columns."""
+
+    @property
+    def columns(self) -> set[str]:
+        """Names of the columns beside ``prompt``."""
+        rows = self.rows(Stage.TRAIN)
+        return set(rows[0]) - {"prompt"} if len(rows) else set()
+
+    def train_dataloader(self) -> Iterable[Any]:
+        """Collected experience, minibatch by minibatch."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.experience_loader(self.rows(Stage.TRAIN), self.batch_size, self.seed)
+
+    def val_dataloader(self) -> Iterable[Any]:
+        """Prompts in order."""
+        return self._prompts(Stage.VALIDATE)
+
+    def test_dataloader(self) -> Iterable[Any]:
+        """Prompts in order."""
+        return self._prompts(Stage.TEST)
+
+    def predict_dataloader(self) -> Iterable[Any]:
+        """Prompts in order."""
+        return self._prompts(Stage.PREDICT)
+
+    def _prompts(self, stage: Stage) -> Iterable[Any]:
+        assert self.trainer is not None
+        return self.trainer.lightning_module.prompt_loader(self.rows(stage), self.val_batch_size)
