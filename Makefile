@@ -1,0 +1,47 @@
+# From a bare clone, with Python 3.11+ and make: `make demo` trains, `make test` checks. Both install first, once.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Pinned once, in constraints.txt. torch goes first and alone, so that nothing later can choose another build of it.
+TORCH  := $(shell grep '^torch==' constraints.txt)
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+install: $(STAMP)  ## Create .venv and install the pinned dependencies (about two minutes, once).
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'Python 3.11 or newer is needed; name it with: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo '[1/3] creating $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@echo '[2/3] installing $(TORCH)'
+	@$(PIP) '$(TORCH)'
+	@echo '[3/3] installing moa-lightning and its tools'
+	@$(PIP) -e '.[test,dev]'
+	@touch $@
+
+demo: install  ## Warm-start a small policy, align it with PAMA, print before and after.
+	@$(BIN)/moa demo
+
+test: lint  ## Check style, types and imports, then run all tests.
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+lint: install  ## Check style, types and the direction of imports.
+	@echo 'ruff';         $(BIN)/ruff check --quiet .
+	@echo 'ruff format';  $(BIN)/ruff format --quiet --check .
+	@echo 'mypy';         $(BIN)/mypy --no-error-summary
+	@echo 'import-linter'; $(BIN)/lint-imports --no-logo >.lint-imports.log 2>&1 || { cat .lint-imports.log; exit 1; }
+
+format: install  ## Format the code and mend what ruff can mend.
+	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format .
+
+bench: install  ## Time the combiners: one solve of each, over N objectives and policy sizes.
+	@$(BIN)/python bench/combiners.py
+
+clean:  ## Remove the environment, the caches and what was built (runs/ stays).
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
