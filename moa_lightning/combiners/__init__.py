@@ -3,6 +3,6 @@
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.linear import Linear
 from moa_lightning.combiners.mgda_ub import MGDAUB
-from moa_lightning.combiners.pama import PAMA, Batch, Granularity, Sequence, Token
+from moa_lightning.combiners.pama import PAMA
 
-__all__ = ["MGDAUB", "PAMA", "Batch", "Combined", "Combiner", "Granularity", "Linear", "Sequence", "Token"]
+__all__ = ["MGDAUB", "PAMA", "Combined", "Combiner", "Linear"]

@@ -3,9 +3,9 @@
 Legend: B sequences, T tokens, N objectives.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,43 +17,31 @@ from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import State
 
 
-class Granularity(ABC):
-    """What shares one set of weights in PAMA."""
-
-    @abstractmethod
-    def weigh(self, effective_BTN: Tensor, present_BTN: Tensor) -> Tensor:
-        """Weights, broadcastable to ``(B, T, N)``, from ``I(A)`` and from which of its entries count."""
+Granularity = Literal["token", "sequence", "batch"]
+"""What shares one set of weights in PAMA."""
 
 
-@dataclass(frozen=True)
-class Token(Granularity):
-    """One problem per token: the paper's bound, read literally."""
-
-    def weigh(self, effective_BTN: Tensor, present_BTN: Tensor) -> Tensor:
-        """Theorem 1 on each token's N advantages."""
-        return pama(effective_BTN, valid=present_BTN)[1]
+def _per_token(effective_BTN: Tensor, present_BTN: Tensor) -> Tensor:
+    return pama(effective_BTN, valid=present_BTN)[1]
 
 
-@dataclass(frozen=True)
-class Sequence(Granularity):
-    """One problem per response, on the mean over its tokens."""
-
-    def weigh(self, effective_BTN: Tensor, present_BTN: Tensor) -> Tensor:
-        """Theorem 1 on each response's N mean advantages."""
-        count_BN = present_BTN.sum(1)
-        mean_BN = effective_BTN.where(present_BTN, 0.0).sum(1) / count_BN.clamp(min=1)
-        return pama(mean_BN, valid=count_BN > 0)[1].unsqueeze(1)
+def _per_sequence(effective_BTN: Tensor, present_BTN: Tensor) -> Tensor:
+    count_BN = present_BTN.sum(1)
+    mean_BN = effective_BTN.where(present_BTN, 0.0).sum(1) / count_BN.clamp(min=1)
+    return pama(mean_BN, valid=count_BN > 0)[1].unsqueeze(1)
 
 
-@dataclass(frozen=True)
-class Batch(Granularity):
-    """One problem per update, on the mean over all tokens of all processes: the published implementation's."""
+def _per_batch(effective_BTN: Tensor, present_BTN: Tensor) -> Tensor:
+    total_N = all_sum(effective_BTN.where(present_BTN, 0.0).sum((0, 1)))
+    count_N = all_sum(present_BTN.sum((0, 1)).to(total_N.dtype))
+    return pama(total_N / count_N.clamp(min=1), valid=count_N > 0)[1]
 
-    def weigh(self, effective_BTN: Tensor, present_BTN: Tensor) -> Tensor:
-        """Theorem 1 on the N mean advantages of the whole batch."""
-        total_N = all_sum(effective_BTN.where(present_BTN, 0.0).sum((0, 1)))
-        count_N = all_sum(present_BTN.sum((0, 1)).to(total_N.dtype))
-        return pama(total_N / count_N.clamp(min=1), valid=count_N > 0)[1]
+
+_WEIGHTS: dict[Granularity, Callable[[Tensor, Tensor], Tensor]] = {
+    "token": _per_token,
+    "sequence": _per_sequence,
+    "batch": _per_batch,
+}
 
 
 @dataclass(frozen=True)
@@ -68,19 +56,26 @@ class PAMA(Combiner):
     implementation solves once per batch; objectives that could not score a response are left out of its problem;
     without Noon, ``I(A)`` also drops the part that the surrogate clips for negative advantages.
 
-    Known limit: with Noon and ``Token`` or ``Sequence``, a token counts only where it is better than average for
+    Known limit: with Noon and weights per token or sequence, a token counts only where it is better than average for
     *every* objective, so a policy that would have to mix specialists stalls. Without Noon it does not.
 
     Args:
-        granularity: ``Token``, ``Sequence`` or ``Batch``: what shares one set of weights.
+        granularity: what shares one set of weights: each ``token`` (the paper's bound, read literally), each
+            ``sequence`` (on the mean over its tokens) or the ``batch`` (on the mean over all tokens of all processes,
+            as in the published implementation).
         noon: replace each advantage by its positive part first ("no negative", the paper's choice). Without it,
             the sign is kept and all three branches of Theorem 1 are used.
     """
 
-    granularity: Granularity = field(default_factory=Token)
+    granularity: Granularity = "token"
     noon: bool = True
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.RATIO})
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown granularity."""
+        if self.granularity not in _WEIGHTS:
+            raise ValueError(f"PAMA.granularity must be one of {', '.join(_WEIGHTS)}; got '{self.granularity}'")
 
     def combine(self, signals: Signals, state: State) -> Combined:
         """``sum_i c_i A_i`` per token, with c from Theorem 1 on ``I(A)``."""
@@ -89,7 +84,8 @@ class PAMA(Combiner):
         advantages_BTN = signals.advantages_BTN.where(present_BTN, 0.0)
         if self.noon:
             advantages_BTN = advantages_BTN.clamp(min=0)
-        weights_BTN = self.granularity.weigh(signals.unclipped(advantages_BTN), present_BTN).expand_as(advantages_BTN)
+        weights_BTN = _WEIGHTS[self.granularity](signals.unclipped(advantages_BTN), present_BTN)
+        weights_BTN = weights_BTN.expand_as(advantages_BTN)
         score_BT = (weights_BTN * advantages_BTN).sum(-1)
         counted_BT1 = present_BTN.any(-1, keepdim=True)
         total = all_sum(torch.cat([(weights_BTN * counted_BT1).sum((0, 1)), counted_BT1.sum().reshape(1)]))

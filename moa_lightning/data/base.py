@@ -48,6 +48,11 @@ class PromptData(LightningDataModule, ABC):
         rows = self.rows(Stage.TRAIN)
         return set(rows[0]) - {"prompt"} if len(rows) else set()
 
+    def rows_to_check(self, trainer_stage: str) -> dict[str, Sequence[Row]]:
+        """Rows that the Trainer's stage (``fit``, ``validate``, …) will use, under a name for messages."""
+        stages = [Stage.TRAIN, Stage.VALIDATE] if trainer_stage == "fit" else [Stage(trainer_stage)]
+        return {stage.value: self.rows(stage) for stage in stages}
+
     def train_dataloader(self) -> Iterable[Any]:
         """Collected experience, minibatch by minibatch."""
         assert self.trainer is not None

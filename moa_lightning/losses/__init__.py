@@ -1,0 +1,7 @@
+"""Losses: from one score to one number to differentiate."""
+
+from moa_lightning.losses.base import LossTerms, PolicyLoss
+from moa_lightning.losses.clipped_surrogate import ClippedSurrogate
+from moa_lightning.losses.kl import KLPenalty, LossKL, RewardKL
+
+__all__ = ["ClippedSurrogate", "KLPenalty", "LossKL", "LossTerms", "PolicyLoss", "RewardKL"]

@@ -1,0 +1,31 @@
+"""The contract of a policy loss: one score in, one loss out."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moa_lightning.losses.kl import KLPenalty
+from moa_lightning.models.policy import PolicyOutput
+from moa_lightning.types import Experience
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss and the scalars it is made of (detached, this process's share)."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class PolicyLoss(ABC):
+    """Turns a score into a loss. Subclasses are frozen dataclasses."""
+
+    @property
+    @abstractmethod
+    def clip_range(self) -> float:
+        """How far the ratio may move before the gradient stops; infinite without clipping."""
+
+    @abstractmethod
+    def __call__(self, score: Tensor, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
+        """Loss of these rows; divided by the global number of tokens, so that it adds up over rows and processes."""

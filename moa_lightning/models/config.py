@@ -1,0 +1,68 @@
+"""What policy to load, and how."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class LoRA:
+    """A PEFT LoRA adapter; the names are peft's.
+
+    Args:
+        r: rank.
+        lora_alpha: scaling numerator.
+        lora_dropout: dropout on the adapter's input.
+        target_modules: names of the layers to adapt, or ``all-linear``; ``None`` takes peft's choice for the model.
+        modules_to_save: layers trained and saved in full beside the adapter.
+        options: any other field of ``peft.LoraConfig``.
+    """
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PolicyConfig:
+    """The policy: any causal language model that ``AutoModelForCausalLM`` opens.
+
+    Args:
+        path: folder or hub id. Value heads saved there for the same objectives are taken up again.
+        lora: train this adapter instead of all weights; ``None`` is full fine-tuning. A folder that holds an
+            adapter already goes on with that adapter.
+        dtype: of the weights; ``auto`` is the checkpoint's.
+        quantization: fields of ``transformers.BitsAndBytesConfig`` (such as ``load_in_4bit: true``); needs ``lora``.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        attn_implementation: passed to transformers (``sdpa``, ``flash_attention_2``, …).
+        chat_template: Jinja text that replaces the tokenizer's template.
+        disable_dropout: set every dropout of the loaded model to 0 (an adapter keeps its ``lora_dropout``), so that
+            the policy's ratio to itself is exactly 1.
+        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+        revision: branch, tag or commit on the hub.
+        options: any other argument of ``from_pretrained``.
+    """
+
+    path: str
+    lora: LoRA | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    quantization: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    chat_template: str | None = None
+    disable_dropout: bool = True
+    trust_remote_code: bool = False
+    revision: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_adapter(self) -> bool:
+        """True when the folder holds a PEFT adapter."""
+        return (Path(self.path) / "adapter_config.json").is_file()
+
+    def hub_arguments(self) -> dict[str, Any]:
+        """Arguments that every ``from_pretrained`` of this policy shares."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}

@@ -1,0 +1,112 @@
+"""Text to tokens and back.
+
+Legend: B sequences, P prompt tokens, T response tokens, L = P + T.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moa_lightning.types import PromptBatch, Responses
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows into prompts, and generated tokens into responses.
+
+    Args:
+        tokenizer: pads on the left.
+        end_ids: tokens that end a response.
+        context_length: of the policy, in tokens; ``None`` if it has no limit.
+        max_new_tokens: room that a prompt must leave.
+        max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that are too long.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+    context_length: int | None
+    max_new_tokens: int
+    max_prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that cannot fit."""
+        longest = (self.max_prompt_length or 1) + self.max_new_tokens
+        if self.context_length is not None and longest > self.context_length:
+            raise ValueError(
+                f"max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} do not fit the "
+                f"policy's context of {self.context_length} tokens; lower one of them"
+            )
+
+    def render(self, prompt: str | list[dict[str, str]]) -> str:
+        """The prompt as the policy reads it: text as it is, chat messages through the tokenizer's template."""
+        if isinstance(prompt, str):
+            return prompt
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "the prompts are chat messages, but the policy's tokenizer has no chat template; set "
+                "policy.chat_template, or give prompts as text"
+            )
+        return str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+    def tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of one prompt. A template writes its own special tokens; plain text gets the tokenizer's."""
+        special = isinstance(prompt, str)
+        ids: list[int] = self.tokenizer(self.render(prompt), add_special_tokens=special)["input_ids"]
+        # Some tokenizers close every text with an end token; a prompt must stay open.
+        while ids and ids[-1] == self.tokenizer.eos_token_id and special:
+            ids.pop()
+        return ids[-self.max_prompt_length :] if self.max_prompt_length else ids
+
+    def check(self, rows: Sequence[Row], what: str) -> None:
+        """Refuse rows whose prompt is empty after tokenisation or leaves no room for a response.
+
+        Raises:
+            ValueError: names the first such row, counted from 1.
+        """
+        for number, row in enumerate(rows, start=1):
+            length = len(self.tokens(row["prompt"]))
+            if length == 0:
+                raise ValueError(f"{what} row {number}: the prompt has no tokens; remove the row")
+            if self.context_length is not None and length + self.max_new_tokens > self.context_length:
+                raise ValueError(
+                    f"{what} row {number}: the prompt has {length} tokens; with max_new_tokens {self.max_new_tokens} it "
+                    f"exceeds the policy's context of {self.context_length}. Lower max_new_tokens, remove the row, or "
+                    "set source.max_prompt_length to keep the end of long prompts"
+                )
+
+    def encode(self, rows: Sequence[Row]) -> PromptBatch:
+        """A batch of rows, left-padded. It is the collate function of the prompt loaders."""
+        ids = [self.tokens(row["prompt"]) for row in rows]
+        width = max(len(i) for i in ids)
+        pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return PromptBatch(
+            prompts=[self.render(row["prompt"]) for row in rows],
+            columns={name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+            input_ids_BP=torch.tensor([[pad] * (width - len(i)) + i for i in ids]),
+            attention_mask_BP=torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids]),
+        )
+
+    def decode(self, batch: PromptBatch, sequences_BL: Tensor) -> Responses:
+        """Responses out of generated sequences that start with the batch's prompts."""
+        tokens_BT = sequences_BL[:, batch.input_ids_BP.shape[1] :]
+        is_end_BT = torch.isin(tokens_BT, torch.tensor(self.end_ids, device=tokens_BT.device))
+        mask_BT = (is_end_BT.long().cumsum(1) - is_end_BT.long()) == 0  # up to the first end token, with it
+        texts = [
+            self.tokenizer.decode(row[keep], skip_special_tokens=True)
+            for row, keep in zip(tokens_BT.cpu(), mask_BT.cpu(), strict=True)
+        ]
+        return Responses(
+            input_ids_BL=sequences_BL,
+            attention_mask_BL=torch.cat([batch.attention_mask_BP, mask_BT.to(batch.attention_mask_BP.dtype)], 1),
+            mask_BT=mask_BT,
+            truncated_B=~is_end_BT.any(1),
+            prompts=batch.prompts,
+            completions=[str(text) for text in texts],
+            columns=batch.columns,
+        )

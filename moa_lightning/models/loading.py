@@ -1,0 +1,122 @@
+"""Opening the parts of a policy, with errors that say what to do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from moa_lightning.models.config import PolicyConfig
+
+Opened = TypeVar("Opened")
+
+
+def load_config(policy: PolicyConfig) -> PretrainedConfig:
+    """The model's config alone: cheap, so that mistakes show before any weights are read."""
+    return _open(policy, "a model config", lambda path: AutoConfig.from_pretrained(path, **policy.hub_arguments()))
+
+
+def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, padding on the left, with a padding token."""
+    tokenizer: PreTrainedTokenizerBase = _open(
+        policy, "a tokenizer", lambda path: AutoTokenizer.from_pretrained(path, **policy.hub_arguments())
+    )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {policy.path} has no eos_token; responses could never end. Set one there")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if policy.chat_template is not None:
+        tokenizer.chat_template = policy.chat_template
+    return tokenizer
+
+
+def load_model(policy: PolicyConfig) -> PreTrainedModel:
+    """The causal language model, with a PEFT adapter if the config asks for one or the folder holds one."""
+    if policy.quantization is not None and policy.lora is None and not policy.is_adapter:
+        raise ValueError("policy.quantization needs policy.lora: quantised weights cannot be trained themselves")
+    arguments: dict[str, Any] = {**policy.hub_arguments(), "dtype": policy.dtype, **policy.options}
+    if policy.attn_implementation is not None:
+        arguments["attn_implementation"] = policy.attn_implementation
+    if policy.quantization is not None:
+        arguments["quantization_config"] = BitsAndBytesConfig(**policy.quantization)
+    model: Any
+    if policy.is_adapter:
+        from peft import AutoPeftModelForCausalLM
+
+        model = _open(
+            policy,
+            "a PEFT adapter",
+            lambda path: AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **arguments),
+        )
+    else:
+        model = _open(
+            policy, "a causal language model", lambda path: AutoModelForCausalLM.from_pretrained(path, **arguments)
+        )
+    if policy.disable_dropout:
+        disable_dropout(model)
+    if policy.quantization is not None:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=policy.gradient_checkpointing)
+    elif policy.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    if policy.lora is not None and not policy.is_adapter:
+        model = _add_adapter(model, policy)
+    return model  # type: ignore[no-any-return]  # a PeftModel answers like the model inside it
+
+
+def disable_dropout(model: Any) -> None:
+    """Set every dropout of a module to 0: the layers, and the plain numbers that attention layers hold."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+        for name, value in vars(layer).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(layer, name, 0.0)
+
+
+def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    assert policy.lora is not None
+    lora = policy.lora
+    options = dict(lora.options)
+    # GPT-2's layers hold their weights transposed; peft needs to be told, and warns when it has to guess.
+    options.setdefault("fan_in_fan_out", any(isinstance(layer, Conv1D) for layer in model.modules()))
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    return get_peft_model(model, config)
+
+
+def _open(policy: PolicyConfig, what: str, opener: Callable[[str], Opened]) -> Opened:
+    looks_local = policy.path.startswith((".", "/", "~")) or Path(policy.path).is_dir() or policy.path.count("/") > 1
+    path = str(Path(policy.path).expanduser()) if looks_local else policy.path
+    if looks_local and not Path(path).is_dir():
+        raise ValueError(f"policy.path: folder '{policy.path}' does not exist")
+    try:
+        return opener(path)
+    except (OSError, ValueError, KeyError) as error:
+        where = "folder" if looks_local else "hub id (or a folder that exists)"
+        raise ValueError(
+            f"policy.path: '{policy.path}' does not open as {what}; give a {where} in Hugging Face format "
+            f"({str(error).strip().splitlines()[0][:200]})"
+        ) from error

@@ -1,0 +1,158 @@
+"""The policy: a causal language model with N value heads.
+
+Legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), L = P + T, N objectives,
+D hidden size, V vocabulary, K selected tokens.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lightning.functional.logprobs import token_logprobs
+from moa_lightning.models.value_heads import ValueHeads
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """One forward pass over prompts and responses."""
+
+    logprobs_BT: Tensor  # float32, nats, 0 on masked tokens
+    entropy_BT: Tensor  # float32, nats, 0 on masked tokens
+    values_BTN: Tensor | None  # value of the state before token t
+    hidden_BTD: Tensor  # the shared representation: last hidden state before token t
+
+
+class Policy(nn.Module):
+    """A causal language model whose one forward pass gives log-probabilities and N values.
+
+    Args:
+        backbone: a ``PreTrainedModel`` for causal language modelling, or a ``PeftModel`` around one.
+        tokenizer: saved with the policy; gives the padding and end tokens.
+        value_heads: N heads on the last hidden state; ``None`` without critics.
+    """
+
+    def __init__(
+        self, backbone: Any, tokenizer: PreTrainedTokenizerBase, value_heads: ValueHeads | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.value_heads = value_heads
+        self.tokenizer = tokenizer
+        self.end_ids = _end_ids(self.causal_lm, tokenizer)
+        self._takes_positions = "position_ids" in inspect.signature(self.causal_lm.get_decoder().forward).parameters
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model inside an adapter, or the backbone itself."""
+        return self.backbone.get_base_model() if self.has_adapter else self.backbone
+
+    @property
+    def has_adapter(self) -> bool:
+        """True when the backbone is a PEFT model."""
+        return hasattr(self.backbone, "peft_config") and hasattr(self.backbone, "get_base_model")
+
+    def forward(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        mask_BT: Tensor,
+        temperature: float = 1.0,
+        with_values: bool = True,
+    ) -> PolicyOutput:
+        """Log-probabilities, entropies and values of the response tokens (the last T of L).
+
+        Args:
+            input_ids_BL: prompts, left-padded, followed by responses, right-padded.
+            attention_mask_BL: 1 on real tokens.
+            mask_BT: bool, the response tokens to compute.
+            temperature: of the distribution.
+            with_values: whether to run the value heads, if there are any.
+        """
+        length = mask_BT.shape[1]
+        arguments: dict[str, Any] = {"attention_mask": attention_mask_BL, "use_cache": False}
+        if self._takes_positions:  # absolute positions must not count the padding
+            arguments["position_ids"] = (attention_mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+        hidden_BLD = self.causal_lm.get_decoder()(input_ids_BL, **arguments).last_hidden_state
+        hidden_BTD = hidden_BLD[:, -length - 1 : -1]
+        logprobs_BT, entropy_BT = token_logprobs(
+            hidden_BTD, self.logits, input_ids_BL[:, -length:], mask_BT, temperature
+        )
+        values_BTN = self.value_heads(hidden_BTD) if with_values and self.value_heads is not None else None
+        return PolicyOutput(logprobs_BT, entropy_BT, values_BTN, hidden_BTD)
+
+    def logits(self, hidden_KD: Tensor) -> Tensor:
+        """Logits (K, V) from hidden states, with the scalings that some architectures apply after the head."""
+        logits_KV: Tensor = self.causal_lm.get_output_embeddings()(hidden_KD)
+        config = self.causal_lm.config.get_text_config()
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits_KV = logits_KV * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits_KV = logits_KV / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+            logits_KV = (logits_KV / cap).tanh() * cap
+        return logits_KV
+
+    @torch.no_grad()
+    def check_logits(self) -> None:
+        """Compare :meth:`logits` with the model's own on two tokens, so that no unknown scaling goes unnoticed.
+
+        Raises:
+            ValueError: they differ.
+        """
+        device = next(self.backbone.parameters()).device
+        ids = torch.tensor([[self.end_ids[0], self.end_ids[0]]], device=device)
+        training = self.training
+        self.eval()
+        own = self.logits(self.causal_lm.get_decoder()(ids, use_cache=False).last_hidden_state)
+        theirs = self.causal_lm(ids, use_cache=False).logits
+        self.train(training)
+        if not torch.allclose(own.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"{type(self.causal_lm).__name__} changes its logits after the output embedding in a way that is not "
+                "known here; its log-probabilities would be wrong. Please report the model type"
+            )
+
+    @torch.no_grad()
+    def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: GenerationConfig) -> Tensor:
+        """Prompts with sampled responses, (B, P + T); padded behind the end token. Stops when all have ended."""
+        return self.backbone.generate(  # type: ignore[no-any-return]
+            input_ids=input_ids_BP, attention_mask=attention_mask_BP, generation_config=config
+        )
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Within it the policy answers as its base model does."""
+        with self.backbone.disable_adapter() if self.has_adapter else nullcontext():
+            yield
+
+    def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Trained parameters of the model, and of the value heads."""
+        heads = list(self.value_heads.parameters()) if self.value_heads is not None else []
+        return [p for p in self.backbone.parameters() if p.requires_grad], heads
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the policy in Hugging Face format: the adapter alone if there is one, else the whole model.
+
+        The tokenizer and the value heads lie beside it.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.backbone.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.value_heads is not None:
+            self.value_heads.save(folder)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response: the tokenizer's, and those of the model's generation config."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several: Sequence[int] = configured if isinstance(configured, list) else [configured]
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [tokenizer.eos_token_id, *several]
+    return list(dict.fromkeys(int(i) for i in ids if i is not None and 0 <= int(i) < vocabulary))

@@ -1,0 +1,303 @@
+"""The LightningModule: one policy, N objectives, one combiner.
+
+Legend: B sequences, T tokens, N trained objectives.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+from torchmetrics import MeanMetric
+from transformers import PreTrainedTokenizerBase
+
+from moa_lightning.combiners import PAMA, Combiner
+from moa_lightning.distributed import any_rank
+from moa_lightning.losses import ClippedSurrogate, KLPenalty, LossTerms, PolicyLoss, RewardKL
+from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
+from moa_lightning.models.loading import load_config, load_model, load_tokenizer
+from moa_lightning.rewards import Objective, RewardPanel
+from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
+from moa_lightning.sources.loader import PromptLoader
+from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
+
+Row = dict[str, Any]
+
+
+class NonFiniteLossError(ValueError):
+    """The loss is NaN or infinite; a checkpoint from before the update was written."""
+
+
+class AlignmentModule(LightningModule):
+    """Aligns a policy to several objectives at once.
+
+    Automatic optimisation: the Trainer's flags for clipping, accumulation, precision and schedules apply unchanged.
+
+    Args:
+        policy: the model to align.
+        objectives: what it is aligned to, by name; bigger is better.
+        combiner: how N objectives become one update; ``None`` is ``PAMA()``.
+        source: where experience comes from; ``None`` is ``Rollout()``.
+        loss: from the combined score to a loss; ``None`` is ``ClippedSurrogate()``.
+        kl: how the policy is held near its reference; ``None`` is ``RewardKL()``.
+        reference: what the policy is held near; ``None`` is ``AdapterOff`` with an adapter, else ``FrozenCopy``.
+        optimizer: from parameters to an optimiser; ``None`` is AdamW with learning rate 1e-5.
+        lr_scheduler: from the optimiser to a schedule, stepped after each optimiser step.
+        value_learning_rate: of the value heads; ``None`` is the optimiser's.
+        seed: of evaluations: each one answers with the same random numbers, so that they can be compared.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        objectives: dict[str, Objective],
+        combiner: Combiner | None = None,
+        source: Source | None = None,
+        loss: PolicyLoss | None = None,
+        kl: KLPenalty | None = None,
+        reference: Reference | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        value_learning_rate: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.policy_config = policy
+        self.panel = RewardPanel(objectives)
+        self.combiner = combiner or PAMA()
+        self.source = source or Rollout()
+        self.loss = loss or ClippedSurrogate()
+        self.kl = kl or RewardKL()
+        has_adapter = policy.lora is not None or policy.is_adapter
+        self.reference = reference or (AdapterOff() if has_adapter else FrozenCopy())
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.value_learning_rate = value_learning_rate
+        self.seed = seed
+
+        self.reference.check(has_adapter)
+        self._check_needs()
+        # Memory of combiner and KL control: plain float32 tensors, since bf16-true would cast buffers.
+        self.combiner_state: State = self.combiner.init(self.objective_names, self.panel.weights_N)
+        self.kl_state: State = self.kl.init()
+        self.policy: Policy
+        self.encoder: Encoder
+        self.tokenizer: PreTrainedTokenizerBase
+        self._means = nn.ModuleDict({f"mean_of_{n}": MeanMetric(nan_strategy="ignore") for n in self.panel.names})
+        self.strict_loading = True
+
+    @property
+    def objective_names(self) -> tuple[str, ...]:
+        """The trained objectives, in order."""
+        return tuple(self.panel.trained_names)
+
+    # Setting up: cheap checks first, weights last.
+
+    def setup(self, stage: str) -> None:
+        """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.panel.check(data.columns)
+        config = load_config(self.policy_config)
+        self.tokenizer = load_tokenizer(self.policy_config)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.encoder = self.source.encoder(self.tokenizer, (int(self.tokenizer.eos_token_id),), context)  # type: ignore[arg-type]
+        if data is not None:
+            for name, rows in data.rows_to_check(stage).items():
+                self.encoder.check(rows, name)
+
+    def configure_model(self) -> None:
+        """Load the policy, its value heads and its reference. Called again by some strategies: then nothing happens."""
+        if "policy" in self._modules:
+            return
+        backbone = load_model(self.policy_config)
+        heads = None
+        if self.source.needs_values:
+            heads = ValueHeads(backbone.config.get_text_config().hidden_size, self.objective_names)
+            heads.restore(Path(self.policy_config.path).expanduser())
+        self.policy = Policy(backbone, self.tokenizer, heads).to(self.device)
+        self.policy.check_logits()
+        self.reference.setup(self.policy)
+        self.encoder = self.source.encoder(self.tokenizer, tuple(self.policy.end_ids), self.encoder.context_length)
+        self.panel.setup(self.device)
+
+    def _check_needs(self) -> None:
+        lacking = sorted(self.combiner.needs - self.source.provides)
+        if lacking:
+            raise ValueError(
+                f"{type(self.combiner).__name__} needs {', '.join(lacking)}, which {type(self.source).__name__} does "
+                "not provide; choose another combiner or source"
+            )
+
+    # Data: called by the datamodule.
+
+    def experience_loader(self, rows: Sequence[Row], batch_size: int, seed: int) -> ExperienceLoader:
+        """Minibatches of experience collected on these prompts."""
+        source = self.source
+        return ExperienceLoader(
+            rows,
+            batch_size,
+            self.collect,
+            source.responses_per_prompt,
+            source.minibatches,
+            source.updates_per_batch,
+            seed,
+        )
+
+    def prompt_loader(self, rows: Sequence[Row], batch_size: int) -> Iterable[PromptBatch]:
+        """Batches of prompts for evaluation."""
+        return PromptLoader(rows, batch_size, self.encoder.encode)
+
+    def collect(self, rows: Sequence[Row], seed: int) -> Experience:
+        """Experience from the policy as it is now; the combiner and the KL control observe it."""
+        batch = self.encoder.encode(rows)
+        batch = self.transfer_batch_to_device(batch, self.device, 0)
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            experience = self.source.collect(batch, self._actors(), seed)
+        self.combiner_state = self.combiner.observe(experience, self.combiner_state)
+        metrics = experience.metrics
+        if "kl" in metrics:
+            self.kl_state = self.kl.observe(metrics["kl"], int(metrics["sequences"]), self.kl_state)
+        return experience
+
+    def _actors(self) -> Actors:
+        return Actors(self.policy, self.reference, self.panel, self.encoder, self.kl, self.kl_state)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move prompts; experience is collected where it is used."""
+        if isinstance(batch, PromptBatch):
+            return PromptBatch(
+                batch.prompts, batch.columns, batch.input_ids_BP.to(device), batch.attention_mask_BP.to(device)
+            )
+        return batch
+
+    # Training.
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
+        """One update: forward pass, signals, combination, loss. The same for every source and combiner."""
+        started = time.perf_counter()
+        experience = batch.experience
+        responses = experience.responses
+        output = self.policy(
+            responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.source.temperature
+        )
+        signals = self.source.signals(experience, output, self.loss.clip_range)
+        combined = self.combiner.combine(signals, self.combiner_state)
+        result = self.loss(combined.score, experience, output, self.kl)
+        self._require_finite(result, experience)
+        self.log("loss", result.loss.detach(), prog_bar=True, batch_size=len(experience))
+        step = StepOutput(
+            names=self.objective_names,
+            weights_N=combined.weights_N.detach(),
+            score_BT=combined.score.detach(),
+            terms=result.terms,
+            minibatch=batch,
+            seconds=time.perf_counter() - started,
+        )
+        return {"loss": result.loss, "step": step}
+
+    def _require_finite(self, result: LossTerms, experience: Experience) -> None:
+        if not any_rank(not bool(torch.isfinite(result.loss)), result.loss.device):
+            return
+        blamed = [
+            name
+            for i, name in enumerate(self.objective_names)
+            if not bool(torch.isfinite(result.terms.get(f"value_loss/{name}", torch.tensor(0.0))))
+            or not bool(torch.isfinite(experience.advantages_BTN[..., i]).all())
+        ]
+        bad_terms = [name for name, value in result.terms.items() if not bool(torch.isfinite(value))]
+        path = Path(self.trainer.default_root_dir) / "non_finite.ckpt"
+        self.trainer.save_checkpoint(path)
+        source = f"objective {' and '.join(blamed)}" if blamed else "no single objective"
+        raise NonFiniteLossError(
+            f"the loss is not finite at step {self.global_step}: {source} ({', '.join(bad_terms) or 'total'}). The state "
+            f"before this update is in {path}; lower the learning rate, or clip that objective's reward"
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over what is trained; value heads may have a learning rate of their own."""
+        backbone, heads = self.policy.trainable()
+        groups: list[dict[str, Any]] = [{"params": backbone}]
+        if heads:
+            own = {} if self.value_learning_rate is None else {"lr": self.value_learning_rate}
+            groups.append({"params": heads, **own})
+        optimizer = self.make_optimizer(groups) if self.make_optimizer else torch.optim.AdamW(groups, lr=1e-5)
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+    # Evaluation.
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
+        """Respond and score; the objectives' means are logged as ``val/rewards/<name>/mean``."""
+        return self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
+        """Respond and score; the objectives' means are logged as ``test/rewards/<name>/mean``."""
+        return self._evaluate(batch, batch_idx, "test")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
+        """Respond and score."""
+        return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx))
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str) -> Evaluation:
+        evaluation = self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx))
+        for i, name in enumerate(self.panel.names):
+            metric = self._means[f"mean_of_{name}"]
+            metric.update(evaluation.rewards.raw_BN[:, i].double())
+            self.log(f"{prefix}/rewards/{name}/mean", metric, on_step=False, on_epoch=True, batch_size=1)  # type: ignore[arg-type]
+        return evaluation
+
+    def _evaluation_seed(self, batch_idx: int) -> int:
+        return (self.seed + 1) * 15_485_863 + batch_idx
+
+    # Checkpoints: what is trained, and what the combiner and the KL control remember.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out; add the memory of combiner and KL control."""
+        trained = self._trained_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["moa"] = {
+            "combiner": type(self.combiner).__name__,
+            "objectives": list(self.objective_names),
+            "combiner_state": self.combiner_state,
+            "kl_state": self.kl_state,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another combiner or other objectives; take the memory up again."""
+        saved = checkpoint.get("moa")
+        if saved is None:
+            raise ValueError("this checkpoint was not written by moa_lightning; give one from a run's folder")
+        if list(saved["objectives"]) != list(self.objective_names):
+            raise ValueError(
+                f"the checkpoint was trained on the objectives {', '.join(saved['objectives'])}, this run on "
+                f"{', '.join(self.objective_names)}; use the run's own config.yaml"
+            )
+        if saved["combiner"] != type(self.combiner).__name__:
+            raise ValueError(
+                f"the checkpoint was trained with {saved['combiner']}, this run uses {type(self.combiner).__name__}; use "
+                "the run's own config.yaml, or start from its exported policy"
+            )
+        self.combiner_state, self.kl_state = saved["combiner_state"], saved["kl_state"]
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load trained weights; frozen ones are not in a checkpoint and stay as the policy's folder gave them."""
+        missing = sorted(self._trained_keys() - set(state_dict))
+        unknown = sorted(set(state_dict) - set(self.state_dict()))
+        if missing or unknown:
+            raise ValueError(
+                f"the checkpoint is of another model: {len(missing)} weights missing, {len(unknown)} unknown, such as "
+                f"{(missing + unknown)[0]}; use the run's own config.yaml"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def _trained_keys(self) -> set[str]:
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return set(self.state_dict()) - frozen

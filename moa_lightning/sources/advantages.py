@@ -1,0 +1,111 @@
+"""Advantage estimators: with critics, or relative to the other responses of a prompt.
+
+Legend: B sequences, T tokens, N objectives, G responses to one prompt.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moa_lightning.distributed import all_sum
+from moa_lightning.functional.advantages import gae, group_relative, masked_moments
+
+
+class AdvantageEstimator(ABC):
+    """Per-objective advantages from per-token rewards."""
+
+    needs_values: bool
+
+    def check(self, group_size: int) -> None:
+        """Refuse a number of responses per prompt that the estimator cannot use."""
+
+    @abstractmethod
+    def estimate(
+        self, rewards_BTN: Tensor, values_BTN: Tensor | None, mask_BT: Tensor, valid_BN: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(advantages_BTN, returns_BTN)``; returns are the value heads' targets, None without critics."""
+
+
+@dataclass(frozen=True)
+class GAE(AdvantageEstimator):
+    """Generalised advantage estimation on one value head per objective (the choice of PAMA).
+
+    Source: Schulman et al. 2016, arXiv 1506.02438.
+
+    Args:
+        gamma: discount per token.
+        lam: the lambda of GAE.
+        standardize: bring each objective's advantages to mean 0 and standard deviation 1 over the batch, over all
+            processes, rows without that objective left out.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    standardize: bool = True
+
+    needs_values = True
+
+    def __post_init__(self) -> None:
+        """Refuse values outside [0, 1]."""
+        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise ValueError(f"GAE needs gamma and lam in [0, 1], got {self.gamma} and {self.lam}")
+
+    def estimate(
+        self, rewards_BTN: Tensor, values_BTN: Tensor | None, mask_BT: Tensor, valid_BN: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """GAE per objective; returns are not standardised."""
+        assert values_BTN is not None
+        advantages_BTN, returns_BTN = gae(rewards_BTN, values_BTN, mask_BT, self.gamma, self.lam)
+        present_BTN = mask_BT.unsqueeze(-1) & valid_BN.unsqueeze(1)
+        if self.standardize:
+            advantages_BTN = standardize(advantages_BTN, present_BTN)
+        return advantages_BTN.where(present_BTN, 0.0), returns_BTN
+
+
+@dataclass(frozen=True)
+class GroupRelative(AdvantageEstimator):
+    """Reward of the response minus the mean of its prompt's responses, the same for all its tokens; no critics.
+
+    Source: Shao et al. 2024, arXiv 2402.03300 (GRPO, ``scale_rewards: true``); Liu et al. 2025, arXiv 2503.20783.
+
+    Args:
+        scale_rewards: divide by the standard deviation of the group.
+        standardize: bring each objective's advantages to mean 0 and standard deviation 1 over the batch, over all
+            processes, rows without that objective left out.
+    """
+
+    scale_rewards: bool = False
+    standardize: bool = True
+
+    needs_values = False
+
+    def check(self, group_size: int) -> None:
+        """Refuse single responses."""
+        if group_size < 2:
+            raise ValueError(
+                "GroupRelative compares the responses of one prompt: set source.num_generations to 2 or more, or use "
+                "advantages GAE"
+            )
+
+    def estimate(
+        self, rewards_BTN: Tensor, values_BTN: Tensor | None, mask_BT: Tensor, valid_BN: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Group-relative advantages of the response's total reward, its KL charges included."""
+        total_BN = rewards_BTN.where(mask_BT.unsqueeze(-1), 0.0).sum(1)
+        scored_BN = valid_BN & mask_BT.any(1, keepdim=True)
+        advantages_BN = group_relative(total_BN, scored_BN, group_size, self.scale_rewards)
+        if self.standardize:
+            advantages_BN = standardize(advantages_BN, scored_BN).where(scored_BN, 0.0)
+        return advantages_BN.unsqueeze(1) * mask_BT.unsqueeze(-1), None
+
+
+def standardize(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 per objective (last dimension) over all else that counts, on all processes."""
+    dims = tuple(range(values.ndim - 1))
+    count_N = all_sum(masked_moments(values, mask, dims)[2]).clamp(min=1)
+    mean_N = all_sum(masked_moments(values, mask, dims)[0]) / count_N
+    centred = (values - mean_N).where(mask, 0.0)  # two passes: exact where the mean is far larger than the spread
+    variance_N = all_sum(centred.square().sum(dims)) / count_N
+    # The floor grows with the mean: of an objective that is constant, only rounding errors would be left to scale up.
+    return centred / (variance_N.sqrt() + 1e-8 + 1e-5 * mean_N.abs())

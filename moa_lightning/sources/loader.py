@@ -1,0 +1,144 @@
+"""The experience loader: collects a batch, hands it out in minibatches, and can be resumed in between."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+
+from moa_lightning.distributed import rank, world_size
+from moa_lightning.types import Experience, Minibatch, PromptBatch, Responses, RewardTable
+
+Row = dict[str, Any]
+
+
+class PromptLoader:
+    """Batches of prompts in order, each process its share; for evaluation.
+
+    Args:
+        rows: rows to go through.
+        batch_size: prompts per batch.
+        encode: from rows to a batch.
+    """
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, encode: Callable[[Sequence[Row]], PromptBatch]) -> None:
+        self.rows = [rows[i] for i in range(rank(), len(rows), world_size())]
+        self.batch_size, self.encode = batch_size, encode
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        """The batches; the last one may be smaller."""
+        for start in range(0, len(self.rows), self.batch_size):
+            yield self.encode(self.rows[start : start + self.batch_size])
+
+
+class ExperienceLoader:
+    """Iterates over minibatches of collected experience; one iteration over it is one epoch over the prompts.
+
+    It has a length, so Lightning does not fetch ahead and every rollout uses the policy of its moment. It has a
+    state, so a run resumes between two minibatches of the same rollout. The order of prompts and of rows depends on
+    the seed and the position alone.
+
+    Args:
+        rows: training rows.
+        batch_size: prompts per collected batch on each process; the last incomplete batch of an epoch is left out.
+        collect: from rows and a seed to experience.
+        responses_per_prompt: rows of experience for each prompt.
+        minibatches: minibatches in one pass over a collected batch.
+        updates_per_batch: minibatches over all passes.
+        seed: of order and sampling.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        collect: Callable[[list[Row], int], Experience],
+        responses_per_prompt: int,
+        minibatches: int,
+        updates_per_batch: int,
+        seed: int,
+    ) -> None:
+        self.rows, self.batch_size, self.collect = rows, batch_size, collect
+        self.minibatches, self.updates_per_batch, self.seed = minibatches, updates_per_batch, seed
+        self.batches = len(rows) // (batch_size * world_size())
+        if self.batches == 0:
+            raise ValueError(
+                f"{len(rows)} training prompts do not fill one batch of {batch_size} prompts on each of "
+                f"{world_size()} processes; lower data.batch_size"
+            )
+        if batch_size * responses_per_prompt % minibatches:
+            raise ValueError(
+                f"source.num_mini_batches {minibatches} does not divide the {batch_size * responses_per_prompt} "
+                "responses of a batch (data.batch_size x source.num_generations)"
+            )
+        self.epoch = 0
+        self.position = 0  # minibatches handed out in this epoch
+        self.experience: Experience | None = None  # the batch in flight
+
+    def __len__(self) -> int:
+        """Minibatches in one epoch."""
+        return self.batches * self.updates_per_batch
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        """The rest of the present epoch; after it, the next iteration is the next epoch."""
+        if self.position >= len(self):  # the last epoch ended without being asked for one more minibatch
+            self.epoch, self.position, self.experience = self.epoch + 1, 0, None
+        order = self._order()
+        while self.position < len(self):
+            batch, update = divmod(self.position, self.updates_per_batch)
+            if update == 0 or self.experience is None:
+                chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+                self.experience = self.collect([self.rows[i] for i in chosen], self._seed(batch))
+            experience = self.experience
+            picked = self._pick(experience, batch, update)
+            self.position += 1  # before the yield: a checkpoint taken after this step must not repeat it
+            yield Minibatch(experience.select(picked), experience if update == 0 else None)
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed(-1))
+        order: list[int] = torch.randperm(len(self.rows), generator=generator).tolist()
+        return order[rank() :: world_size()]
+
+    def _pick(self, experience: Experience, batch: int, update: int) -> torch.Tensor:
+        sweep, minibatch = divmod(update, self.minibatches)
+        if self.minibatches == 1:
+            return torch.arange(len(experience))
+        generator = torch.Generator().manual_seed(self._seed(batch) + 1 + sweep)
+        order = torch.randperm(len(experience), generator=generator)
+        size = len(experience) // self.minibatches
+        return order[minibatch * size : (minibatch + 1) * size]
+
+    def _seed(self, batch: int) -> int:
+        # Far apart for neighbouring positions, so that no two batches share random numbers.
+        return (self.seed * 1_000_003 + self.epoch * 10_007 + batch + 1) * 100_003 % (2**62)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and the batch in flight: plain containers and tensors only."""
+        between = self.position % self.updates_per_batch != 0
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "experience": _to_plain(self.experience) if between else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self.epoch, self.position = state["epoch"], state["position"]
+        saved = state["experience"]
+        self.experience = None if saved is None else _to_experience(saved)
+
+
+def _to_plain(record: Any) -> Any:
+    if is_dataclass(record):
+        return {f.name: _to_plain(getattr(record, f.name)) for f in fields(record)}
+    return record
+
+
+def _to_experience(plain: dict[str, Any]) -> Experience:
+    return Experience(
+        **{**plain, "responses": Responses(**plain["responses"]), "rewards": RewardTable(**plain["rewards"])}
+    )

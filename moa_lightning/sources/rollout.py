@@ -1,0 +1,255 @@
+"""Rollouts: the policy answers, the panel scores, advantages follow.
+
+Legend: B sequences, P prompt tokens, T response tokens, L = P + T, N trained objectives, G responses to one prompt.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from moa_lightning.distributed import all_sum, rank
+from moa_lightning.functional.gramian import representation_gramian
+from moa_lightning.functional.surrogate import probability_ratio
+from moa_lightning.models.encoding import Encoder
+from moa_lightning.models.policy import Policy, PolicyOutput
+from moa_lightning.signals import Signal, Signals
+from moa_lightning.sources.advantages import GAE, AdvantageEstimator
+from moa_lightning.sources.base import Actors, Source
+from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
+
+
+@dataclass
+class Rollout(Source):
+    """Samples responses from the policy and scores them with the reward panel.
+
+    The reward of a response arrives on its last real token. A response cut off at ``max_new_tokens`` is scored like
+    any other unless one of the two rules below says otherwise.
+
+    Args:
+        max_new_tokens: longest response.
+        num_generations: responses sampled for each prompt.
+        temperature: of sampling; the trained log-probabilities are those of the tempered distribution.
+        top_k: sample among this many most likely tokens; 0 among all.
+        top_p: sample within this probability mass; 1 is all of it.
+        num_iterations: passes over each collected batch.
+        num_mini_batches: optimiser minibatches in one pass; divides the responses of a batch.
+        advantages: how rewards become advantages.
+        missing_eos_penalty: subtracted from every objective of a truncated response; ``None`` subtracts nothing.
+        mask_truncated_completions: leave truncated responses out of the update.
+        max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
+    """
+
+    max_new_tokens: int = 64
+    num_generations: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_iterations: int = 1
+    num_mini_batches: int = 1
+    advantages: AdvantageEstimator = field(default_factory=GAE)
+    missing_eos_penalty: float | None = None
+    mask_truncated_completions: bool = False
+    max_prompt_length: int | None = None
+
+    provides: ClassVar[frozenset[Signal]] = frozenset(
+        {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        for name in ("max_new_tokens", "num_generations", "num_iterations", "num_mini_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"source.{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"source.temperature must be above 0 (rollouts are sampled), got {self.temperature}")
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"source.top_p must be in (0, 1] and top_k >= 0, got {self.top_p} and {self.top_k}")
+        self.advantages.check(self.num_generations)
+
+    @property
+    def needs_values(self) -> bool:
+        """True with critics."""
+        return self.advantages.needs_values
+
+    @property
+    def minibatches(self) -> int:
+        """``num_mini_batches``."""
+        return self.num_mini_batches
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Minibatches times passes."""
+        return self.num_mini_batches * self.num_iterations
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """G."""
+        return self.num_generations
+
+    def encoder(self, policy_tokenizer: object, end_ids: tuple[int, ...], context_length: int | None) -> Encoder:
+        """The encoder for these lengths."""
+        return Encoder(
+            policy_tokenizer,  # type: ignore[arg-type]  # sources other than this one may not need a tokenizer
+            end_ids,
+            context_length,
+            self.max_new_tokens,
+            self.max_prompt_length,
+        )
+
+    def collect(self, batch: PromptBatch, actors: Actors, seed: int) -> Experience:
+        """Sample, score, and estimate advantages."""
+        started = time.perf_counter()
+        responses = self._respond(batch, actors, seed, self.num_generations)
+        generated = time.perf_counter()
+        rewards = actors.panel.score(responses.prompts, responses.completions, responses.columns)
+        rewards = _to_device(rewards, responses.input_ids_BL.device)
+        scored = time.perf_counter()
+
+        output, reference_logprobs_BT = _policy_and_reference(actors, responses, self.temperature)
+        kl_BT = output.logprobs_BT - reference_logprobs_BT
+        valid_BN = rewards.valid_BN
+        mask_BT = responses.mask_BT & valid_BN.any(1, keepdim=True)
+        if self.mask_truncated_completions:
+            mask_BT = mask_BT & ~responses.truncated_B.unsqueeze(1)
+        token_rewards_BTN = self._token_rewards(
+            responses, rewards, kl_BT, actors.kl.reward_coefficient(actors.kl_state)
+        )
+        advantages_BTN, returns_BTN = self.advantages.estimate(
+            token_rewards_BTN, output.values_BTN, mask_BT, valid_BN, self.num_generations
+        )
+        sums = all_sum(
+            torch.stack([kl_BT.sum(), mask_BT.sum(), responses.lengths_B.sum(), torch.tensor(len(kl_BT)).to(kl_BT)])
+        ).tolist()
+        return Experience(
+            responses=responses,
+            rewards=rewards,
+            valid_BN=valid_BN,
+            mask_BT=mask_BT,
+            behaviour_logprobs_BT=output.logprobs_BT,
+            reference_logprobs_BT=reference_logprobs_BT,
+            advantages_BTN=advantages_BTN,
+            returns_BTN=returns_BTN,
+            values_BTN=output.values_BTN,
+            tokens_per_row=sums[1] / sums[3],
+            seconds={
+                "generation": generated - started,
+                "scoring": scored - generated,
+                "forward": time.perf_counter() - scored,
+            },
+            metrics={
+                "kl": sums[0] / sums[3],
+                "kl_coefficient": actors.kl.reward_coefficient(actors.kl_state),
+                "tokens": sums[2],
+                "sequences": sums[3],
+            },
+        )
+
+    def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
+        """One response to each prompt, sampled in the same way."""
+        responses = self._respond(batch, actors, seed, 1)
+        rewards = actors.panel.score(responses.prompts, responses.completions, responses.columns)
+        output, reference_logprobs_BT = _policy_and_reference(actors, responses, self.temperature)
+        kl_B = (output.logprobs_BT - reference_logprobs_BT).sum(1)
+        return Evaluation(responses, _to_device(rewards, kl_B.device), kl_B)
+
+    def signals(self, experience: Experience, output: PolicyOutput, clip_range: float) -> Signals:
+        """Advantages, scores, ratio and, on demand, the Gram matrix at the last hidden state."""
+        mask_BT = experience.mask_BT
+        ratio_BT = probability_ratio(output.logprobs_BT.detach(), experience.behaviour_logprobs_BT)
+
+        def gramian(slopes_BTN: Tensor) -> Tensor:
+            # The graph from the hidden state to the log-probabilities is the head alone, and is kept for the loss.
+            (gradient_BTD,) = torch.autograd.grad(
+                output.logprobs_BT.where(mask_BT, 0.0).sum(), output.hidden_BTD, retain_graph=True
+            )
+            squared_norms_BT = gradient_BTD.float().square().sum(-1)
+            return all_sum(representation_gramian(slopes_BTN, squared_norms_BT))
+
+        return Signals(
+            mask_BT=mask_BT,
+            valid_BN=experience.valid_BN,
+            advantages_BTN=experience.advantages_BTN,
+            scores_BN=experience.rewards.trained_BN.where(experience.valid_BN, 0.0),
+            ratio_BT=ratio_BT,
+            clip_range=clip_range,
+            gramian=gramian,
+        )
+
+    def _token_rewards(
+        self, responses: Responses, rewards: RewardTable, kl_BT: Tensor, kl_coefficient: float
+    ) -> Tensor:
+        value_BN = rewards.trained_BN.where(rewards.valid_BN, 0.0)
+        if self.missing_eos_penalty is not None:
+            value_BN = value_BN - self.missing_eos_penalty * responses.truncated_B.unsqueeze(1)
+        rewards_BTN = (-kl_coefficient * kl_BT).unsqueeze(-1).repeat(1, 1, value_BN.shape[1])
+        last_B = (responses.lengths_B - 1).clamp(min=0)  # the end token, or the last token when cut off; never padding
+        rewards_BTN[torch.arange(len(last_B), device=last_B.device), last_B] += value_BN
+        return rewards_BTN
+
+    def _respond(self, batch: PromptBatch, actors: Actors, seed: int, count: int) -> Responses:
+        if count > 1:
+            batch = PromptBatch(
+                prompts=[p for p in batch.prompts for _ in range(count)],
+                columns={k: [v for v in values for _ in range(count)] for k, values in batch.columns.items()},
+                input_ids_BP=batch.input_ids_BP.repeat_interleave(count, 0),
+                attention_mask_BP=batch.attention_mask_BP.repeat_interleave(count, 0),
+            )
+        config = self._generation_config(actors.policy)
+        with evaluating(actors.policy), random_numbers_from(seed, batch.input_ids_BP.device):
+            sequences_BL = actors.policy.generate(batch.input_ids_BP, batch.attention_mask_BP, config)
+        return actors.encoder.decode(batch, sequences_BL)
+
+    def _generation_config(self, policy: Policy) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=True,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            eos_token_id=policy.end_ids,
+            pad_token_id=policy.tokenizer.pad_token_id,
+            use_cache=True,
+        )
+
+
+@torch.no_grad()
+def _policy_and_reference(actors: Actors, responses: Responses, temperature: float) -> tuple[PolicyOutput, Tensor]:
+    inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, temperature)
+    with evaluating(actors.policy):
+        output: PolicyOutput = actors.policy(*inputs)
+        reference_logprobs_BT = actors.reference.logprobs(actors.policy, *inputs)
+    return output, reference_logprobs_BT
+
+
+@contextmanager
+def evaluating(policy: Policy) -> Iterator[None]:
+    """Within it the policy is in evaluation mode."""
+    training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
+
+
+@contextmanager
+def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it random numbers come from this seed and the process's rank; outside, nothing has changed.
+
+    So what is sampled depends on the position in the run alone: a resumed run draws the same responses, and
+    evaluations do not disturb the training.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed + 7_919 * rank())
+        yield
+
+
+def _to_device(rewards: RewardTable, device: torch.device) -> RewardTable:
+    return RewardTable(rewards.names, rewards.trained, rewards.raw_BN.to(device), rewards.value_BN.to(device))
