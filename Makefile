@@ -32,10 +32,10 @@ test: lint  ## Check style, types and imports, then run all tests.
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
 lint: install  ## Check style, types and the direction of imports.
-	@echo 'ruff';         $(BIN)/ruff check --quiet .
-	@echo 'ruff format';  $(BIN)/ruff format --quiet --check .
-	@echo 'mypy';         $(BIN)/mypy --no-error-summary
-	@echo 'import-linter'; $(BIN)/lint-imports --no-logo >.lint-imports.log 2>&1 || { cat .lint-imports.log; exit 1; }
+	@echo 'ruff'; $(BIN)/ruff check --quiet .
+	@echo 'ruff format'; $(BIN)/ruff format --quiet --check .
+	@echo 'mypy'; $(BIN)/mypy --no-error-summary
+	@echo 'import-linter'; out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 
 format: install  ## Format the code and mend what ruff can mend.
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format .

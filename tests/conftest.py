@@ -1,19 +1,29 @@
 """No network, no log-ins, one thread: set before anything heavy is imported."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
-# An own, empty cache: a test must not pass because of a model that this machine happens to have.
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="moa-hf-")
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["WANDB_MODE"] = "offline"
-os.environ["WANDB_SILENT"] = "true"
-os.environ["MPLBACKEND"] = "Agg"
+# Own, empty caches: a test must not pass because of a model or a log-in that this machine happens to have.
+_caches = tempfile.mkdtemp(prefix="moa-tests-")
+atexit.register(shutil.rmtree, _caches, ignore_errors=True)
+os.environ.update(
+    HF_HOME=f"{_caches}/hf",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    WANDB_CACHE_DIR=f"{_caches}/wandb",
+    WANDB_CONFIG_DIR=f"{_caches}/wandb",
+    WANDB_DATA_DIR=f"{_caches}/wandb",
+    MPLBACKEND="Agg",
+)
 
-import torch  # noqa: E402
+import torch  # noqa: E402 - only now may it read the environment
 
 torch.set_num_threads(1)
