@@ -4,6 +4,8 @@
 #   docker run --rm --gpus all -v "$PWD:/workspace" moa-lightning fit --config /opt/moa-lightning/configs/recipe/pama.yaml
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
+# Ubuntu keeps only the newest build of a package, so its versions cannot be pinned.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -27,7 +29,7 @@ RUN python -m pip install -c constraints.txt '.[quant]'
 
 # Ubuntu's image has a user with id 1000 already.
 RUN useradd --create-home --uid 1001 moa && mkdir /workspace && chown moa:moa /workspace
-USER moa
+USER 1001
 WORKDIR /workspace
 
 ENTRYPOINT ["moa"]
