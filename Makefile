@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Pinned once, in constraints.txt. torch goes first and alone, so that nothing later can choose another build of it.
 TORCH  := $(shell grep '^torch==' constraints.txt)
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench clean
