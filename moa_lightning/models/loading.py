@@ -1,6 +1,8 @@
 """Opening the parts of a policy, with errors that say what to do."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,11 +55,12 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
     if policy.is_adapter:
         from peft import AutoPeftModelForCausalLM
 
-        model = _open(
-            policy,
-            "a PEFT adapter",
-            lambda path: AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **arguments),
-        )
+        with _without_peft_noise():
+            model = _open(
+                policy,
+                "a PEFT adapter",
+                lambda path: AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **arguments),
+            )
     else:
         model = _open(
             policy, "a causal language model", lambda path: AutoModelForCausalLM.from_pretrained(path, **arguments)
@@ -69,7 +72,7 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=policy.gradient_checkpointing)
     elif policy.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if policy.lora is not None and not policy.is_adapter:
         model = _add_adapter(model, policy)
@@ -104,7 +107,16 @@ def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
         task_type="CAUSAL_LM",
         **options,
     )
-    return get_peft_model(model, config)
+    with _without_peft_noise():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _without_peft_noise() -> Iterator[None]:
+    # peft 0.21 asks transformers 5.23 under a name that is deprecated there: nothing that a user could act on.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def _open(policy: PolicyConfig, what: str, opener: Callable[[str], Opened]) -> Opened:
