@@ -1,0 +1,29 @@
+"""Rewards: what responses are scored by, one file per kind, and the panel that scores them together."""
+
+from moa_lightning.rewards.base import Objective, Reward
+from moa_lightning.rewards.classifier import ClassifierOutput, Logit, Probability, TextClassifier
+from moa_lightning.rewards.function import FunctionReward
+from moa_lightning.rewards.panel import RewardPanel
+from moa_lightning.rewards.scored_text import Chat, CompletionOnly, PromptAndCompletion, ScoredText, TextPair
+from moa_lightning.rewards.text import Characters, Length, LengthUnit, Tokens, Words
+
+__all__ = [
+    "Characters",
+    "Chat",
+    "ClassifierOutput",
+    "CompletionOnly",
+    "FunctionReward",
+    "Length",
+    "LengthUnit",
+    "Logit",
+    "Objective",
+    "Probability",
+    "PromptAndCompletion",
+    "Reward",
+    "RewardPanel",
+    "ScoredText",
+    "TextClassifier",
+    "TextPair",
+    "Tokens",
+    "Words",
+]

@@ -1,12 +1,15 @@
-"""Rewards, objectives and the panel that scores responses under all of them.
+"""Rewards and objectives: what the policy is aligned to.
 
-Legend: B responses, N objectives.
+Legend: B responses.
 """
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Reward(ABC):
@@ -14,6 +17,11 @@ class Reward(ABC):
 
     Subclasses are dataclasses that hold configuration; anything heavy (a model) is loaded in :meth:`setup`.
     """
+
+    @property
+    def title(self) -> str:
+        """What messages call this reward."""
+        return type(self).__name__
 
     def check(self, columns: set[str]) -> None:
         """Refuse a configuration that cannot work, before any model is loaded.
@@ -26,8 +34,51 @@ class Reward(ABC):
         """
 
     def setup(self, device: torch.device) -> None:
-        """Load what the reward needs onto the device. Called once per process, before the first score."""
+        """Load what the reward needs onto the device, before the first score.
+
+        May be called again, with the same device or another one.
+        """
 
     @abstractmethod
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """One number per response; None or NaN where this reward has no opinion."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One reward and its place in the panel: the value is ``clip(scale * raw + shift)``.
+
+    The transform changes what is trained on; logs, tables and evaluations show the raw score as well.
+
+    Args:
+        reward: what is scored.
+        weight: of this objective where a combiner has no weights of its own (linear scalarisation); >= 0.
+        scale: factor of the raw score; ``-1`` turns a cost into a reward.
+        shift: added after scaling.
+        clip: lowest and highest value, after scaling and shifting; ``None`` does not clip.
+        eval_only: score and log it, but keep it out of the training.
+    """
+
+    reward: Reward
+    weight: float = 1.0
+    scale: float = 1.0
+    shift: float = 0.0
+    clip: tuple[float, float] | None = None
+    eval_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if not math.isfinite(self.weight) or self.weight < 0:
+            raise ValueError(f"an objective's weight must be a finite number >= 0, got {self.weight}")
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"an objective's scale must be a finite number other than 0, got {self.scale}")
+        if not math.isfinite(self.shift):
+            raise ValueError(f"an objective's shift must be a finite number, got {self.shift}")
+        # Written so that NaN is refused too.
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"an objective's clip must be [low, high] with low < high, got {list(self.clip)}")
+
+    def value(self, raw_B: Tensor) -> Tensor:
+        """``clip(scale * raw + shift)``; NaN stays NaN."""
+        value_B = self.scale * raw_B + self.shift
+        return value_B if self.clip is None else value_B.clamp(*self.clip)

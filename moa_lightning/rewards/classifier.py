@@ -1,0 +1,226 @@
+"""Rewards from sequence classifiers.
+
+Legend: B texts, K labels, L tokens.
+"""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moa_lightning.rewards.base import Reward
+from moa_lightning.rewards.pretrained import open_pretrained
+from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
+
+_LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit say 10**30
+
+
+class ClassifierOutput(ABC):
+    """Which number of a classifier is the score."""
+
+    @abstractmethod
+    def of(self, logits_BK: Tensor, label: int, independent: bool) -> Tensor:
+        """Scores (B,) of one label.
+
+        Args:
+            logits_BK: float32.
+            label: its index in K.
+            independent: each label has a probability of its own (a single label, or a multi-label model).
+        """
+
+
+@dataclass(frozen=True)
+class Logit(ClassifierOutput):
+    """The raw logit: unbounded, does not saturate."""
+
+    def of(self, logits_BK: Tensor, label: int, independent: bool) -> Tensor:
+        """The label's column."""
+        return logits_BK[:, label]
+
+
+@dataclass(frozen=True)
+class Probability(ClassifierOutput):
+    """The probability, in [0, 1]: softmax over the labels; sigmoid for a single label and for multi-label models."""
+
+    def of(self, logits_BK: Tensor, label: int, independent: bool) -> Tensor:
+        """Sigmoid or softmax."""
+        return logits_BK[:, label].sigmoid() if independent else logits_BK.softmax(-1)[:, label]
+
+
+@dataclass
+class TextClassifier(Reward):
+    """Any ``AutoModelForSequenceClassification`` with its own tokenizer: sentiment, toxicity, a reward model.
+
+    The model is frozen, in evaluation mode, computes in its own ``dtype`` whatever the Trainer's precision is, and
+    is no part of the policy: not trained, not sharded, not saved in checkpoints. Each process holds a copy.
+
+    A text without any token (an empty completion for some tokenizers) has no score.
+
+    Args:
+        path: folder or hub id of model and tokenizer.
+        label: the label whose score it is, by name or index; may be left out where there is only one.
+        output: ``Logit``, or ``Probability``.
+        text: what the classifier reads: ``PromptAndCompletion``, ``CompletionOnly``, ``TextPair`` or ``Chat``.
+        batch_size: texts per forward pass; changes speed and memory, not scores.
+        max_length: in tokens; longer texts keep their end. ``None`` is the model's own limit.
+        dtype: of the weights; ``auto`` is the checkpoint's. Scores are float32.
+        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+        revision: branch, tag or commit on the hub.
+    """
+
+    path: str
+    label: int | str | None = None
+    output: ClassifierOutput = field(default_factory=Logit)
+    text: ScoredText = field(default_factory=PromptAndCompletion)
+    batch_size: int = 32
+    max_length: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+    revision: str | None = None
+    _config: Any = field(default=None, init=False, repr=False, compare=False)
+    _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
+    _model: Any = field(default=None, init=False, repr=False, compare=False)
+    _label: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if self.batch_size < 1:
+            raise ValueError(f"TextClassifier.batch_size must be at least 1, got {self.batch_size}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"TextClassifier.max_length must be at least 1 (or null), got {self.max_length}")
+
+    @property
+    def label_name(self) -> str:
+        """The label as the model's config calls it; known after :meth:`check` or :meth:`setup`."""
+        return self._labels()[self._label]
+
+    def check(self, columns: set[str]) -> None:
+        """Read config and tokenizer, no weights, and compare the label and lengths with them.
+
+        Raises:
+            ValueError: the folder does not exist or does not open, or the model has no such label, or reads less than
+                ``max_length`` tokens.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        if self._tokenizer is not None:
+            return
+        self._config = open_pretrained(AutoConfig, self.path, "model config", **self._arguments())
+        self._label = self._find_label(self._labels())
+        tokenizer = open_pretrained(AutoTokenizer, self.path, "tokenizer", **self._arguments())
+        self._set_padding(tokenizer)
+        self.text.check(tokenizer)
+        limit = self._limit(tokenizer)
+        if self.max_length is not None and limit is not None and self.max_length > limit:
+            raise ValueError(
+                f"max_length {self.max_length} exceeds the {limit} tokens that '{self.path}' reads; lower it or "
+                "leave it out"
+            )
+        special = tokenizer.num_special_tokens_to_add(pair=False)
+        if self.max_length is not None and self.max_length <= special:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no room for text: its tokenizer adds {special} tokens of its own"
+            )
+        tokenizer.truncation_side = "left"  # the completion is at the end, and it is what is judged
+        self._tokenizer = tokenizer
+
+    def setup(self, device: torch.device) -> None:
+        """Load the weights, the first time, and move them to the device."""
+        from transformers import AutoModelForSequenceClassification
+
+        self.check(set())
+        if self._model is None:
+            model, report = open_pretrained(
+                AutoModelForSequenceClassification,
+                self.path,
+                "sequence classifier",
+                dtype=self.dtype,
+                output_loading_info=True,
+                **self._arguments(),
+            )
+            missing = sorted(report["missing_keys"])
+            if missing:  # transformers would fill them with random numbers
+                raise ValueError(
+                    f"'{self.path}' is not a trained sequence classifier: it has no weights for "
+                    f"{', '.join(missing[:3])}"
+                )
+            # Decoder classifiers find the last real token by the padding token's id.
+            model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
+            self._model = model.eval().requires_grad_(False)
+        self._model.to(device)
+
+    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        """Scores in the order of the completions."""
+        if self._model is None:
+            self.setup(torch.device("cpu"))
+        scores: list[float | None] = [None] * len(completions)
+        if not completions:
+            return scores
+        limit = self.max_length or self._limit(self._tokenizer)
+        encoded = self.text.encode(
+            self._tokenizer, prompts, completions, truncation=limit is not None, max_length=limit, padding=False
+        )
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        # Texts of similar length together: less padding. The longest first: too little memory shows at once.
+        order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            inputs = {name: [values[i] for i in rows] for name, values in encoded.items()}
+            for i, score in zip(rows, self._score_batch(inputs), strict=True):
+                scores[i] = score
+        return scores
+
+    @torch.inference_mode()
+    def _score_batch(self, inputs: dict[str, list[list[int]]]) -> list[float]:
+        device = self._model.device
+        inputs_BL = self._tokenizer.pad(inputs, padding=True, return_tensors="pt").to(device)
+        # Rollouts run under the Trainer's precision; the reward must not depend on it.
+        with torch.autocast(device.type, enabled=False):
+            logits_BK = self._model(**inputs_BL).logits.float()
+        independent = logits_BK.shape[1] == 1 or self._config.problem_type == "multi_label_classification"
+        scores: list[float] = self.output.of(logits_BK, self._label, independent).tolist()
+        return scores
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+
+    def _labels(self) -> list[str]:
+        return [str(self._config.id2label[i]) for i in sorted(self._config.id2label)]
+
+    def _find_label(self, labels: Sequence[str]) -> int:
+        known = ", ".join(f"{i}: {name}" for i, name in enumerate(labels))
+        if self.label is None:
+            if len(labels) == 1:
+                return 0
+            raise ValueError(f"'{self.path}' has several labels; set label to one of them ({known})")
+        if self.label in labels:
+            return labels.index(str(self.label))
+        # The command line cannot tell the index 1 from the text "1".
+        if str(self.label).isdecimal() and int(self.label) < len(labels):
+            return int(self.label)
+        near = difflib.get_close_matches(str(self.label).lower(), [name.lower() for name in labels], n=1)
+        hint = next((f"; did you mean '{name}'?" for name in labels if [name.lower()] == near), "")
+        raise ValueError(f"'{self.path}' has no label '{self.label}'; its labels are {known}{hint}")
+
+    def _set_padding(self, tokenizer: Any) -> None:
+        # On the right, whatever the tokenizer's habit: with absolute positions a text must start at position 0.
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token_id is not None:
+            return
+        of_model = getattr(self._config.get_text_config(), "pad_token_id", None)
+        if of_model is not None and 0 <= of_model < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(of_model)
+        elif tokenizer.eos_token_id is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            raise ValueError(f"the tokenizer of '{self.path}' has neither a pad_token nor an eos_token; set one there")
+
+    def _limit(self, tokenizer: Any) -> int | None:
+        """Tokens that the model reads at once; ``None`` without a limit."""
+        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
+        limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _LARGEST_REAL_LENGTH]
+        return int(min(limits)) if limits else None

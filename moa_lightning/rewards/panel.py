@@ -1,0 +1,185 @@
+"""The panel: all objectives, scored together.
+
+Legend: B responses, N objectives (of ``weights_N``: trained objectives).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from moa_lightning.rewards.base import Objective, Reward
+from moa_lightning.types import Columns, RewardTable
+
+# Names become parts of metric keys (rewards/NAME/mean) and of command-line flags (objectives.NAME.weight=2).
+_BAD_IN_NAMES = re.compile(r"[\s./=]")
+_TAKEN_COLUMNS = ("prompts", "completions", "self")
+
+
+class RewardPanel:
+    """Named objectives that score the same responses.
+
+    A response that an objective cannot score (None, NaN, or an infinite number) is NaN in the table for that
+    objective and nothing else: it counts for all the others.
+
+    Args:
+        objectives: by name, in the order that every table keeps.
+
+    Raises:
+        ValueError: no objectives, none that is trained, or a name that cannot be part of a metric's key.
+    """
+
+    def __init__(self, objectives: Mapping[str, Objective]) -> None:
+        for name in objectives:
+            if not name or _BAD_IN_NAMES.search(name):
+                raise ValueError(
+                    f"'{name}' cannot name an objective: names become metric keys; write one word without spaces, "
+                    "'/', '.' and '='"
+                )
+        if not objectives:
+            raise ValueError("there are no objectives; name at least one under 'objectives', each with a reward")
+        if all(objective.eval_only for objective in objectives.values()):
+            raise ValueError(
+                f"every objective is eval_only ({', '.join(objectives)}); at least one must be trained: remove its "
+                "eval_only"
+            )
+        self.objectives = dict(objectives)
+        self._warned: set[str] = set()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All objectives, in order."""
+        return tuple(self.objectives)
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """For each objective, whether it reaches the combiner; False for eval-only ones."""
+        return tuple(not objective.eval_only for objective in self.objectives.values())
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """The objectives that reach the combiner, in order."""
+        return tuple(name for name, objective in self.objectives.items() if not objective.eval_only)
+
+    @property
+    def weights_N(self) -> Tensor:
+        """Weights of the trained objectives as the user gave them, float32, not normalised."""
+        return torch.tensor([self.objectives[name].weight for name in self.trained_names], dtype=torch.float32)
+
+    def check(self, columns: set[str]) -> None:
+        """Refuse objectives that cannot work on data with these columns, before any model is loaded.
+
+        Args:
+            columns: names of the data's columns beside the prompt.
+
+        Raises:
+            ValueError: one line, with the objective's name.
+        """
+        for column in _TAKEN_COLUMNS:
+            if column in columns:
+                raise ValueError(
+                    f"the data has a column '{column}', but rewards get an argument of that name already; "
+                    "rename the column"
+                )
+        for name, objective in self.objectives.items():
+            try:
+                objective.reward.check(columns)
+            except ValueError as error:
+                raise ValueError(f"objective '{name}': {error}") from error
+
+    def setup(self, device: torch.device) -> None:
+        """Load the rewards' models onto the device. May be called again."""
+        for name, objective in self.objectives.items():
+            try:
+                objective.reward.setup(device)
+            except ValueError as error:
+                raise ValueError(f"objective '{name}': {error}") from error
+
+    def score(self, prompts: list[str], completions: list[str], columns: Columns) -> RewardTable:
+        """Score B responses under every objective, eval-only ones included.
+
+        Args:
+            prompts: one per response.
+            completions: one per response.
+            columns: the data's other columns, one entry per response; each reward gets all of them by keyword.
+
+        Returns:
+            The table, on the CPU. Numbers too large for float32 count as infinite, so as missing.
+
+        Raises:
+            ValueError: a reward returned the wrong number of scores, or something that is not a number.
+
+        Warns once for each objective, on the main process, when it leaves responses out.
+        """
+        assert len(prompts) == len(completions), "one prompt per completion"
+        assert all(len(values) == len(prompts) for values in columns.values()), "one entry per response"
+        # Without a dtype these would follow the default dtype, which bf16-true sets to bfloat16.
+        raw_BN = torch.empty(len(prompts), len(self.objectives), dtype=torch.float32)
+        value_BN = torch.empty_like(raw_BN)
+        for i, (name, objective) in enumerate(self.objectives.items()):
+            raw_B = torch.tensor(_scores(name, objective.reward, prompts, completions, columns), dtype=torch.float64)
+            raw_BN[:, i] = _finite_or_nan(raw_B)
+            value_BN[:, i] = _finite_or_nan(objective.value(raw_BN[:, i]))
+            self._warn_once(name, raw_B, value_BN[:, i])
+        return RewardTable(self.names, self.trained, raw_BN, value_BN)
+
+    def _warn_once(self, name: str, raw_B: Tensor, value_B: Tensor) -> None:
+        missing = int(value_B.isnan().sum())
+        if missing == 0 or name in self._warned:
+            return
+        self._warned.add(name)
+        infinite = missing - int(raw_B.isnan().sum())
+        detail = f" ({infinite} of them infinite)" if infinite else ""
+        rank_zero_warn(
+            f"objective '{name}' did not score {missing} of {len(value_B)} responses{detail}; they are left out of "
+            "this objective only. Shown once: the metrics count them from here on"
+        )
+
+
+def _scores(name: str, reward: Reward, prompts: list[str], completions: list[str], columns: Columns) -> list[float]:
+    """The reward's answer as floats, NaN for None."""
+    try:
+        # Copies: a reward that sorts its arguments in place must not disturb the next one.
+        answer: Any = reward.score(list(prompts), list(completions), **{k: list(v) for k, v in columns.items()})
+    except Exception as error:
+        error.add_note(f"raised by {reward.title} while scoring objective '{name}'")
+        raise
+    try:
+        scores = list(answer)
+    except TypeError:
+        raise ValueError(
+            f"objective '{name}': {reward.title} returned {type(answer).__name__} instead of a list of {len(prompts)} "
+            "numbers, one per completion"
+        ) from None
+    if len(scores) != len(completions):
+        raise ValueError(
+            f"objective '{name}': {reward.title} returned {len(scores)} scores for {len(completions)} completions; "
+            "return one per completion, None where it has no opinion"
+        )
+    return [_number(name, reward, row, score) for row, score in enumerate(scores)]
+
+
+def _number(name: str, reward: Reward, row: int, score: Any) -> float:
+    if score is None:
+        return math.nan
+    try:
+        if isinstance(score, str | bytes):  # float() would read "1.5", and "nan" would pass unseen
+            raise TypeError
+        return float(score)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"objective '{name}': {reward.title} returned {str(score)[:40]!r} ({type(score).__name__}) for completion "
+            f"{row}; return a number, or None where it has no opinion"
+        ) from None
+
+
+def _finite_or_nan(values_B: Tensor) -> Tensor:
+    """The values as float32 holds them, NaN where they are infinite."""
+    values_B = values_B.float()
+    return values_B.where(values_B.isfinite(), math.nan)

@@ -1,0 +1,29 @@
+"""Opening Hugging Face folders and hub ids, with errors that say what to do."""
+
+from pathlib import Path
+from typing import Any
+
+
+def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> Any:
+    """``auto_class.from_pretrained(path, **arguments)``, with a one-line error.
+
+    Args:
+        auto_class: one of transformers' ``Auto…`` classes.
+        path: folder or hub id.
+        what: the part that is opened, for the message.
+        arguments: for ``from_pretrained``.
+
+    Raises:
+        ValueError: the folder does not exist, or what is there does not open.
+    """
+    folder = Path(path).expanduser()
+    # A hub id is "name" or "owner/name"; anything else can only be a folder.
+    if not path or (not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1)):
+        raise ValueError(f"folder '{path}' does not exist; give a folder in Hugging Face format, or a hub id")
+    try:
+        return auto_class.from_pretrained(str(folder) if folder.is_dir() else path, **arguments)
+    except Exception as error:
+        # Whatever a broken file makes transformers raise, its first line says more than its type.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        where = "the folder" if folder.is_dir() else "there is no folder of that name, and as a hub id it"
+        raise ValueError(f"'{path}' does not open as a {what}: {where} gave: {reason}") from error

@@ -1,0 +1,115 @@
+"""Rewards that read nothing but the text."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moa_lightning.rewards.base import Reward
+from moa_lightning.rewards.pretrained import open_pretrained
+
+
+class LengthUnit(ABC):
+    """What the length of a text is counted in."""
+
+    def check(self) -> None:
+        """Refuse a configuration that cannot work."""
+
+    @abstractmethod
+    def count(self, texts: list[str]) -> list[int]:
+        """The length of each text."""
+
+
+@dataclass(frozen=True)
+class Words(LengthUnit):
+    """Words: what stands between white space."""
+
+    def count(self, texts: list[str]) -> list[int]:
+        """Number of words."""
+        return [len(text.split()) for text in texts]
+
+
+@dataclass(frozen=True)
+class Characters(LengthUnit):
+    """Unicode characters, white space included."""
+
+    def count(self, texts: list[str]) -> list[int]:
+        """Number of characters."""
+        return [len(text) for text in texts]
+
+
+@dataclass
+class Tokens(LengthUnit):
+    """Tokens of a tokenizer, special tokens not counted.
+
+    Args:
+        path: folder or hub id of the tokenizer; for the policy's own tokens, the policy's path.
+        trust_remote_code: run code that comes with the tokenizer. Off unless asked for.
+    """
+
+    path: str
+    trust_remote_code: bool = False
+    _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
+
+    def check(self) -> None:
+        """Open the tokenizer."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = open_pretrained(
+                AutoTokenizer, self.path, "tokenizer", trust_remote_code=self.trust_remote_code
+            )
+
+    def count(self, texts: list[str]) -> list[int]:
+        """Number of tokens."""
+        self.check()
+        if not texts:  # tokenizers refuse an empty batch
+            return []
+        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+@dataclass
+class Length(Reward):
+    """Length of the completion: ``clip(l / divisor, low, high)``.
+
+    ``Length()`` is the form of PAMA's IMDb experiment, ``clip(l/140, 70/140, 210/140)``: half a point at 70 and
+    below, 1.5 at 210 and above. Its form for HH-RLHF, ``clip(l/140, 0, 4096/140)``, is
+    ``Length(low=0, high=29.257)``.
+
+    Source: He & Maghsudi, ECML-PKDD 2025, arXiv 2508.07768. The paper leaves the unit of ``l`` open; it is words here
+    unless ``unit`` says otherwise.
+
+    Args:
+        divisor: length that scores 1, in the unit.
+        low: lowest score, after the division; ``null`` for none.
+        high: highest score, after the division; ``null`` for none.
+        unit: ``Words``, ``Characters``, or ``Tokens`` with the ``path`` of a tokenizer.
+    """
+
+    divisor: float = 140.0
+    low: float | None = 0.5
+    high: float | None = 1.5
+    unit: LengthUnit = field(default_factory=Words)
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if not (math.isfinite(self.divisor) and self.divisor > 0):
+            raise ValueError(f"Length.divisor must be a finite number above 0, got {self.divisor}")
+        self._low = -math.inf if self.low is None else self.low
+        self._high = math.inf if self.high is None else self.high
+        if not self._low < self._high:
+            raise ValueError(f"Length.low must be below Length.high, got {self.low} and {self.high}")
+
+    def check(self, columns: set[str]) -> None:
+        """Open the unit's tokenizer, if it has one."""
+        self.unit.check()
+
+    def setup(self, device: torch.device) -> None:
+        """The same, for those who did not check."""
+        self.unit.check()
+
+    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        """Scores; every completion has one, the empty one too."""
+        return [min(max(length / self.divisor, self._low), self._high) for length in self.unit.count(completions)]
