@@ -87,7 +87,7 @@ class AlignmentModule(LightningModule):
         self.encoder: Encoder
         self.tokenizer: PreTrainedTokenizerBase
         self._means = nn.ModuleDict({f"mean_of_{n}": MeanMetric(nan_strategy="ignore") for n in self.panel.names})
-        self.strict_loading = True
+        self._panel_device: torch.device | None = None
 
     @property
     def objective_names(self) -> tuple[str, ...]:
@@ -122,7 +122,6 @@ class AlignmentModule(LightningModule):
         self.policy.check_logits()
         self.reference.setup(self.policy)
         self.encoder = self.source.encoder(self.tokenizer, tuple(self.policy.end_ids), self.encoder.context_length)
-        self.panel.setup(self.device)
 
     def _check_needs(self) -> None:
         lacking = sorted(self.combiner.needs - self.source.provides)
@@ -153,8 +152,7 @@ class AlignmentModule(LightningModule):
 
     def collect(self, rows: Sequence[Row], seed: int) -> Experience:
         """Experience from the policy as it is now; the combiner and the KL control observe it."""
-        batch = self.encoder.encode(rows)
-        batch = self.transfer_batch_to_device(batch, self.device, 0)
+        batch = self.encoder.encode(rows).to(self.device)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             experience = self.source.collect(batch, self._actors(), seed)
         self.combiner_state = self.combiner.observe(experience, self.combiner_state)
@@ -164,15 +162,10 @@ class AlignmentModule(LightningModule):
         return experience
 
     def _actors(self) -> Actors:
+        if self._panel_device != self.device:  # only now is it known where the strategy put the module
+            self.panel.setup(self.device)
+            self._panel_device = self.device
         return Actors(self.policy, self.reference, self.panel, self.encoder, self.kl, self.kl_state)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move prompts; experience is collected where it is used."""
-        if isinstance(batch, PromptBatch):
-            return PromptBatch(
-                batch.prompts, batch.columns, batch.input_ids_BP.to(device), batch.attention_mask_BP.to(device)
-            )
-        return batch
 
     # Training.
 
@@ -299,5 +292,7 @@ class AlignmentModule(LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def _trained_keys(self) -> set[str]:
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        return set(self.state_dict()) - frozen
+        named = self.named_parameters(remove_duplicate=False)  # a tied weight goes by two names
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        below = tuple(f"{name}." for name in frozen)  # quantised weights keep their scales there
+        return {key for key in self.state_dict() if key not in frozen and not key.startswith(below)}

@@ -25,6 +25,12 @@ class PromptBatch:
     input_ids_BP: Tensor  # int64, left-padded
     attention_mask_BP: Tensor  # int64, 0 on padding
 
+    def to(self, device: torch.device) -> "PromptBatch":
+        """The same batch on a device; Lightning calls it."""
+        return replace(
+            self, input_ids_BP=self.input_ids_BP.to(device), attention_mask_BP=self.attention_mask_BP.to(device)
+        )
+
 
 @dataclass
 class Responses:
@@ -132,6 +138,10 @@ class Minibatch:
 
     experience: Experience
     collected: Experience | None  # the whole collected batch, on the first of its minibatches; None on the others
+
+    def to(self, device: torch.device) -> "Minibatch":
+        """Itself: experience is collected where it is used. Lightning calls it."""
+        return self
 
 
 @dataclass

@@ -59,7 +59,7 @@ def test_clipped_advantages_do_not_count():
     # I(A) is (0, 0), (-1, 0), (-2, -1), then (2, 1), (0, 3), (0, 0).
     assert slope(PAMA(noon=False), ADVANTAGES, 1.3) == [[0.0, 0.0, -1.0]]
     assert slope(PAMA(noon=False), ADVANTAGES, 0.7) == [[1.0, 0.0, 0.0]]
-    # With shared weights the clipped tokens leave the mean: without them the second objective's mean is the smaller.
+    # With shared weights the clipped tokens leave the mean: then it is the second objective's that is the smaller.
     advantages_BTN = torch.tensor([[[1.0, 4.0], [1.0, 0.5]]])
     given = Signals(
         mask_BT=torch.ones(1, 2, dtype=torch.bool),

@@ -149,7 +149,6 @@ def test_value_heads_are_saved_and_restored_by_name(gpt2, tmp_path):
     assert not ValueHeads(32, ["a"]).restore(gpt2)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_an_adapter_is_saved_alone_and_opens_with_peft(architecture, tmp_path):
     from peft import AutoPeftModelForCausalLM
