@@ -6,7 +6,7 @@ Legend: B sequences, T tokens, N trained objectives.
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -87,6 +87,7 @@ class AlignmentModule(LightningModule):
         self.encoder: Encoder
         self.tokenizer: PreTrainedTokenizerBase
         self._means = nn.ModuleDict({f"mean_of_{n}": MeanMetric(nan_strategy="ignore") for n in self.panel.names})
+        self.evaluated_at: int | None = None  # the step of the last whole evaluation
         self._panel_device: torch.device | None = None
 
     @property
@@ -104,7 +105,7 @@ class AlignmentModule(LightningModule):
         config = load_config(self.policy_config)
         self.tokenizer = load_tokenizer(self.policy_config)
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = self.source.encoder(self.tokenizer, (int(self.tokenizer.eos_token_id),), context)  # type: ignore[arg-type]
+        self.encoder = self.source.encoder(self.tokenizer, (int(self.tokenizer.eos_token_id),), context)
         if data is not None:
             for name, rows in data.rows_to_check(stage).items():
                 self.encoder.check(rows, name)
@@ -206,8 +207,8 @@ class AlignmentModule(LightningModule):
         self.trainer.save_checkpoint(path)
         source = f"objective {' and '.join(blamed)}" if blamed else "no single objective"
         raise NonFiniteLossError(
-            f"the loss is not finite at step {self.global_step}: {source} ({', '.join(bad_terms) or 'total'}). The state "
-            f"before this update is in {path}; lower the learning rate, or clip that objective's reward"
+            f"the loss is not finite at step {self.global_step}: {source} ({', '.join(bad_terms) or 'total'}). The "
+            f"state before this update is in {path}; lower the learning rate, or clip that objective's reward"
         )
 
     def configure_optimizers(self) -> Any:
@@ -227,11 +228,16 @@ class AlignmentModule(LightningModule):
 
     # Evaluation.
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
+    # Lightning hands whatever these return to the callbacks; its annotation names tensors and mappings only.
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
         """Respond and score; the objectives' means are logged as ``val/rewards/<name>/mean``."""
         return self._evaluate(batch, batch_idx, "val")
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
+    def on_validation_epoch_end(self) -> None:
+        """Remember which step was evaluated last."""
+        self.evaluated_at = self.trainer.global_step
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
         """Respond and score; the objectives' means are logged as ``test/rewards/<name>/mean``."""
         return self._evaluate(batch, batch_idx, "test")
 
@@ -242,9 +248,9 @@ class AlignmentModule(LightningModule):
     def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str) -> Evaluation:
         evaluation = self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx))
         for i, name in enumerate(self.panel.names):
-            metric = self._means[f"mean_of_{name}"]
+            metric = cast(MeanMetric, self._means[f"mean_of_{name}"])
             metric.update(evaluation.rewards.raw_BN[:, i].double())
-            self.log(f"{prefix}/rewards/{name}/mean", metric, on_step=False, on_epoch=True, batch_size=1)  # type: ignore[arg-type]
+            self.log(f"{prefix}/rewards/{name}/mean", metric, on_step=False, on_epoch=True, batch_size=1)
         return evaluation
 
     def _evaluation_seed(self, batch_idx: int) -> int:
@@ -275,8 +281,8 @@ class AlignmentModule(LightningModule):
             )
         if saved["combiner"] != type(self.combiner).__name__:
             raise ValueError(
-                f"the checkpoint was trained with {saved['combiner']}, this run uses {type(self.combiner).__name__}; use "
-                "the run's own config.yaml, or start from its exported policy"
+                f"the checkpoint was trained with {saved['combiner']}, this run uses {type(self.combiner).__name__}; "
+                "use the run's own config.yaml, or start from its exported policy"
             )
         self.combiner_state, self.kl_state = saved["combiner_state"], saved["kl_state"]
 

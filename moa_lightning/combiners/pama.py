@@ -16,7 +16,6 @@ from moa_lightning.functional.pama import pama
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import State
 
-
 Granularity = Literal["token", "sequence", "batch"]
 """What shares one set of weights in PAMA."""
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
 
@@ -19,6 +19,14 @@ class Stage(StrEnum):
 
 Row = dict[str, Any]
 """One row: ``prompt`` (text, or a list of chat messages) and any other columns."""
+
+
+class _Module(Protocol):
+    """What the data asks of the module that trains."""
+
+    def experience_loader(self, rows: Sequence[Row], batch_size: int, seed: int) -> Iterable[Any]: ...
+
+    def prompt_loader(self, rows: Sequence[Row], batch_size: int) -> Iterable[Any]: ...
 
 
 class PromptData(LightningDataModule, ABC):
@@ -55,8 +63,7 @@ class PromptData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Iterable[Any]:
         """Collected experience, minibatch by minibatch."""
-        assert self.trainer is not None
-        return self.trainer.lightning_module.experience_loader(self.rows(Stage.TRAIN), self.batch_size, self.seed)
+        return self._module().experience_loader(self.rows(Stage.TRAIN), self.batch_size, self.seed)
 
     def val_dataloader(self) -> Iterable[Any]:
         """Prompts in order."""
@@ -71,5 +78,8 @@ class PromptData(LightningDataModule, ABC):
         return self._prompts(Stage.PREDICT)
 
     def _prompts(self, stage: Stage) -> Iterable[Any]:
+        return self._module().prompt_loader(self.rows(stage), self.val_batch_size)
+
+    def _module(self) -> _Module:
         assert self.trainer is not None
-        return self.trainer.lightning_module.prompt_loader(self.rows(stage), self.val_batch_size)
+        return cast(_Module, self.trainer.lightning_module)

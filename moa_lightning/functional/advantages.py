@@ -73,7 +73,8 @@ def group_relative(rewards_BN: Tensor, valid_BN: Tensor, group_size: int, scale:
     if scale:
         variance_P1N = centred_PGN.square().sum(1, keepdim=True) / (count_P1N - 1).clamp(min=1)
         centred_PGN = centred_PGN / (variance_P1N.sqrt() + 1e-4)
-    return centred_PGN.flatten(0, 1)
+    advantages_BN: Tensor = centred_PGN.flatten(0, 1)
+    return advantages_BN
 
 
 def masked_moments(values: Tensor, mask: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,8 +75,8 @@ class Encoder:
                 raise ValueError(f"{what} row {number}: the prompt has no tokens; remove the row")
             if self.context_length is not None and length + self.max_new_tokens > self.context_length:
                 raise ValueError(
-                    f"{what} row {number}: the prompt has {length} tokens; with max_new_tokens {self.max_new_tokens} it "
-                    f"exceeds the policy's context of {self.context_length}. Lower max_new_tokens, remove the row, or "
+                    f"{what} row {number}: the prompt has {length} tokens; with max_new_tokens {self.max_new_tokens} "
+                    f"it exceeds the policy's context of {self.context_length}. Lower it, remove the row, or "
                     "set source.max_prompt_length to keep the end of long prompts"
                 )
 
@@ -84,7 +84,7 @@ class Encoder:
         """A batch of rows, left-padded. It is the collate function of the prompt loaders."""
         ids = [self.tokens(row["prompt"]) for row in rows]
         width = max(len(i) for i in ids)
-        pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        pad = int(self.tokenizer.pad_token_id)
         return PromptBatch(
             prompts=[self.render(row["prompt"]) for row in rows],
             columns={name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},

@@ -24,7 +24,10 @@ Opened = TypeVar("Opened")
 
 def load_config(policy: PolicyConfig) -> PretrainedConfig:
     """The model's config alone: cheap, so that mistakes show before any weights are read."""
-    return _open(policy, "a model config", lambda path: AutoConfig.from_pretrained(path, **policy.hub_arguments()))
+    config: PretrainedConfig = _open(
+        policy, "a model config", lambda path: AutoConfig.from_pretrained(path, **policy.hub_arguments())
+    )
+    return config
 
 
 def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:

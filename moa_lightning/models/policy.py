@@ -51,7 +51,8 @@ class Policy(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The model inside an adapter, or the backbone itself."""
-        return self.backbone.get_base_model() if self.has_adapter else self.backbone
+        model: PreTrainedModel = self.backbone.get_base_model() if self.has_adapter else self.backbone
+        return model
 
     @property
     def has_adapter(self) -> bool:
@@ -152,7 +153,7 @@ class Policy(nn.Module):
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a response: the tokenizer's, and those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    several: Sequence[int] = configured if isinstance(configured, list) else [configured]
+    several: Sequence[int | None] = configured if isinstance(configured, list) else [configured]
     vocabulary = model.config.get_text_config().vocab_size
     ids = [tokenizer.eos_token_id, *several]
     return list(dict.fromkeys(int(i) for i in ids if i is not None and 0 <= int(i) < vocabulary))

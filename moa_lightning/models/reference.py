@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from moa_lightning.models.policy import Policy
+from moa_lightning.models.policy import Policy, PolicyOutput
 
 
 class Reference(ABC):
@@ -49,7 +49,8 @@ class AdapterOff(Reference):
     ) -> Tensor:
         """Log-probabilities under the base model."""
         with policy.adapter_off():
-            return policy(input_ids_BL, attention_mask_BL, mask_BT, temperature, with_values=False).logprobs_BT
+            output: PolicyOutput = policy(input_ids_BL, attention_mask_BL, mask_BT, temperature, with_values=False)
+        return output.logprobs_BT
 
 
 class FrozenCopy(Reference):
@@ -71,4 +72,5 @@ class FrozenCopy(Reference):
         """Log-probabilities under the copy, which follows the policy to its device."""
         assert self._copy is not None, "setup was not called"
         self._copy.to(input_ids_BL.device)
-        return self._copy(input_ids_BL, attention_mask_BL, mask_BT, temperature).logprobs_BT  # type: ignore[no-any-return]
+        output: PolicyOutput = self._copy(input_ids_BL, attention_mask_BL, mask_BT, temperature)
+        return output.logprobs_BT

@@ -27,7 +27,7 @@ class PromptLoader:
 
     def __len__(self) -> int:
         """Batches of this process."""
-        return -(-len(self.rows) // self.batch_size)
+        return (len(self.rows) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[PromptBatch]:
         """The batches; the last one may be smaller."""

@@ -57,9 +57,7 @@ class Rollout(Source):
     mask_truncated_completions: bool = False
     max_prompt_length: int | None = None
 
-    provides: ClassVar[frozenset[Signal]] = frozenset(
-        {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN}
-    )
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN})
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""

@@ -1,0 +1,73 @@
+"""The command line: LightningCLI for what trains, plain functions for the stages around it.
+
+Imports of torch and its friends wait until a command is known: ``moa --help`` answers at once.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+COMMANDS = {
+    "fit": "align a policy",
+    "validate": "score a policy's responses to the validation prompts",
+    "test": "score a policy's responses to the test prompts",
+    "predict": "write responses with their scores as JSONL",
+    "sft": "build or fine-tune a policy on text (the supervised stage)",
+    "reward": "train a reward model on chosen/rejected pairs",
+    "export": "write a run's policy as a plain Hugging Face folder",
+    "demo": "the embedded task: warm start, PAMA, before/after table",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``moa``. A mistake of the user ends with one line and exit code 2."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if not args or args[0] in {"-h", "--help"}:
+        print(_overview())
+        return
+    if args[0] == "--version":
+        from moa_lightning import __version__
+
+        print(f"moa {__version__}")
+        return
+    command = next((a for a in args if not a.startswith("-")), "")
+    if command not in COMMANDS or args[0] != command:
+        _fail(f"the first argument must be a command, one of {', '.join(COMMANDS)}; got '{args[0]}'")
+    try:
+        _run(command, args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if os.environ.get("MOA_DEBUG") or not _is_ours(error):
+            raise
+        _fail(str(error))
+
+
+def _run(command: str, args: list[str]) -> None:
+    from moa_lightning import commands
+
+    commands.run(command, args)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """True when our own code raised the error: then its message speaks to the user, and a traceback would hide it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    origin = Path(frames[-1].filename).resolve() if frames else Path()
+    return origin.is_relative_to(PACKAGE) or origin.is_relative_to((PACKAGE / "callbacks").resolve())
+
+
+def _fail(message: str) -> None:
+    print(f"moa: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _overview() -> str:
+    lines = ["usage: moa COMMAND [options]", "", "Multi-objective alignment of language models.", ""]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", "'moa COMMAND --help' lists a command's options."])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The commands behind ``moa``."""
+
+from collections.abc import Callable
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run one command; ``args`` starts with its name."""
+    if command in {"fit", "validate", "test", "predict"}:
+        from moa_lightning.commands.lightning import AlignmentCLI
+
+        AlignmentCLI.run_command(args)
+    elif command == "demo":
+        from moa_lightning.commands.demo import demo
+
+        demo(args[1:])
+    elif command == "sft":
+        from moa_lightning.stages.supervised import supervised
+
+        _call(supervised, args)
+    elif command == "reward":
+        from moa_lightning.stages.reward_model import reward_model
+
+        _call(reward_model, args)
+    else:
+        from moa_lightning.commands.export import export
+
+        _call(export, args)
+
+
+def _call(function: Callable[..., None], args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    auto_cli(function, args=args[1:], as_positional=False)

@@ -1,0 +1,159 @@
+"""LightningCLI for ``moa fit | validate | test | predict``."""
+
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from moa_lightning import callbacks, combiners, data, losses, models, rewards, sources  # noqa: F401  (short names)
+from moa_lightning.callbacks import (
+    ObjectiveMetrics,
+    ObjectiveProgressBar,
+    ParetoFront,
+    RunFiles,
+    SampleTable,
+    Throughput,
+)
+from moa_lightning.commands.errors import UsageError, explain, refuse_repeated_keys
+from moa_lightning.data.base import PromptData
+from moa_lightning.module import AlignmentModule
+
+WandbMode = Literal["online", "offline", "off"]
+
+
+_NAMEABLE = (
+    combiners.Combiner,
+    sources.Source,
+    sources.AdvantageEstimator,
+    losses.PolicyLoss,
+    losses.KLPenalty,
+    models.Reference,
+    rewards.Reward,
+    rewards.Objective,
+    PromptData,
+    torch.optim.Optimizer,
+)
+
+
+class AlignmentParser(LightningArgumentParser):
+    """The parser of one command; its errors are one line with what to write instead."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and stop with exit code 2."""
+        flags = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+        raise UsageError(explain(message, _NAMEABLE, flags))
+
+
+class AlignmentCLI(LightningCLI):
+    """The commands that need a policy."""
+
+    @classmethod
+    def run_command(cls, args: list[str]) -> "AlignmentCLI":
+        """Parse and run; ``args`` starts with the command."""
+        refuse_repeated_keys(args)
+        return cls(
+            AlignmentModule,
+            PromptData,
+            args=args,
+            subclass_mode_data=True,
+            parser_class=AlignmentParser,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"overwrite": True},  # the run folder is a new one, or that of the resumed run
+            seed_everything_default=0,
+            trainer_defaults={
+                "num_sanity_val_steps": -1,  # the evaluation of the policy as it was
+                "check_val_every_n_epoch": None,
+                "log_every_n_steps": 1,
+                "default_root_dir": "runs/run",
+                "enable_model_summary": False,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Tracking, and the defaults of the module's parts as classes, so that single fields can be set."""
+        parser.add_argument("--wandb", type=WandbMode, default="off", help="Weights & Biases: online, offline or off.")
+        parser.add_argument("--wandb_project", type=str, default="moa-lightning", help="Weights & Biases project.")
+        parser.add_lightning_class_args(ParetoFront, "pareto_front")
+        parser.add_lightning_class_args(SampleTable, "sample_table")
+        parser.add_lightning_class_args(RunFiles, "run_files")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "model.combiner": {"class_path": "moa_lightning.combiners.PAMA"},
+                "model.source": {"class_path": "moa_lightning.sources.Rollout"},
+                "model.loss": {"class_path": "moa_lightning.losses.ClippedSurrogate"},
+                "model.kl": {"class_path": "moa_lightning.losses.RewardKL"},
+                "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5}},
+                "checkpoint.filename": "step-{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": True,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the given arguments, whatever the process was started with."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the command line alone: a checkpoint does not override it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Give the run a folder of its own, unless it goes on in one."""
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir)
+        if config.get("ckpt_path"):
+            return
+        if self.subcommand != "fit":
+            return
+        folder = _free_folder(root)
+        if folder != root:
+            rank_zero_info(f"{root} holds a run already; this one goes to {folder}")
+        config.trainer.default_root_dir = str(folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with tracking added to the user's loggers and callbacks."""
+        config = self.config_init[self.subcommand]
+        root = config.trainer.default_root_dir
+        given = config.trainer.get("logger")
+        loggers = [] if given in (None, True, False) else list(given) if isinstance(given, list) else [given]
+        if config.wandb != "off":
+            loggers.append(WandbLogger(project=config.wandb_project, save_dir=root, offline=config.wandb == "offline"))
+        trainer: Trainer = super().instantiate_trainer(logger=loggers, **kwargs)
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        observers: list[Callback] = [ObjectiveMetrics(), Throughput()]
+        if config.get("enable_progress_bar") in (None, True):
+            observers.append(ObjectiveProgressBar())
+        trainer: Trainer = super()._instantiate_trainer(config, [*observers, *callbacks])
+        return trainer
+
+    def instantiate_classes(self) -> None:
+        """Build module, data and Trainer."""
+        self.config_init = self.parser.instantiate(self.config)  # the name that Lightning calls is deprecated
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def after_fit(self) -> None:
+        """Evaluate the policy that the run ends with, unless the last evaluation was of it already."""
+        if self.trainer.global_step and self.model.evaluated_at != self.trainer.global_step:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run folder: the record of the run."""
+
+
+def _free_folder(root: Path) -> Path:
+    candidate, number = root, 1
+    while candidate.exists() and any(candidate.iterdir()):
+        number += 1
+        candidate = root.with_name(f"{root.name}-{number}")
+    return candidate
