@@ -153,9 +153,7 @@ def test_without_callbacks_the_loss_is_the_same_to_the_bit(tmp_path, folder):
     with warnings.catch_warnings():
         bare = run(tmp_path, module(folder))
     watchers = [ObjectiveMetrics(), ParetoFront(), SampleTable(), Throughput(), RunFiles()]
-    watched = run(
-        tmp_path, module(folder), callbacks=[*watchers, ObjectiveProgressBar()], enable_progress_bar=True
-    )
+    watched = run(tmp_path, module(folder), callbacks=[*watchers, ObjectiveProgressBar()], enable_progress_bar=True)
     assert bare.losses == watched.losses
     assert (tmp_path / "run" / "front.csv").is_file()
 
@@ -220,7 +218,11 @@ def test_eval_only_objectives_are_scored_but_not_trained(tmp_path, folder):
 
 def test_truncated_responses_follow_the_stated_rules(tmp_path, folder):
     collected = {}
-    for name, rule in {"keep": {}, "mask": {"mask_truncated_completions": True}, "fine": {"missing_eos_penalty": 5.0}}.items():
+    for name, rule in {
+        "keep": {},
+        "mask": {"mask_truncated_completions": True},
+        "fine": {"missing_eos_penalty": 5.0},
+    }.items():
         source = Rollout(max_new_tokens=4, num_generations=4, advantages=GroupRelative(standardize=False), **rule)
         recorder = run(tmp_path, module(folder, source=source), max_steps=1)
         collected[name] = recorder.steps[0].minibatch.collected

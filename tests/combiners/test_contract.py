@@ -11,7 +11,9 @@ from moa_lightning.combiners import Combiner, Linear
 from moa_lightning.functional import representation_gramian
 from moa_lightning.signals import Signal, Signals
 
-COMBINERS = [c for _, c in inspect.getmembers(package, inspect.isclass) if issubclass(c, Combiner) and c is not Combiner]
+COMBINERS = [
+    c for _, c in inspect.getmembers(package, inspect.isclass) if issubclass(c, Combiner) and c is not Combiner
+]
 VARIANTS = [
     *[pytest.param(c(), id=c.__name__) for c in COMBINERS],
     *[

@@ -1,0 +1,75 @@
+"""Writes what ``moa predict`` produces."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moa_lightning.distributed import rank, world_size
+from moa_lightning.types import Evaluation
+
+
+class PredictionWriter(Callback):
+    """Writes responses with their N scores as JSONL, one line each, as they come.
+
+    A line holds ``prompt``, ``completion``, ``scores`` (by objective, in the reward's own units; null where it had
+    no opinion), ``length`` in tokens, ``truncated``, and the data's other columns under ``columns``.
+
+    Args:
+        path: the file; ``None`` is ``predictions.jsonl`` in the run folder. With several processes each writes its
+            own, ``predictions.0.jsonl`` and so on.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+
+    def file(self, trainer: Trainer) -> Path:
+        """Where this process writes."""
+        path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
+        return path.with_suffix(f".{rank()}{path.suffix}") if world_size() > 1 else path
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the file.
+
+        Raises:
+            ValueError: it exists already.
+        """
+        file = self.file(trainer)
+        if file.exists():
+            raise ValueError(f"{file} exists already; remove it, or set --predictions.path to another file")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append the batch."""
+        assert isinstance(outputs, Evaluation)
+        with self.file(trainer).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in _lines(outputs))
+
+
+def _lines(evaluation: Evaluation) -> list[dict[str, Any]]:
+    responses, rewards = evaluation.responses, evaluation.rewards
+    return [
+        {
+            "prompt": responses.prompts[i],
+            "completion": responses.completions[i],
+            "scores": {
+                name: None if math.isnan(value) else value
+                for name, value in zip(rewards.names, rewards.raw_BN[i].tolist(), strict=True)
+            },
+            "length": int(responses.lengths_B[i]),
+            "truncated": bool(responses.truncated_B[i]),
+            "columns": {name: values[i] for name, values in responses.columns.items()},
+        }
+        for i in range(len(responses.completions))
+    ]

@@ -1,0 +1,146 @@
+"""What a rollout puts where, checked on a policy whose responses are known."""
+
+import pytest
+import torch
+
+from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
+from moa_lightning.models import Encoder, FrozenCopy, Policy, PolicyConfig, ValueHeads
+from moa_lightning.models.loading import load_model, load_tokenizer
+from moa_lightning.rewards import FunctionReward, Objective, RewardPanel
+from moa_lightning.sources import GAE, Actors, GroupRelative, Rollout
+from moa_lightning.sources.advantages import standardize
+from tests import tiny
+
+
+def words(prompts, completions, **columns):
+    return [float(len(c.split())) for c in completions]
+
+
+def minus_words(prompts, completions, **columns):
+    return [-float(len(c.split())) for c in completions]
+
+
+@pytest.fixture
+def actors(tmp_path):
+    config = PolicyConfig(str(tiny.policy_folder(tmp_path / "policy", scale=1.0)))
+    policy = Policy(load_model(config), load_tokenizer(config), ValueHeads(32, ["up", "down"]))
+    torch.nn.init.normal_(policy.value_heads.linear.weight)
+    reference = FrozenCopy()
+    reference.setup(policy)
+    with torch.no_grad():
+        for parameter in policy.backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    panel = RewardPanel({"up": Objective(FunctionReward(words)), "down": Objective(FunctionReward(minus_words))})
+    encoder = Encoder(policy.tokenizer, tuple(policy.end_ids), 32, 8)
+    kl = RewardKL(0.5, target=None)
+    return Actors(policy, reference, panel, encoder, kl, kl.init())
+
+
+ROWS = [{"prompt": "the film was", "id": 7}, {"prompt": "very", "id": 8}] * 8
+
+
+def test_rewards_arrive_on_the_last_real_token(actors):
+    source = Rollout(max_new_tokens=8, advantages=GAE(lam=1.0, standardize=False))
+    experience = source.collect(actors.encoder.encode(ROWS), actors, seed=1)
+    responses = experience.responses
+    lengths = responses.lengths_B
+    assert len(set(lengths.tolist())) > 2
+    # With lambda 1 and gamma 1, advantage + value is the sum of the rewards from here on.
+    kl_BT = experience.behaviour_logprobs_BT - experience.reference_logprobs_BT
+    for row in range(len(ROWS)):
+        n = int(lengths[row])
+        count = len(responses.completions[row].split())
+        for i, reward in enumerate((count, -count)):
+            to_come = reward - 0.5 * kl_BT[row, :n].flip(0).cumsum(0).flip(0)
+            torch.testing.assert_close(experience.returns_BTN[row, :n, i], to_come, rtol=1e-4, atol=1e-4)
+        assert (experience.advantages_BTN[row, n:] == 0).all()
+    assert responses.columns["id"] == [7, 8] * 8
+
+
+def test_the_mask_ends_with_the_end_token(actors):
+    experience = Rollout(max_new_tokens=8).collect(actors.encoder.encode(ROWS), actors, seed=1)
+    responses = experience.responses
+    tokens_BT = responses.input_ids_BL[:, responses.prompt_length :]
+    for row in range(len(ROWS)):
+        real = tokens_BT[row][responses.mask_BT[row]].tolist()
+        assert (real[-1] == 1) != bool(responses.truncated_B[row])
+        assert 1 not in real[:-1]
+        assert len(real) == 8 or real[-1] == 1
+
+
+def test_the_same_seed_gives_the_same_responses_and_leaves_the_generator_alone(actors):
+    source, batch = Rollout(max_new_tokens=8), actors.encoder.encode(ROWS)
+    before = torch.get_rng_state()
+    first, second, other = (source.collect(batch, actors, seed=s).responses.input_ids_BL for s in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert first.shape != other.shape or not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_several_responses_to_a_prompt_stand_together(actors):
+    source = Rollout(max_new_tokens=8, num_generations=4, advantages=GroupRelative(standardize=False))
+    experience = source.collect(actors.encoder.encode(ROWS[:2]), actors, seed=1)
+    assert experience.responses.prompts == ["the film was"] * 4 + ["very"] * 4
+    assert experience.returns_BTN is None
+    first_token_BN = experience.advantages_BTN[:, 0]
+    torch.testing.assert_close(first_token_BN[:4].sum(0), torch.zeros(2), rtol=0, atol=1e-4)
+
+
+def test_sampling_follows_top_k_and_temperature(actors):
+    batch = actors.encoder.encode(ROWS)
+    greedy = [Rollout(max_new_tokens=8, top_k=1).collect(batch, actors, seed=s).responses.input_ids_BL for s in (1, 2)]
+    assert torch.equal(*greedy)
+    cold = Rollout(max_new_tokens=8, temperature=1e-3).collect(batch, actors, seed=1)
+    width = min(cold.responses.input_ids_BL.shape[1], greedy[0].shape[1])
+    assert torch.equal(cold.responses.input_ids_BL[:, :width], greedy[0][:, :width])
+    chosen = cold.behaviour_logprobs_BT[cold.responses.mask_BT]
+    assert (chosen > -0.1).all()  # log-probabilities are those of the tempered distribution
+
+
+def test_a_huge_divergence_stays_finite(actors):
+    with torch.no_grad():  # a policy that is certain of what its reference thinks impossible
+        actors.policy.causal_lm.transformer.ln_f.weight.mul_(1e4)
+    for kl in (RewardKL(0.5), LossKL(0.5)):
+        those = Actors(actors.policy, actors.reference, actors.panel, actors.encoder, kl, kl.init())
+        source = Rollout(max_new_tokens=8)
+        experience = source.collect(actors.encoder.encode(ROWS), those, seed=1)
+        responses = experience.responses
+        output = actors.policy(responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT)
+        result = ClippedSurrogate()(experience.advantages_BTN[..., 0], experience, output, kl)
+        result.loss.backward()
+        assert torch.isfinite(result.loss)
+        assert all(torch.isfinite(p.grad).all() for p in actors.policy.parameters() if p.grad is not None)
+        actors.policy.zero_grad()
+
+
+def test_the_adaptive_coefficient_steers_to_its_target():
+    kl = RewardKL(0.2, target=3.0, horizon=100)
+    state = kl.init()
+    assert float(kl.observe(30.0, 10, state)["kl_coefficient"]) == pytest.approx(0.2 * (1 + 0.2 * 10 / 100))
+    assert float(kl.observe(0.0, 10, state)["kl_coefficient"]) == pytest.approx(0.2 * (1 - 0.2 * 10 / 100))
+    assert float(kl.observe(3.3, 10, state)["kl_coefficient"]) == pytest.approx(0.2 * (1 + 0.1 * 10 / 100))
+    assert float(state["kl_coefficient"]) == pytest.approx(0.2)
+
+
+def test_the_gram_matrix_of_a_rollout_is_that_of_the_hidden_state(actors):
+    source = Rollout(max_new_tokens=8)
+    experience = source.collect(actors.encoder.encode(ROWS), actors, seed=1)
+    responses = experience.responses
+    output = actors.policy(responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT)
+    signals = source.signals(experience, output, 0.2)
+    slopes_BTN = signals.advantages_BTN
+    gradients = [
+        torch.autograd.grad((output.logprobs_BT * slopes_BTN[..., i]).sum(), output.hidden_BTD, retain_graph=True)[0]
+        for i in range(2)
+    ]
+    stacked = torch.stack([g.flatten() for g in gradients])
+    torch.testing.assert_close(signals.gramian(slopes_BTN), stacked @ stacked.T, rtol=1e-3, atol=1e-4)
+
+
+def test_a_constant_objective_has_no_advantage():
+    values = torch.full((4, 5, 2), 1000.1)
+    values[..., 1] = torch.randn(4, 5)
+    mask = torch.ones(4, 5, 1, dtype=torch.bool)
+    standard = standardize(values, mask)
+    assert standard[..., 0].abs().max() < 0.01
+    assert standard[..., 1].std(correction=0) == pytest.approx(1, abs=1e-3)
