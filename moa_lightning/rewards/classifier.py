@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.rewards.base import Reward
-from moa_lightning.rewards.pretrained import open_pretrained
+from moa_lightning.rewards.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
 
 _LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit say 10**30
@@ -105,14 +105,13 @@ class TextClassifier(Reward):
             ValueError: the folder does not exist or does not open, or the model has no such label, or reads less than
                 ``max_length`` tokens.
         """
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         if self._tokenizer is not None:
             return
         self._config = open_pretrained(AutoConfig, self.path, "model config", **self._arguments())
         self._label = self._find_label(self._labels())
-        tokenizer = open_pretrained(AutoTokenizer, self.path, "tokenizer", **self._arguments())
-        self._set_padding(tokenizer)
+        tokenizer = open_tokenizer(self.path, **self._arguments())
         self.text.check(tokenizer)
         limit = self._limit(tokenizer)
         if self.max_length is not None and limit is not None and self.max_length > limit:
@@ -120,10 +119,10 @@ class TextClassifier(Reward):
                 f"max_length {self.max_length} exceeds the {limit} tokens that '{self.path}' reads; lower it or "
                 "leave it out"
             )
-        special = tokenizer.num_special_tokens_to_add(pair=False)
+        special = tokenizer.num_special_tokens_to_add(pair=True)
         if self.max_length is not None and self.max_length <= special:
             raise ValueError(
-                f"max_length {self.max_length} leaves no room for text: its tokenizer adds {special} tokens of its own"
+                f"max_length {self.max_length} leaves no room for text: its tokenizer adds up to {special} of its own"
             )
         tokenizer.truncation_side = "left"  # the completion is at the end, and it is what is judged
         self._tokenizer = tokenizer
@@ -148,8 +147,6 @@ class TextClassifier(Reward):
                     f"'{self.path}' is not a trained sequence classifier: it has no weights for "
                     f"{', '.join(missing[:3])}"
                 )
-            # Decoder classifiers find the last real token by the padding token's id.
-            model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
             self._model = model.eval().requires_grad_(False)
         self._model.to(device)
 
@@ -177,7 +174,16 @@ class TextClassifier(Reward):
     @torch.inference_mode()
     def _score_batch(self, inputs: dict[str, list[list[int]]]) -> list[float]:
         device = self._model.device
-        inputs_BL = self._tokenizer.pad(inputs, padding=True, return_tensors="pt").to(device)
+        padding = self._padding_id(inputs["input_ids"])
+        self._model.config.get_text_config().pad_token_id = padding
+        # On the right, whatever the tokenizer's habit: with absolute positions a text must start at position 0.
+        width = max(len(ids) for ids in inputs["input_ids"])
+        inputs_BL = {
+            name: torch.tensor(
+                [row + [padding if name == "input_ids" else 0] * (width - len(row)) for row in rows], device=device
+            )
+            for name, rows in inputs.items()
+        }
         # Rollouts run under the Trainer's precision; the reward must not depend on it.
         with torch.autocast(device.type, enabled=False):
             logits_BK = self._model(**inputs_BL).logits.float()
@@ -206,18 +212,16 @@ class TextClassifier(Reward):
         hint = next((f"; did you mean '{name}'?" for name in labels if [name.lower()] == near), "")
         raise ValueError(f"'{self.path}' has no label '{self.label}'; its labels are {known}{hint}")
 
-    def _set_padding(self, tokenizer: Any) -> None:
-        # On the right, whatever the tokenizer's habit: with absolute positions a text must start at position 0.
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token_id is not None:
-            return
-        of_model = getattr(self._config.get_text_config(), "pad_token_id", None)
-        if of_model is not None and 0 <= of_model < len(tokenizer):
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(of_model)
-        elif tokenizer.eos_token_id is not None:
-            tokenizer.pad_token = tokenizer.eos_token
-        else:
-            raise ValueError(f"the tokenizer of '{self.path}' has neither a pad_token nor an eos_token; set one there")
+    def _padding_id(self, texts: list[list[int]]) -> int:
+        """The tokenizer's padding token, else the model's, else any that ends none of these texts.
+
+        Attention skips padding whatever it is, but decoder classifiers find a text's last token by the padding id: the
+        end token, which is often taken, would hide itself where a text ends with it.
+        """
+        declared = (self._tokenizer.pad_token_id, getattr(self._config.get_text_config(), "pad_token_id", None))
+        last = {ids[-1] for ids in texts}
+        free = (i for i in range(len(self._tokenizer)) if i not in last)
+        return next((int(i) for i in declared if i is not None), next(free, 0))
 
     def _limit(self, tokenizer: Any) -> int | None:
         """Tokens that the model reads at once; ``None`` without a limit."""

@@ -23,7 +23,24 @@ def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> 
     try:
         return auto_class.from_pretrained(str(folder) if folder.is_dir() else path, **arguments)
     except Exception as error:
-        # Whatever a broken file makes transformers raise, its first line says more than its type.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        # A broken file makes transformers raise anything, over several lines.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         where = "the folder" if folder.is_dir() else "there is no folder of that name, and as a hub id it"
         raise ValueError(f"'{path}' does not open as a {what}: {where} gave: {reason}") from error
+
+
+def open_tokenizer(path: str, **arguments: Any) -> Any:
+    """The tokenizer at a folder or hub id.
+
+    Raises:
+        ValueError: it does not open, or knows no words: transformers makes up an empty tokenizer from the model's
+            config where the tokenizer's files are missing, and every text would have the same tokens.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = open_pretrained(AutoTokenizer, path, "tokenizer", **arguments)
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
+        raise ValueError(
+            f"'{path}' has no tokenizer files; save the model's tokenizer there (tokenizer.save_pretrained(folder))"
+        )
+    return tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moa_lightning.rewards.base import Reward
-from moa_lightning.rewards.pretrained import open_pretrained
+from moa_lightning.rewards.pretrained import open_tokenizer
 
 
 class LengthUnit(ABC):
@@ -56,11 +56,7 @@ class Tokens(LengthUnit):
     def check(self) -> None:
         """Open the tokenizer."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = open_pretrained(
-                AutoTokenizer, self.path, "tokenizer", trust_remote_code=self.trust_remote_code
-            )
+            self._tokenizer = open_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     def count(self, texts: list[str]) -> list[int]:
         """Number of tokens."""
