@@ -3,20 +3,25 @@
 from moa_lightning.functional.advantages import gae, group_relative, masked_moments
 from moa_lightning.functional.gramian import representation_gramian
 from moa_lightning.functional.logprobs import token_logprobs
+from moa_lightning.functional.mopo import DualSolution, mopo_dual, mopo_ratio, robust_value
 from moa_lightning.functional.pama import pama
 from moa_lightning.functional.pareto import hypervolume, non_dominated
 from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, squared_log_ratio, value_loss
 
 __all__ = [
+    "DualSolution",
     "clipped_surrogate",
     "gae",
     "group_relative",
     "hypervolume",
     "masked_moments",
+    "mopo_dual",
+    "mopo_ratio",
     "non_dominated",
     "pama",
     "probability_ratio",
     "representation_gramian",
+    "robust_value",
     "squared_log_ratio",
     "token_logprobs",
     "value_loss",

@@ -1,0 +1,137 @@
+"""MOPO's closed forms against a general convex solver."""
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+
+from moa_lightning.functional import mopo_dual, mopo_ratio, robust_value
+
+EXACT = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
+
+
+def problem(seed):
+    """3-8 responses, 2-5 objectives, a random prior, and thresholds that a random policy meets."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    responses = int(torch.randint(3, 9, (1,), generator=generator))
+    secondary = int(torch.randint(1, 5, (1,), generator=generator))
+    primary_B, secondary_BM = draw(responses), draw(responses, secondary)
+    log_prior_B = (3 * draw(responses)).log_softmax(0)
+    witness_B = (4 * draw(responses)).softmax(0)
+    tau = (0.05, 0.08, 0.3, 1.0)[seed % 4]
+    return primary_B, secondary_BM, witness_B @ secondary_BM - 0.01, tau, log_prior_B
+
+
+def value(policy_B, primary_B, tau, prior_B):
+    kept = policy_B > 0
+    return policy_B @ primary_B - tau * (policy_B[kept] * np.log(policy_B[kept] / prior_B[kept])).sum()
+
+
+@pytest.mark.parametrize("first", range(0, 200, 20))
+def test_the_dual_agrees_with_a_general_convex_solver(first):
+    bound = 0
+    for seed in range(first, first + 20):
+        primary_B, secondary_BM, thresholds_M, tau, log_prior_B = problem(seed)
+        solution = mopo_dual(primary_B, secondary_BM, thresholds_M, tau, log_prior_B)
+        p, q, b, prior = (x.numpy() for x in (primary_B, secondary_BM, thresholds_M, log_prior_B.exp()))
+        policy = cp.Variable(len(p))
+        objective = cp.Maximize(p @ policy - tau * cp.sum(cp.rel_entr(policy, prior)))
+        cp.Problem(objective, [cp.sum(policy) == 1, policy @ q >= b]).solve(solver=cp.CLARABEL, **EXACT)
+        theirs = np.maximum(policy.value, 0)
+        ours = prior * solution.ratio.numpy()
+        assert solution.feasible
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        np.testing.assert_allclose(solution.values.numpy(), theirs @ q, atol=1e-5)
+        assert value(ours, p, tau, prior) == pytest.approx(value(theirs, p, tau, prior), abs=1e-5)
+        assert (solution.values >= thresholds_M - 1e-8).all()
+        slack = solution.values - thresholds_M
+        assert (solution.duals * slack).abs().max() < 1e-6  # complementary slackness
+        bound += int((solution.duals > 1e-6).any())
+    assert bound > 0, "no constraint of these problems is active; they test nothing"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_infeasible_thresholds_are_found(seed):
+    primary_B, secondary_BM, thresholds_M, tau, log_prior_B = problem(seed)
+    beyond_M = thresholds_M.clone()
+    beyond_M[0] = secondary_BM[:, 0].max() + 1e-3
+    solution = mopo_dual(primary_B, secondary_BM, beyond_M, tau, log_prior_B)
+    assert not solution.feasible
+    assert torch.isfinite(solution.ratio).all()
+    if secondary_BM.shape[1] == 1:  # the nearest policy is the best one for that objective
+        torch.testing.assert_close(solution.values[0], secondary_BM[:, 0].max(), atol=1e-6, rtol=0)
+
+
+def test_thresholds_that_exclude_each_other_are_infeasible():
+    secondary_BM = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    primary_B = torch.zeros(2)
+    assert mopo_dual(primary_B, secondary_BM, torch.tensor([0.4, 0.5]), 0.1).feasible
+    assert not mopo_dual(primary_B, secondary_BM, torch.tensor([0.6, 0.5]), 0.1).feasible
+
+
+def test_responses_outside_the_prior_do_not_help():
+    log_prior_B = torch.tensor([0.0, 0.0, -torch.inf])
+    secondary_BM = torch.tensor([[0.1], [0.2], [0.9]])
+    solution = mopo_dual(torch.zeros(3), secondary_BM, torch.tensor([0.5]), 0.1, log_prior_B)
+    assert not solution.feasible
+    assert mopo_dual(torch.zeros(3), secondary_BM, torch.tensor([0.15]), 0.1, log_prior_B).feasible
+
+
+def test_the_one_shot_dual_of_the_literature():
+    """r = (1, 0, 0), h = (-1, 1, 0), equally likely, beta 0.5, threshold 0: lambda* = 0.5."""
+    solution = mopo_dual(
+        torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[-1.0], [1.0], [0.0]]), torch.tensor([0.0]), tau=0.5
+    )
+    assert solution.duals.item() == pytest.approx(0.5, abs=1e-5)
+    torch.testing.assert_close(solution.ratio / 3, torch.tensor([0.42232, 0.42232, 0.15536]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.08, 10.0])
+def test_the_ratio_has_mean_one_and_cannot_overflow(tau):
+    primary_B, secondary_BM, _, _, log_prior_B = problem(5)
+    duals_M = torch.full((secondary_BM.shape[1],), 100.0)
+    ratio_B = mopo_ratio(primary_B, secondary_BM, duals_M, tau, log_prior_B)
+    assert torch.isfinite(ratio_B).all()
+    assert float(log_prior_B.exp() @ ratio_B) == pytest.approx(1)
+    uniform_B = mopo_ratio(primary_B, secondary_BM, duals_M * 0, tau)
+    assert float(uniform_B.mean()) == pytest.approx(1)
+    torch.testing.assert_close(uniform_B / len(primary_B), (primary_B / tau).softmax(0))
+
+
+# The general solver warns where a tiny ball leaves it short of 1e-10; the comparison below is what decides.
+@pytest.mark.filterwarnings("ignore:Solution may be inaccurate:UserWarning")
+@pytest.mark.parametrize("radius", [1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.15, 0.5])
+def test_the_robust_value_agrees_with_a_direct_minimisation(radius):
+    for seed in range(12):
+        values_B, _, _, _, log_prior_B = problem(seed)
+        got, chi = robust_value(values_B, radius, log_prior_B)
+        policy = cp.Variable(len(values_B))
+        ball = cp.sum(cp.rel_entr(policy, log_prior_B.exp().numpy())) <= radius
+        found = cp.Problem(cp.Minimize(values_B.numpy() @ policy), [cp.sum(policy) == 1, ball])
+        found.solve(solver=cp.CLARABEL, **EXACT)
+        assert float(got) == pytest.approx(found.value, abs=1e-8)
+        assert chi >= 0
+
+
+def test_the_robust_value_at_its_ends():
+    values_B = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    mean, chi = robust_value(values_B, 0.0)
+    assert float(mean) == pytest.approx(float(values_B.mean()))
+    assert chi == torch.inf
+    lowest, chi = robust_value(values_B, 2.0)  # log 3 nats already reach the smallest value alone
+    assert (float(lowest), float(chi)) == (0.2, 0.0)
+    same, chi = robust_value(torch.full((4,), 0.3), 0.1)
+    assert float(same) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="at least 0"):
+        robust_value(values_B, -0.1)
+
+
+def test_shapes_and_tau_are_checked():
+    with pytest.raises(ValueError, match="secondary scores"):
+        mopo_dual(torch.zeros(3), torch.zeros(3, 2), torch.zeros(1), 0.1)
+    with pytest.raises(ValueError, match="tau must be above 0"):
+        mopo_ratio(torch.zeros(3), torch.zeros(3, 1), torch.zeros(1), 0.0)
