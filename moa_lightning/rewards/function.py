@@ -90,8 +90,8 @@ class FunctionReward(Reward):
         scores: list[float | None] = self._resolved(**arguments)
         return scores
 
-    def _as_messages(self, role: str, texts: list[str]) -> list[Any]:
-        return [[{"role": role, "content": text}] for text in texts] if self.conversational else list(texts)
+    def _as_messages(self, role: str, texts: list[Any]) -> list[Any]:
+        return [[{"role": role, "content": text}] for text in texts] if self.conversational else texts
 
     def _resolve(self) -> list[inspect.Parameter]:
         """Find the function once; its parameters, without ``*args``."""
