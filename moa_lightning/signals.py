@@ -29,7 +29,9 @@ class Signals:
     scores_BN: Tensor | None = None  # float32, in the objectives' units after their transform; 0 where invalid
     ratio_BT: Tensor | None = None  # float32, detached
     clip_range: float = float("inf")  # the epsilon of the clipped surrogate that follows
-    gramian: Callable[[Tensor], Tensor] | None = None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks
+    gramian: Callable[[Tensor], Tensor] | None = (
+        None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks
+    )
 
     def unclipped(self, advantages_BTN: Tensor) -> Tensor:
         """``I(A)``: the advantage where the clipped surrogate has a gradient, 0 where it has none.

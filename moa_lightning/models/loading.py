@@ -1,16 +1,14 @@
 """Opening the parts of a policy, with errors that say what to do."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -18,23 +16,20 @@ from transformers import (
 )
 
 from moa_lightning.models.config import PolicyConfig
-
-Opened = TypeVar("Opened")
-
+from moa_lightning.pretrained import open_pretrained, open_tokenizer
 
 def load_config(policy: PolicyConfig) -> PretrainedConfig:
     """The model's config alone: cheap, so that mistakes show before any weights are read."""
-    config: PretrainedConfig = _open(
-        policy, "a model config", lambda path: AutoConfig.from_pretrained(path, **policy.hub_arguments())
-    )
+    config: PretrainedConfig = _open(policy, AutoConfig, "model config")
     return config
 
 
 def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, padding on the left, with a padding token."""
-    tokenizer: PreTrainedTokenizerBase = _open(
-        policy, "a tokenizer", lambda path: AutoTokenizer.from_pretrained(path, **policy.hub_arguments())
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = open_tokenizer(policy.path, **policy.hub_arguments())
+    except ValueError as error:
+        raise ValueError(f"policy.path: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {policy.path} has no eos_token; responses could never end. Set one there")
     tokenizer.padding_side = "left"
@@ -49,7 +44,7 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
     """The causal language model, with a PEFT adapter if the config asks for one or the folder holds one."""
     if policy.quantization is not None and policy.lora is None and not policy.is_adapter:
         raise ValueError("policy.quantization needs policy.lora: quantised weights cannot be trained themselves")
-    arguments: dict[str, Any] = {**policy.hub_arguments(), "dtype": policy.dtype, **policy.options}
+    arguments: dict[str, Any] = {"dtype": policy.dtype, **policy.options}
     if policy.attn_implementation is not None:
         arguments["attn_implementation"] = policy.attn_implementation
     if policy.quantization is not None:
@@ -59,15 +54,9 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
         from peft import AutoPeftModelForCausalLM
 
         with _without_peft_noise():
-            model = _open(
-                policy,
-                "a PEFT adapter",
-                lambda path: AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **arguments),
-            )
+            model = _open(policy, AutoPeftModelForCausalLM, "PEFT adapter", is_trainable=True, **arguments)
     else:
-        model = _open(
-            policy, "a causal language model", lambda path: AutoModelForCausalLM.from_pretrained(path, **arguments)
-        )
+        model = _open(policy, AutoModelForCausalLM, "causal language model", **arguments)
     if policy.disable_dropout:
         disable_dropout(model)
     if policy.quantization is not None:
@@ -122,16 +111,8 @@ def _without_peft_noise() -> Iterator[None]:
         yield
 
 
-def _open(policy: PolicyConfig, what: str, opener: Callable[[str], Opened]) -> Opened:
-    looks_local = policy.path.startswith((".", "/", "~")) or Path(policy.path).is_dir() or policy.path.count("/") > 1
-    path = str(Path(policy.path).expanduser()) if looks_local else policy.path
-    if looks_local and not Path(path).is_dir():
-        raise ValueError(f"policy.path: folder '{policy.path}' does not exist")
+def _open(policy: PolicyConfig, auto_class: Any, what: str, **arguments: Any) -> Any:
     try:
-        return opener(path)
-    except (OSError, ValueError, KeyError) as error:
-        where = "folder" if looks_local else "hub id (or a folder that exists)"
-        raise ValueError(
-            f"policy.path: '{policy.path}' does not open as {what}; give a {where} in Hugging Face format "
-            f"({str(error).strip().splitlines()[0][:200]})"
-        ) from error
+        return open_pretrained(auto_class, policy.path, what, **policy.hub_arguments(), **arguments)
+    except ValueError as error:
+        raise ValueError(f"policy.path: {error}") from error

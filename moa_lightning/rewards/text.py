@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moa_lightning.rewards.base import Reward
-from moa_lightning.rewards.pretrained import open_tokenizer
+from moa_lightning.pretrained import open_tokenizer
 
 
 class LengthUnit(ABC):

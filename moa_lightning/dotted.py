@@ -1,0 +1,88 @@
+"""Functions that users name by dotted path."""
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any
+
+_DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def import_dotted(path: str) -> Any:
+    """The object at a dotted path; modules of the current folder can be imported.
+
+    Raises:
+        ValueError: it does not import, with the closest name that would.
+    """
+    if not _DOTTED_PATH.fullmatch(path):
+        raise ValueError(f"function '{path}' is not a dotted path; write 'rewards.f' for 'def f' in rewards.py")
+    with _current_folder_first():
+        module, rest = _import_module(path)
+    found: Any = module
+    for name in rest:
+        if not hasattr(found, name):
+            near = _nearest(name, [n for n in dir(found) if callable(getattr(found, n, None)) and n[0] != "_"])
+            raise ValueError(f"function '{path}': '{_name_of(found)}' has no '{name}'{near}")
+        found = getattr(found, name)
+    return found
+
+
+def _import_module(path: str) -> tuple[ModuleType, list[str]]:
+    """The longest module that the path starts with, and the names that are left."""
+    parts = path.split(".")
+    module, depth = _import_one(path, parts[0]), 1
+    while depth < len(parts) - 1 and not hasattr(module, parts[depth]):
+        module = _import_one(path, ".".join(parts[: depth + 1]))
+        depth += 1
+    return module, parts[depth:]
+
+
+def _import_one(path: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # the module is there; something that it imports is not
+            raise ValueError(f"function '{path}': importing '{name}' failed: {error}") from error
+        parent, _, last = name.rpartition(".")
+        places = list(getattr(sys.modules[parent], "__path__", [])) if parent else None
+        if parent and not places:
+            raise ValueError(f"function '{path}': '{parent}' is a module and has no '{last}' in it") from error
+        near = _nearest(last, [module.name for module in iter_modules(places)])
+        where = f"in package '{parent}'" if parent else f"installed or in the current folder ({Path.cwd()})"
+        raise ValueError(f"function '{path}': there is no module '{last}' {where}{near}") from error
+    except Exception as error:
+        # A user's module may raise anything while it is imported.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"function '{path}': importing '{name}' failed: {reason}") from error
+
+
+@contextmanager
+def _current_folder_first() -> Iterator[None]:
+    """Import from the current folder first, as ``python -m`` does; afterwards it comes last.
+
+    It stays importable, for imports inside the user's functions, but no longer hides installed packages.
+    """
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _name_of(found: Any) -> str:
+    return str(getattr(found, "__qualname__", None) or getattr(found, "__name__", type(found).__name__))
