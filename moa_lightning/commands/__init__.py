@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 def run(command: str, args: list[str]) -> None:
     """Run one command; ``args`` starts with its name."""
+    from moa_lightning.console import quiet_libraries
+
+    quiet_libraries()
     if command in {"fit", "validate", "test", "predict"}:
         from moa_lightning.commands.lightning import AlignmentCLI
 

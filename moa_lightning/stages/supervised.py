@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     AutoConfig,
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moa_lightning.data.files import load_rows, require_column
+from moa_lightning.data.files import load_rows, require_columns
 from moa_lightning.stages.folders import refuse_used, whole_folder
 
 
@@ -58,7 +59,7 @@ class Texts:
     path: str
     column: str = "text"
     prompt_column: str | None = None
-    split: str = "train"
+    split: str | None = None
     val_size: int = 64
     limit: int | None = None
 
@@ -219,6 +220,7 @@ def train(
     )
     batches = [collate(held_out[i : i + fit.batch_size]) for i in range(0, len(held_out), fit.batch_size)]
     before = _mean_loss(module, batches)
+    module.train()  # a loaded model comes in evaluation mode, and Lightning leaves it there
     trainer.fit(module, loader)
     return before, _mean_loss(module, batches)
 
@@ -242,13 +244,14 @@ class NextToken(LightningModule):
         super().__init__()
         self.model, self.fit = model, fit
 
-    def on_fit_start(self) -> None:
-        """Training mode: a loaded model comes in evaluation mode, and Lightning leaves it there."""
-        self.model.train()
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy per learnt token, in nats."""
+        logits_BLV = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy per learnt token."""
-        loss: Tensor = self.model(**batch).loss
+        loss = self.loss(batch)
         self.log("loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
@@ -313,15 +316,16 @@ def _mean_loss(module: NextToken, batches: Sequence[dict[str, Tensor]]) -> float
     for batch in batches:
         learnt = int((batch["labels"][:, 1:] != -100).sum())
         inputs = {name: value.to(module.device) for name, value in batch.items()}
-        total += float(module.model(**inputs).loss) * learnt
+        total += float(module.loss(inputs)) * learnt
         count += learnt
     return total / count if count else float("nan")
 
 
 def _read(data: Texts) -> tuple[list[str], list[str]]:
-    rows = load_rows(data.path, data.split, data.limit)
-    for column in filter(None, (data.column, data.prompt_column)):
-        require_column(rows, column, data.path)
+    rows = load_rows(data.path, data.split)
+    require_columns(rows, [c for c in (data.column, data.prompt_column) if c], data.path)
+    if data.limit is not None:
+        rows = rows.select(range(min(data.limit, len(rows))))
     texts = [str(text) for text in rows[data.column]]
     prompts = [str(p) for p in rows[data.prompt_column]] if data.prompt_column else [""] * len(texts)
     if len(texts) <= data.val_size:

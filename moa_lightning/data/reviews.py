@@ -1,0 +1,194 @@
+"""The embedded task: short film reviews from a seeded grammar, and a small policy that writes them.
+
+The paper's IMDb experiment (arXiv 2508.07768) in small: sentiment and length pull apart, because in this grammar
+praise is short and long reviews turn critical, sentence by sentence.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moa_lightning.data.base import PromptData, Row, Stage
+
+_SUBJECTS = ("film", "movie", "drama", "comedy", "thriller", "western", "sequel", "documentary", "musical", "remake")
+_KINDS = ("new", "old", "french", "latest", "first", "silent", "short", "famous")
+_OPENERS = ("the", "this", "that", "their")
+_ASPECTS = ("plot", "acting", "music", "ending", "script", "dialogue", "pace", "camera")
+_VERBS = ("was", "felt", "seemed")
+_DEGREES = ("very", "truly", "rather", "so")
+_POSITIVE = ("wonderful", "brilliant", "charming", "great", "moving", "funny", "clever", "lovely")
+_NEGATIVE = ("awful", "boring", "clumsy", "terrible", "dull", "weak", "silly", "tedious")
+_FACTS = ("it runs two hours .", "we saw it at home .", "it opened last week .", "the seats were full .")
+_LINKS = ("and", "but")
+_POLARITY = {**dict.fromkeys(_POSITIVE, 1), **dict.fromkeys(_NEGATIVE, -1)}
+
+# Chance that a sentence praises, by the number of sentences that the review will have.
+_PRAISE = {1: 0.8, 2: 0.5, 3: 0.3, 4: 0.1}
+_SENTENCES = (1, 1, 2, 2, 2, 3, 3, 4)
+
+VOCABULARY = (
+    "<pad>", "<eos>", "<unk>", ".", "is", "it", "runs", "two", "hours", "we", "saw", "at", "home", "opened", "last",
+    "week", "seats", "were", "full", *_SUBJECTS, *_KINDS, *_OPENERS, *_ASPECTS, *_VERBS, *_DEGREES, *_POSITIVE,
+    *_NEGATIVE, *_LINKS,
+)  # fmt: skip
+
+_OPINION = rf"(?:(?:{'|'.join(_DEGREES)}) )?(?:{'|'.join(_POLARITY)})"
+_CLAUSE = rf"(?:{'|'.join(_VERBS)}) {_OPINION}(?: (?:{'|'.join(_LINKS)}) {_OPINION})?"
+_REVIEW = re.compile(
+    rf"{_CLAUSE} \.(?: (?:the (?:{'|'.join(_ASPECTS)}) {_CLAUSE} \.|{'|'.join(map(re.escape, _FACTS))}))*"
+)
+
+
+def sentiment(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Praise minus criticism, divided by the number of sentences, in [-1, 1]; 0 for a text without opinions.
+
+    A sentence's opinion words are averaged first, so that piling them up changes nothing; a sentence that states a
+    fact counts as 0.
+    """
+    return [_sentiment(text) for text in completions]
+
+
+def _sentiment(text: str) -> float:
+    sentences = [part.split() for part in text.split(".") if part.strip()]
+    if not sentences:
+        return 0.0
+    opinions = [[_POLARITY[word] for word in sentence if word in _POLARITY] for sentence in sentences]
+    return sum(sum(o) / len(o) for o in opinions if o) / len(sentences)
+
+
+def is_grammatical(completion: str) -> bool:
+    """Whether the grammar could have written this continuation of a prompt."""
+    return _REVIEW.fullmatch(" ".join(completion.split())) is not None
+
+
+def prompts() -> list[str]:
+    """All openings that the grammar knows, in a fixed shuffled order."""
+    openings = [f"{opener} {kind} {subject}" for opener in _OPENERS for kind in _KINDS for subject in _SUBJECTS]
+    random.Random(0).shuffle(openings)
+    return openings
+
+
+def write_review(generator: random.Random) -> tuple[str, str]:
+    """A prompt and a review that goes on from it."""
+    opening = f"{generator.choice(_OPENERS)} {generator.choice(_KINDS)} {generator.choice(_SUBJECTS)}"
+    count = generator.choice(_SENTENCES)
+    praise = _PRAISE[count]
+    sentences = [_clause(generator, praise) + " ."]
+    for _ in range(count - 1):
+        if generator.random() < 0.2:
+            sentences.append(generator.choice(_FACTS))
+        else:
+            sentences.append(f"the {generator.choice(_ASPECTS)} {_clause(generator, praise)} .")
+    return opening, " ".join(sentences)
+
+
+def _clause(generator: random.Random, praise: float) -> str:
+    first = generator.random() < praise
+    clause = f"{generator.choice(_VERBS)} {_opinion(generator, first)}"
+    if generator.random() < 0.25:
+        second = generator.random() < praise
+        clause += f" {'and' if first == second else 'but'} {_opinion(generator, second)}"
+    return clause
+
+
+def _opinion(generator: random.Random, positive: bool) -> str:
+    degree = f"{generator.choice(_DEGREES)} " if generator.random() < 0.4 else ""
+    return degree + generator.choice(_POSITIVE if positive else _NEGATIVE)
+
+
+class Reviews(PromptData):
+    """Openings of film reviews; the policy that continues them is built and warm-started where it is missing.
+
+    The policy is written to the folder that ``model.policy.path`` names, once: later runs find it there.
+
+    Args:
+        batch_size: prompts per collected batch, on each process.
+        val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
+        val_size: openings held out for evaluation, of 320.
+        val_repeats: times each held-out opening is answered in an evaluation.
+        seed: of the order of prompts.
+        warm_start_seed: of the policy's initial weights and of the reviews it learns from.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        val_batch_size: int | None = None,
+        val_size: int = 64,
+        val_repeats: int = 2,
+        seed: int = 0,
+        warm_start_seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, seed)
+        openings = prompts()
+        if not 1 <= val_size < len(openings) or val_repeats < 1:
+            raise ValueError(f"data.val_size must be from 1 to {len(openings) - 1}, and data.val_repeats at least 1")
+        self.warm_start_seed = warm_start_seed
+        self._held_out: list[Row] = [{"prompt": text} for text in openings[:val_size]] * val_repeats
+        self._train: list[Row] = [{"prompt": text} for text in openings[val_size:]]
+
+    def rows(self, stage: Stage) -> Sequence[Row]:
+        """The openings of a stage."""
+        return self._train if stage == Stage.TRAIN else self._held_out
+
+    def prepare_data(self) -> None:
+        """Build the policy and teach it the grammar, unless its folder holds it already."""
+        assert self.trainer is not None
+        self._module()
+        path: str = self.trainer.lightning_module.policy_config.path  # type: ignore[assignment,union-attr]
+        warm_start(path, self.warm_start_seed)
+
+
+_MARK = "moa_reviews.json"
+_SHAPE = {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 64}
+_TEXTS, _BATCH, _LEARNING_RATE = 25_600, 64, 3e-3
+
+
+def warm_start(path: str, seed: int = 0) -> None:
+    """Build the embedded task's policy in a folder: a word-level tokenizer and a small GPT-2, taught the grammar.
+
+    Nothing happens where the folder holds that policy already.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    folder = Path(path).expanduser()
+    recipe = {"seed": seed, "texts": _TEXTS, "batch": _BATCH, "lr": _LEARNING_RATE, **_SHAPE, "words": [*VOCABULARY]}
+    if (folder / _MARK).is_file() and json.loads((folder / _MARK).read_text(encoding="utf-8")) == recipe:
+        return
+    # A policy that an older recipe of ours built here, or an aligned one, must not be lost.
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"policy.path '{path}' holds something other than this task's warm-started policy; name a new folder, or "
+            "use data class Prompts for a policy of your own"
+        )
+    _build(folder, seed, recipe)
+
+
+def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
+    from lightning.pytorch import seed_everything
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from moa_lightning.stages.folders import whole_folder
+    from moa_lightning.stages.supervised import Fitting, NewModel, build_model, encode, train
+
+    print(f"warm start: teaching a small policy to write film reviews (kept in {folder})")
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    generator = random.Random(seed)
+    examples = [encode(tokenizer, *write_review(generator), max_length=64) for _ in range(_TEXTS + 256)]
+    model = build_model(NewModel("gpt2", len(VOCABULARY), _SHAPE), tokenizer)
+    fit = Fitting(batch_size=_BATCH, learning_rate=_LEARNING_RATE, seed=seed, accelerator="cpu", weight_decay=0.0)
+    before, after = train(model, examples[256:], examples[:256], int(tokenizer.pad_token_id or 0), fit)
+    print(f"warm start: held-out loss {before:.3f} -> {after:.3f} nats per token")
+    with whole_folder(folder) as finished:
+        model.save_pretrained(finished)
+        tokenizer.save_pretrained(finished)
+        (finished / _MARK).write_text(json.dumps(recipe), encoding="utf-8")
