@@ -1,25 +1,44 @@
-r"""Dialogues in the form of HH-RLHF: ``\n\nHuman: …\n\nAssistant: …``."""
+r"""Dialogues in the format of HH-RLHF: ``\n\nHuman: …\n\nAssistant: …``, as whole texts.
 
+Source: Bai et al., "Training a Helpful and Harmless Assistant with RLHF", arXiv 2204.05862.
+"""
+
+from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 ASSISTANT = "\n\nAssistant:"
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
-    """A dialogue's prompt, up to and with the last ``Assistant:``, and the response after it.
+    r"""The prompt, up to and with the last ``\n\nAssistant:``, and the response after it.
 
     Raises:
-        ValueError: there is no ``Assistant:`` in it.
+        ValueError: there is no such marker.
+
+    Example:
+        >>> split_dialogue("\n\nHuman: Hello\n\nAssistant: Hi.")
+        ('\n\nHuman: Hello\n\nAssistant:', ' Hi.')
     """
-    at = text.rfind(ASSISTANT)
-    if at < 0:
-        raise ValueError("the dialogue has no '\\n\\nAssistant:' turn")
-    end = at + len(ASSISTANT)
+    end = text.rfind(ASSISTANT)
+    if end < 0:
+        raise ValueError(r"a dialogue needs '\n\nAssistant:' before each answer, this text has none")
+    end += len(ASSISTANT)
     return text[:end], text[end:]
 
 
-def hh_prompt(row: dict[str, Any]) -> str:
-    """The prompt of a row of HH-RLHF: what ``chosen`` holds before the last response."""
-    if not isinstance(row.get("chosen"), str):
-        raise ValueError("the row has no text in 'chosen'")
-    return split_dialogue(row["chosen"])[0]
+def hh_prompt(row: Mapping[str, Any]) -> str:
+    r"""The prompt of a row with ``chosen`` (and ``rejected``): their shared text up to the last ``\n\nAssistant:``.
+
+    Two dialogues that part at an earlier turn give the prompt of that turn; two that share no such prompt, or a row
+    without ``rejected``, give the prompt of ``chosen``.
+
+    Raises:
+        ValueError: ``chosen`` is missing or is no dialogue.
+    """
+    chosen = row.get("chosen")
+    if not isinstance(chosen, str):
+        raise ValueError("the row has no text in column 'chosen'")
+    pairs = zip(chosen, row.get("rejected") or chosen, strict=False)  # they end at different places
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return split_dialogue(shared if ASSISTANT in shared else chosen)[0]

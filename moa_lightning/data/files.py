@@ -1,125 +1,219 @@
-"""Rows from files and from the hub, through ``datasets``, with errors that name the line."""
+"""Rows from files and from the hub, with errors that name the line."""
 
 import csv
 import difflib
 import gzip
 import json
-from collections.abc import Iterable
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from datasets import Dataset, load_dataset
-from datasets.utils.logging import disable_progress_bar
+import datasets
 
-_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_KNOWN = "use .jsonl, .ndjson, .json, .csv or .tsv (each also with .gz), or .parquet"
 
 
-def load_rows(path: str, split: str = "train", limit: int | None = None) -> Dataset:
-    """Rows of a JSONL, JSON, CSV, TSV or Parquet file (``.gz`` too), or of a data set on the hub.
+def load_rows(path: str, split: str | None = None, subset: str | None = None) -> datasets.Dataset:
+    """Rows of a JSONL, JSON, CSV, TSV or Parquet file, or of a data set on the hub or in a folder of its own.
+
+    They are memory-mapped from the cache of ``datasets`` (``HF_DATASETS_CACHE``); nothing is written beside the file.
 
     Args:
-        path: file, or hub id.
-        split: of a data set on the hub.
-        limit: keep the first rows only.
+        path: file, hub id, or folder in the layout of a hub data set. A ``.json`` file holds a list of
+            objects, or one object a line.
+        split: of a hub data set, in the notation of ``datasets`` (``train[:100]``); ``None`` is ``train``.
+        subset: configuration of a hub data set.
 
     Raises:
-        ValueError: the file is missing, empty, malformed (with the line), or of an unknown kind.
+        ValueError: in one line, what is wrong with the file (with the line), or that the id does not open.
     """
     file = Path(path).expanduser()
-    suffixes = [s for s in file.suffixes if s != ".gz"]
-    kind = _BUILDERS.get(suffixes[-1]) if suffixes else None
+    kind = _format(file)
+    if file.is_dir() or (not file.exists() and kind is None and _HUB_ID.fullmatch(path)):
+        return _from_hub(str(file), split or "train", subset)
     if not file.exists():
-        if kind is not None or path.startswith((".", "/", "~")):
-            raise ValueError(f"data file '{path}' does not exist")
-        rows = _from_hub(path, split)
-    elif file.is_dir():
-        rows = _from_hub(str(file), split)
-    elif kind is None:
-        raise ValueError(f"'{path}' is of an unknown kind; use {', '.join(_BUILDERS)} (or .gz of these)")
-    else:
-        _check(file, suffixes[-1])
-        disable_progress_bar()
-        options: dict[str, Any] = {"delimiter": "\t"} if suffixes[-1] == ".tsv" else {}
-        rows = load_dataset(kind, data_files=str(file), split="train", **options)
+        raise ValueError(f"data file '{path}' does not exist{_neighbour(file)}")
+    if kind is None:
+        raise ValueError(f"'{path}' is of no known format; {_KNOWN}")
+    if split is not None or subset is not None:
+        raise ValueError(f"split and subset are for hub data sets, but '{path}' is a file; leave them out")
+    if file.stat().st_size == 0:
+        raise ValueError(f"'{path}' is empty")
+    builder, check, options = kind
+    with _one_line(path):
+        check(file)
+    try:
+        with _without_progress_bar():
+            rows = datasets.load_dataset(builder, data_files=str(file), split="train", **options)
+    except Exception as error:
+        # The builders raise anything, wrapped several times; the innermost error is the one that says something.
+        raise ValueError(f"'{path}' does not load as {builder}: {_innermost(error)}") from error
     if len(rows) == 0:
-        raise ValueError(f"'{path}' has no rows")
-    return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+        raise ValueError(f"'{path}' holds no rows")
+    return rows
 
 
-def require_column(rows: Dataset, column: str, path: str) -> None:
-    """Refuse rows without a column.
+def require_columns(rows: datasets.Dataset, names: Iterable[str], path: str) -> None:
+    """Refuse rows that lack one of the columns.
 
     Raises:
-        ValueError: names the columns there are.
+        ValueError: names the missing column, those that exist, and the nearest.
     """
-    if column not in rows.column_names:
-        best = difflib.get_close_matches(column, rows.column_names, n=1)
+    for name in names:
+        if name not in rows.column_names:
+            near = difflib.get_close_matches(name, rows.column_names, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"'{path}' has no column '{name}'; it has {', '.join(rows.column_names)}{hint}")
+
+
+def _format(file: Path) -> tuple[str, Callable[[Path], None], dict[str, Any]] | None:
+    """Builder of ``datasets``, check of the file, and options of the builder, by the name's ending."""
+    name = file.name.lower()
+    plain = name.removesuffix(".gz")
+    # Else pandas takes the text "NA" or "None" for a missing value.
+    missing: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+    formats: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
+        ".jsonl": ("json", _check_jsonl, {}),
+        ".ndjson": ("json", _check_jsonl, {}),
+        ".json": ("json", _check_json, {}),
+        ".csv": ("csv", partial(_check_csv, delimiter=","), missing),
+        ".tsv": ("csv", partial(_check_csv, delimiter="\t"), {**missing, "delimiter": "\t"}),
+    }
+    if name.endswith(".parquet"):
+        return "parquet", _check_nothing, {}
+    return formats.get(Path(plain).suffix)
+
+
+def _check_nothing(file: Path) -> None:
+    """Parquet checks itself."""
+
+
+def _check_jsonl(file: Path) -> None:
+    with _open_text(file) as lines:
+        empty = True
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                empty = False
+                _check_object(line, f"line {number}")
+        if empty:
+            raise _Malformed(" is empty")
+
+
+def _check_object(line: str, where: str) -> None:
+    try:
+        value = json.loads(line, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise _Malformed(f", {where} is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(value, dict):
+        raise _Malformed(f', {where} is not a JSON object; write one object a line, such as {{"prompt": "..."}}')
+
+
+def _refuse_constant(name: str) -> float:
+    raise json.JSONDecodeError(f"{name} is no JSON value; write null", name, 0)
+
+
+def _check_json(file: Path) -> None:
+    with _open_text(file) as opened:
+        text = opened.read()
+    if not text.strip():
+        raise _Malformed(" is empty")
+    try:
+        rows = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):  # one object a line
+            _check_jsonl(file)
+            return
+        raise _Malformed(f", line {error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
+    if isinstance(rows, dict):
+        rows = [rows]
+    if not isinstance(rows, list) or not rows:
+        raise _Malformed(" must hold a list of objects, one a row")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise _Malformed(f", row {number} is not a JSON object")
+
+
+def _check_csv(file: Path, delimiter: str) -> None:
+    with _open_text(file, newline="") as lines:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        started = 1
+        try:
+            header = next(reader, [])
+            if not header:
+                raise _Malformed(", line 1 must name the columns")
+            repeated = [name for i, name in enumerate(header) if name in header[:i]]
+            if repeated:
+                raise _Malformed(f", line 1 names column '{repeated[0]}' twice")
+            started = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise _Malformed(
+                        f", line {started} has {len(row)} fields, but there are {len(header)} columns; put text that "
+                        "holds the separator in quotes"
+                    )
+                started = reader.line_num + 1
+        except csv.Error as error:
+            raise _Malformed(f", the row that starts at line {started} is not CSV: {error}") from error
+
+
+class _Malformed(ValueError):
+    """What is wrong with a file; goes behind its name."""
+
+
+@contextmanager
+def _one_line(path: str) -> Iterator[None]:
+    try:
+        yield
+    except _Malformed as error:
         raise ValueError(
-            f"'{path}' has no column '{column}'{f'; did you mean {best[0]!r}?' if best else ''} "
-            f"Its columns: {', '.join(rows.column_names)}"
-        )
-
-
-def _from_hub(path: str, split: str) -> Dataset:
-    try:
-        return load_dataset(path, split=split)
-    except (OSError, ValueError, ConnectionError) as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"'{path}' is no file here and does not open as a data set of the hub ({first})") from error
-
-
-def _check(file: Path, suffix: str) -> None:
-    """Find the first malformed line ourselves: ``datasets`` names none."""
-    if suffix == ".parquet":
-        return
-    if file.stat().st_size == 0:
-        raise ValueError(f"'{file}' is empty")
-    try:
-        with _open(file) as lines:
-            if suffix in {".csv", ".tsv"}:
-                _check_table(lines, file, "\t" if suffix == ".tsv" else ",")
-            elif suffix != ".json":
-                _check_lines(lines, file)
-            else:
-                _check_document(lines, file)
+            f"'{path}' {error}" if str(error).startswith(("is ", "must ")) else f"'{path}', {error}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{file}' is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"'{file}' is not a whole gzip file: {error}") from error
+        raise ValueError(f"'{path}' is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"'{path}' is not a whole gzip file: {error}") from error
 
 
-def _open(file: Path) -> IO[str]:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+@contextmanager
+def _open_text(file: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    opener: Callable[..., IO[str]] = gzip.open if file.suffix.lower() == ".gz" else open
+    with opener(file, "rt", encoding="utf-8-sig", newline=newline) as opened:
+        yield opened
 
 
-def _check_lines(lines: Iterable[str], file: Path) -> None:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{file}', line {number}: not JSON ({error.msg} at column {error.colno})") from error
-        if type(row) is not dict:
-            raise ValueError(f"'{file}', line {number}: a row must be an object with columns, not {type(row).__name__}")
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Reading a file here is no download; the user's own setting is put back."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
-def _check_document(lines: IO[str], file: Path) -> None:
-    text = lines.read()
-    if text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{file}', line {error.lineno}: not JSON ({error.msg})") from error
-    else:  # one object a line under the name .json, as many data sets have it
-        _check_lines(text.splitlines(), file)
+def _from_hub(path: str, split: str, subset: str | None) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(path, subset, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"'{path}' is no data file here and does not open as a hub data set (split '{split}'): {_innermost(error)}"
+        ) from error
 
 
-def _check_table(lines: Iterable[str], file: Path, delimiter: str) -> None:
-    reader = csv.reader(lines, delimiter=delimiter)
-    header = next(reader, [])
-    for row in reader:
-        if row and len(row) != len(header):
-            raise ValueError(f"'{file}', line {reader.line_num}: {len(row)} fields where the header has {len(header)}")
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _neighbour(file: Path) -> str:
+    names = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
+    near = difflib.get_close_matches(file.name, names, n=1)
+    return f"; did you mean '{file.with_name(near[0])}'?" if near else ""

@@ -1,37 +1,44 @@
 """Prompts from files and from the hub."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moa_lightning.data.base import PromptData, Row, Stage
-from moa_lightning.data.files import load_rows, require_column
+from moa_lightning.data.files import load_rows, require_columns
 from moa_lightning.dotted import import_dotted
+
+_RESERVED = ("prompts", "completions")  # the arguments of every reward function
 
 
 class Prompts(PromptData):
-    """Prompts from a JSONL, JSON, CSV or Parquet file (``.gz`` too), or from a data set on the hub.
+    """Prompts from a JSONL, JSON, CSV or Parquet file, or from a hub data set.
 
-    The other columns go to the rewards. Validation prompts are held out of ``path`` unless a file or split of their
-    own is given; ``test`` and ``predict`` use ``test_path``, or the validation prompts without one.
+    A prompt is text, or a list of chat messages ``{"role": …, "content": …}``. The other columns go to the reward
+    functions. Without a file of its own, validation gets rows held out of ``path``, and tests get those of validation.
 
     Args:
-        path: file or hub id.
-        val_path: file or hub id of the validation prompts; ``None`` holds ``val_size`` rows out.
-        test_path: file or hub id for ``moa test`` and ``moa predict``; ``None`` takes the validation prompts.
-        prompt_column: text, or a list of chat messages.
-        prompt_function: dotted path to ``f(row) -> text or messages``, which makes the prompt from a row instead,
-            such as ``moa_lightning.data.dialogues.hh_prompt``.
-        split: of a data set on the hub.
-        val_split: of ``val_path`` on the hub.
-        test_split: of ``test_path`` on the hub.
-        val_size: rows held out where there is no ``val_path``.
-        limit: use the first rows of ``path`` only.
-        val_limit: use the first validation rows only.
+        path: file, or hub id.
+        val_path: file or hub id of the validation rows; ``None`` holds out ``val_size`` rows of ``path``, or takes
+            its split ``val_split`` if that is given.
+        test_path: file or hub id for ``moa test`` and ``moa predict``; ``None`` takes the validation rows, or the
+            split ``test_split`` of ``path`` if that is given.
+        split: split for training, of a hub data set; ``None`` is ``train``.
+        val_split: split for validation, of a hub data set.
+        test_split: split for tests, of a hub data set.
+        subset: configuration of a hub data set.
+        prompt_column: name of the column that holds the prompt.
+        prompt_function: dotted path to ``f(row: dict) -> str | list of messages`` that makes the prompt out of a row,
+            instead of ``prompt_column``; for HH-RLHF ``moa_lightning.data.dialogues.hh_prompt``.
+        val_size: rows to hold out for validation.
+        split_seed: decides which rows are held out. ``seed`` does not: runs that differ in it are validated alike.
+        limit: use the first rows only, for training; ``None`` is all of them.
+        val_limit: the same for validation and for tests.
         batch_size: prompts per collected batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
-        seed: of the held-out rows and of the order in which training prompts are drawn.
+        seed: of the order in which training prompts are drawn.
     """
 
     def __init__(
@@ -39,12 +46,14 @@ class Prompts(PromptData):
         path: str,
         val_path: str | None = None,
         test_path: str | None = None,
+        split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
+        subset: str | None = None,
         prompt_column: str = "prompt",
         prompt_function: str | None = None,
-        split: str = "train",
-        val_split: str = "validation",
-        test_split: str = "test",
         val_size: int = 64,
+        split_seed: int = 0,
         limit: int | None = None,
         val_limit: int | None = None,
         batch_size: int = 64,
@@ -52,78 +61,111 @@ class Prompts(PromptData):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
-        if val_size < 1:
-            raise ValueError(f"data.val_size must be at least 1, got {val_size}")
+        for name, value in {"limit": limit, "val_limit": val_limit}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1 or null, got {value}")
+        if val_size < 0:
+            raise ValueError(f"data.val_size must be at least 0, got {val_size}")
         self.path, self.val_path, self.test_path = path, val_path, test_path
+        self.split, self.val_split, self.test_split, self.subset = split, val_split, test_split, subset
         self.prompt_column, self.prompt_function = prompt_column, prompt_function
-        self.split, self.val_split, self.test_split = split, val_split, test_split
-        self.val_size, self.limit, self.val_limit = val_size, limit, val_limit
-        self._rows: dict[Stage, Sequence[Row]] = {}
+        self.val_size, self.split_seed = val_size, split_seed
+        self.limit, self.val_limit = limit, val_limit
+        self._rows: dict[Stage, list[Row]] = {}
+
+    def prepare_data(self) -> None:
+        """Read everything once on one process, so that the others find it in the cache."""
+        self._load()
 
     def rows(self, stage: Stage) -> Sequence[Row]:
-        """The rows of a stage."""
+        """The rows of a stage, in the order of the file."""
         if not self._rows:
             self._rows = self._load()
         return self._rows[stage]
 
-    def _load(self) -> dict[Stage, Sequence[Row]]:
-        train = self._read(self.path, self.split, self.limit)
-        if self.val_path is None:
-            if len(train) <= self.val_size:
+    def _load(self) -> dict[Stage, list[Row]]:
+        """Rows of all stages, with the columns of the training rows."""
+        train, validation = self._read(self.path, self.split), []
+        if self.val_path is not None or self.val_split is not None:
+            validation = self._read(self.val_path or self.path, self.val_split)
+        elif self.val_size:
+            train, validation = self._hold_out(train)
+        test = validation
+        if self.test_path is not None or self.test_split is not None:
+            test = self._read(self.test_path or self.path, self.test_split)
+        for name, others in {"validation": validation, "test": test}.items():
+            missing = sorted(set(train[0]) - set(others[0])) if others else []
+            if missing:
                 raise ValueError(
-                    f"'{self.path}' has {len(train)} rows, no more than the {self.val_size} to hold out; lower "
-                    "data.val_size, or set data.val_path"
+                    f"the {name} rows have no column '{missing[0]}', which the training rows have; add or remove it"
                 )
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            held_out = set(order[: self.val_size])
-            validate = [row for i, row in enumerate(train) if i in held_out][: self.val_limit]
-            train = [row for i, row in enumerate(train) if i not in held_out]
-        else:
-            validate = self._read(self.val_path, self.val_split, self.val_limit)
-        test = validate if self.test_path is None else self._read(self.test_path, self.test_split, None)
-        if self.val_path is not None or self.test_path is not None:
-            self._require_same_columns(train, validate, test)
-        return {Stage.TRAIN: train, Stage.VALIDATE: validate, Stage.TEST: test, Stage.PREDICT: test}
+        test = test[: self.val_limit]
+        return {
+            Stage.TRAIN: train[: self.limit],
+            Stage.VALIDATE: validation[: self.val_limit],
+            Stage.TEST: test,
+            Stage.PREDICT: test,
+        }
 
-    def _read(self, path: str, split: str, limit: int | None) -> list[Row]:
-        rows = load_rows(path, split, limit)
-        if self.prompt_function is None:
-            require_column(rows, self.prompt_column, path)
-        make = self._maker()
-        result = []
-        for number, row in enumerate(rows, start=1):
-            try:
-                result.append(self._row(row, make))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"'{path}', row {number}: {error}") from error
-        return result
-
-    def _maker(self) -> Callable[[dict[str, Any]], Any]:
-        if self.prompt_function is None:
-            return lambda row: row[self.prompt_column]
-        maker: Callable[[dict[str, Any]], Any] = import_dotted(self.prompt_function)
-        return maker
-
-    def _row(self, row: dict[str, Any], make: Callable[[dict[str, Any]], Any]) -> Row:
-        prompt = make(row)
-        if not _is_prompt(prompt):
+    def _hold_out(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        if self.val_size >= len(rows):
             raise ValueError(
-                "the prompt must be text or a list of messages with 'role' and 'content', and not empty; got "
-                f"{str(prompt)[:60]!r}"
+                f"data.val_size {self.val_size} leaves no training rows of the {len(rows)} in '{self.path}'; lower it, "
+                "or give data.val_path"
             )
-        used = self.prompt_column if self.prompt_function is None else "prompt"
-        return {**{name: value for name, value in row.items() if name != used}, "prompt": prompt}
+        generator = torch.Generator().manual_seed(self.split_seed)
+        held_out = set(torch.randperm(len(rows), generator=generator)[: self.val_size].tolist())
+        return (
+            [row for i, row in enumerate(rows) if i not in held_out],
+            [row for i, row in enumerate(rows) if i in held_out],
+        )
 
-    def _require_same_columns(self, *parts: Sequence[Row]) -> None:
-        first, *others = (set(part[0]) for part in parts)
-        for other in others:
-            if not first <= other:
-                raise ValueError(
-                    f"validation or test rows lack the columns {', '.join(sorted(first - other))} of the training rows"
-                )
+    def _read(self, path: str, split: str | None) -> list[Row]:
+        is_file = Path(path).expanduser().is_file()
+        found = load_rows(path, split, None if is_file else self.subset)
+        for name in _RESERVED:
+            if name in found.column_names:
+                raise ValueError(f"'{path}' has a column '{name}', which reward functions get otherwise; rename it")
+        make = self._prompt_maker(found, path)
+        return [{**row, "prompt": make(row, f"'{path}' row {i}")} for i, row in enumerate(found, start=1)]
+
+    def _prompt_maker(self, found: Any, path: str) -> Callable[[Row, str], Any]:
+        if self.prompt_function is None:
+            require_columns(found, [self.prompt_column], path)
+            return lambda row, where: _checked(row[self.prompt_column], where)
+        function = import_dotted(self.prompt_function)
+        if not callable(function):
+            kind = type(function).__name__
+            raise ValueError(f"data.prompt_function '{self.prompt_function}' is of type {kind}, not a function")
+
+        def call(row: Row, where: str) -> Any:
+            try:
+                prompt = function(dict(row))
+            except Exception as error:
+                # The function is the user's.
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ValueError(f"{where}: {self.prompt_function} failed: {reason}") from error
+            return _checked(prompt, where)
+
+        return call
 
 
-def _is_prompt(prompt: Any) -> bool:
-    if isinstance(prompt, list):
-        return bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
-    return isinstance(prompt, str) and bool(prompt.strip())
+def _checked(prompt: Any, where: str) -> str | list[dict[str, Any]]:
+    """The prompt, if it is text or a list of chat messages with something in it."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where}: the prompt is empty; remove the row")
+        return prompt
+    if not isinstance(prompt, list) or not all(_is_message(message) for message in prompt):
+        kind = "null" if prompt is None else type(prompt).__name__
+        raise ValueError(
+            f"{where}: the prompt must be text or a list of messages with 'role' and 'content' as text, got {kind}"
+        )
+    if not prompt or not any(message["content"].strip() for message in prompt):
+        raise ValueError(f"{where}: the prompt is empty; remove the row")
+    # Rows of one file share their fields: what a message lacks comes as null.
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
