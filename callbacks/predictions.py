@@ -1,12 +1,12 @@
 """Writes what ``moa predict`` produces."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moa_lightning.callbacks.samples import lines_of
 from moa_lightning.distributed import rank, world_size
 from moa_lightning.types import Evaluation
 
@@ -54,22 +54,6 @@ class PredictionWriter(Callback):
         """Append the batch."""
         assert isinstance(outputs, Evaluation)
         with self.file(trainer).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in _lines(outputs))
-
-
-def _lines(evaluation: Evaluation) -> list[dict[str, Any]]:
-    responses, rewards = evaluation.responses, evaluation.rewards
-    return [
-        {
-            "prompt": responses.prompts[i],
-            "completion": responses.completions[i],
-            "scores": {
-                name: None if math.isnan(value) else value
-                for name, value in zip(rewards.names, rewards.raw_BN[i].tolist(), strict=True)
-            },
-            "length": int(responses.lengths_B[i]),
-            "truncated": bool(responses.truncated_B[i]),
-            "columns": {name: values[i] for name, values in responses.columns.items()},
-        }
-        for i in range(len(responses.completions))
-    ]
+            for i, line in enumerate(lines_of(outputs)):
+                line["columns"] = {name: values[i] for name, values in outputs.responses.columns.items()}
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")

@@ -12,9 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moa_lightning import callbacks, combiners, data, losses, models, rewards, sources  # noqa: F401  (short names)
 from moa_lightning.callbacks import (
+    MetricsFile,
     ObjectiveMetrics,
     ObjectiveProgressBar,
     ParetoFront,
+    PredictionWriter,
     RunFiles,
     SampleTable,
     Throughput,
@@ -82,6 +84,7 @@ class AlignmentCLI(LightningCLI):
         parser.add_lightning_class_args(SampleTable, "sample_table")
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
                 "model.combiner": {"class_path": "moa_lightning.combiners.PAMA"},
@@ -121,7 +124,8 @@ class AlignmentCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         root = config.trainer.default_root_dir
         given = config.trainer.get("logger")
-        loggers = [] if given in (None, True, False) else list(given) if isinstance(given, list) else [given]
+        loggers: list[Any] = [] if given in (None, True, False) else list(given) if isinstance(given, list) else [given]
+        loggers.append(MetricsFile(root))
         if config.wandb != "off":
             loggers.append(WandbLogger(project=config.wandb_project, save_dir=root, offline=config.wandb == "offline"))
         trainer: Trainer = super().instantiate_trainer(logger=loggers, **kwargs)

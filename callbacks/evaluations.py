@@ -1,0 +1,96 @@
+"""What all callbacks that look at evaluations share.
+
+Legend: B responses, N objectives (eval-only ones included).
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from moa_lightning.distributed import all_sum
+from moa_lightning.types import Evaluation
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One objective over one evaluation, over all processes, responses without a score left out."""
+
+    mean: float
+    std: float  # of the responses
+    std_error: float  # of the mean
+    count: int
+
+
+class EvaluationCallback(Callback):
+    """Gathers evaluation batches and hands the whole to :meth:`on_evaluation`, after validation and sanity check."""
+
+    def __init__(self) -> None:
+        self._batches: list[Evaluation] = []
+
+    @abstractmethod
+    def on_evaluation(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        statistics: dict[str, Statistics],
+        batches: list[Evaluation],
+    ) -> None:
+        """An evaluation has ended; ``batches`` are those of this process. The step is ``trainer.global_step``."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start afresh."""
+        self._batches = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what the module evaluated."""
+        assert isinstance(outputs, Evaluation)
+        self._batches.append(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum up."""
+        if self._batches:
+            self.on_evaluation(trainer, pl_module, statistics_of(self._batches), self._batches)
+        self._batches = []
+
+
+def statistics_of(batches: list[Evaluation]) -> dict[str, Statistics]:
+    """Statistics of each objective's raw rewards, by name."""
+    names = batches[0].rewards.names
+    scores_BN = torch.cat([b.rewards.raw_BN for b in batches]).double()
+    count_N, mean_N, std_N = moments(scores_BN)
+    return {
+        name: Statistics(mean, std, std / math.sqrt(count) if count else math.nan, int(count))
+        for name, count, mean, std in zip(names, count_N.tolist(), mean_N.tolist(), std_N.tolist(), strict=True)
+    }
+
+
+def moments(scores_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and standard deviation of each column over all processes; NaN entries are left out."""
+    present_BN = torch.isfinite(scores_BN)
+    kept_BN = scores_BN.where(present_BN, 0.0)
+    count_N = all_sum(present_BN.sum(0).to(scores_BN.dtype))
+    mean_N = all_sum(kept_BN.sum(0)) / count_N
+    squares_N = all_sum((kept_BN - mean_N).where(present_BN, 0.0).square().sum(0))
+    return count_N, mean_N, (squares_N / (count_N - 1).clamp(min=1)).sqrt()
+
+
+def log_everywhere(trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
+    """Log metrics of an evaluation; Lightning drops those of the sanity check, so they go to the loggers directly."""
+    if trainer.sanity_checking:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+    else:
+        pl_module.log_dict(metrics, batch_size=1, rank_zero_only=True)

@@ -1,0 +1,134 @@
+"""The evolving Pareto front of a run.
+
+Legend: P evaluation points, N trained objectives.
+"""
+
+import csv
+import os
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, log_everywhere
+from moa_lightning.callbacks.front_plot import draw_front
+from moa_lightning.functional import hypervolume, non_dominated
+from moa_lightning.types import Evaluation
+
+
+class ParetoFront(EvaluationCallback):
+    """Keeps the mean of every objective at every evaluation, the non-dominated ones among them, and their hypervolume.
+
+    Writes ``front.csv`` and ``front.png`` into the run folder after each evaluation, logs ``pareto/hypervolume`` and
+    ``pareto/size``, and, with a wandb logger, a table, a scatter and the picture. The points are means per checkpoint
+    along one run, in the rewards' own units.
+
+    Args:
+        reference: the point, by objective, from which the hypervolume counts. It should be worse than anything worth
+            having, and the same for all runs that are compared. ``None`` fixes it at the first evaluation: each
+            objective's mean minus one standard deviation.
+    """
+
+    def __init__(self, reference: dict[str, float] | None = None) -> None:
+        super().__init__()
+        self.reference = reference
+        self.points: list[dict[str, Any]] = []  # step, and mean and std_error by objective
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a reference point of other objectives."""
+        names = _names(pl_module)
+        if self.reference is not None and set(self.reference) != set(names):
+            raise ValueError(
+                f"pareto_front.reference must name each trained objective once: {', '.join(names)}; got "
+                f"{', '.join(self.reference)}"
+            )
+
+    def on_evaluation(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        statistics: dict[str, Statistics],
+        batches: list[Evaluation],
+    ) -> None:
+        """Add the point; write, draw and log."""
+        names = _names(pl_module)
+        silent = [name for name in names if not statistics[name].count]
+        if silent:
+            rank_zero_warn(f"no response was scored by {', '.join(silent)}: this evaluation is not on the Pareto front")
+            return
+        if self.reference is None:
+            self.reference = {name: statistics[name].mean - statistics[name].std for name in names}
+        point = {
+            "step": trainer.global_step,
+            "mean": {name: statistics[name].mean for name in names},
+            "std_error": {name: statistics[name].std_error for name in names},
+        }
+        # The last step may be evaluated twice, inside the run and after it: that is one point.
+        self.points = [p for p in self.points if p["step"] != point["step"]] + [point]
+        metrics = {"pareto/hypervolume": self.hypervolume(), "pareto/size": float(sum(self.on_front()))}
+        log_everywhere(trainer, pl_module, metrics)
+        if trainer.is_global_zero:
+            self._write(Path(trainer.default_root_dir))
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    self._log_wandb(logger, Path(trainer.default_root_dir) / "front.png")
+
+    def hypervolume(self, points: int | None = None) -> float:
+        """Hypervolume of the first ``points`` evaluations, or of all."""
+        if not self.points or self.reference is None:
+            return 0.0
+        names = list(self.points[0]["mean"])
+        reference_N = torch.tensor([self.reference[name] for name in names], dtype=torch.float64)
+        return hypervolume(self._matrix()[:points], reference_N)
+
+    def on_front(self) -> list[bool]:
+        """For each point, whether no other one dominates it."""
+        mask: list[bool] = non_dominated(self._matrix()).tolist()
+        return mask
+
+    def _matrix(self) -> torch.Tensor:
+        return torch.tensor([list(p["mean"].values()) for p in self.points], dtype=torch.float64)
+
+    def _write(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        names = list(self.points[0]["mean"])
+        scratch = root / ".front.csv"
+        with scratch.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "non_dominated", *names, *(f"{name}_std_error" for name in names)])
+            for point, best in zip(self.points, self.on_front(), strict=True):
+                writer.writerow([point["step"], int(best), *point["mean"].values(), *point["std_error"].values()])
+        os.replace(scratch, root / "front.csv")
+        assert self.reference is not None
+        draw_front(self.points, self.on_front(), self.reference, self.hypervolume(), root / "front.png")
+
+    def _log_wandb(self, logger: WandbLogger, picture: Path) -> None:
+        import wandb
+
+        names = list(self.points[0]["mean"])
+        rows = [
+            [p["step"], best, *p["mean"].values()] for p, best in zip(self.points, self.on_front(), strict=True)
+        ]
+        table = wandb.Table(columns=["step", "non_dominated", *names], data=rows)
+        logged: dict[str, Any] = {"pareto/front": table, "pareto/picture": wandb.Image(str(picture))}
+        for a, b in combinations(names, 2):
+            logged[f"pareto/{a}_{b}"] = wandb.plot.scatter(table, a, b, title=f"{b} over {a}")
+        logger.experiment.log(logged)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Points and reference."""
+        return {"points": self.points, "reference": self.reference}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the points; a reference point given now stays."""
+        self.points = state_dict["points"]
+        if self.reference is None:
+            self.reference = state_dict["reference"]
+
+
+def _names(pl_module: LightningModule) -> list[str]:
+    return list(pl_module.objective_names)  # type: ignore[arg-type]  # of AlignmentModule

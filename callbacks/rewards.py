@@ -1,0 +1,94 @@
+"""Metrics of the objectives while training.
+
+Legend: B responses, T tokens, N trained objectives.
+"""
+
+from itertools import combinations
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moa_lightning.callbacks.evaluations import moments
+from moa_lightning.distributed import all_sum
+from moa_lightning.types import Experience, Minibatch, StepOutput
+
+
+class ObjectiveMetrics(Callback):
+    """Logs what each objective does in training: rewards, advantages, value losses, weights, correlations.
+
+    On each collected batch, over all processes, responses that an objective could not score left out:
+    ``rewards/<name>/mean`` and ``/std`` (the reward's own units), ``/standardized`` (mean in standard deviations from
+    the first batch's mean), ``/missing`` (share without a score), ``advantages/<name>/mean`` and ``/std``,
+    ``correlation/<a>/<b>`` (Pearson), ``kl``, ``kl_coefficient``, ``completions/mean_length`` and ``/truncated``.
+    On each update: ``weights/<name>``, ``score/mean``, and the terms of the loss (``value_loss/<name>``, ``entropy``,
+    ``clip_ratio``, …).
+    """
+
+    def __init__(self) -> None:
+        self._origin: dict[str, tuple[float, float]] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """Log this update, and the batch that was collected for it."""
+        step: StepOutput = outputs["step"]
+        mask_BT = step.minibatch.experience.mask_BT
+        score_BT = step.score_BT if step.score_BT.ndim == 2 else step.score_BT.unsqueeze(1).expand(mask_BT.shape)
+        terms = {name: value.float() for name, value in step.terms.items()}
+        # The loss's terms are this process's share of a sum over all tokens; the rest are sums and counts.
+        sums = all_sum(torch.stack([*terms.values(), score_BT.where(mask_BT, 0.0).sum().float(), mask_BT.sum().float()]))
+        metrics = dict(zip(terms, sums[:-2].tolist(), strict=True))
+        metrics["score/mean"] = float(sums[-2] / sums[-1].clamp(min=1))
+        metrics |= {f"weights/{n}": w for n, w in zip(step.names, step.weights_N.tolist(), strict=True)}
+        if batch.collected is not None:
+            metrics |= self._of_collected(batch.collected)
+        pl_module.log_dict(metrics, batch_size=len(batch.experience), rank_zero_only=True)
+
+    def _of_collected(self, collected: Experience) -> dict[str, float]:
+        rewards, responses = collected.rewards, collected.responses
+        count_N, mean_N, std_N = moments(rewards.raw_BN.double())
+        total = all_sum(torch.tensor(float(len(collected)), device=count_N.device))
+        metrics: dict[str, float] = {}
+        for name, count, mean, std in zip(
+            rewards.names, count_N.tolist(), mean_N.tolist(), std_N.tolist(), strict=True
+        ):
+            if count:
+                origin, spread = self._origin.setdefault(name, (mean, std))
+                metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean, std
+                metrics[f"rewards/{name}/standardized"] = (mean - origin) / spread if spread > 0 else 0.0
+            metrics[f"rewards/{name}/missing"] = 1 - count / float(total)
+        present_BTN = collected.mask_BT.unsqueeze(-1) & collected.valid_BN.unsqueeze(1)
+        advantages_BTN = collected.advantages_BTN.where(present_BTN, torch.nan)
+        _, mean_N, std_N = moments(advantages_BTN.flatten(0, 1).double())
+        for i, name in enumerate(rewards.trained_names):
+            metrics[f"advantages/{name}/mean"] = float(mean_N[i])
+            metrics[f"advantages/{name}/std"] = float(std_N[i])
+        metrics |= _correlations(rewards.trained_names, rewards.trained_BN.double())
+        truncated, tokens = all_sum(
+            torch.stack([responses.truncated_B.double().sum(), responses.lengths_B.double().sum()])
+        ).tolist()
+        metrics["completions/truncated"] = truncated / float(total)
+        metrics["completions/mean_length"] = tokens / float(total)
+        return metrics | {name: collected.metrics[name] for name in ("kl", "kl_coefficient") if name in collected.metrics}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where standardised rewards count from."""
+        return {"origin": {name: list(value) for name, value in self._origin.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        self._origin = {name: (value[0], value[1]) for name, value in state_dict["origin"].items()}
+
+
+def _correlations(names: tuple[str, ...], values_BN: torch.Tensor) -> dict[str, float]:
+    """Pearson correlation of each pair over the responses that both could score, over all processes."""
+    metrics = {}
+    for i, j in combinations(range(len(names)), 2):
+        both_B = torch.isfinite(values_BN[:, i]) & torch.isfinite(values_BN[:, j])
+        pair_B2 = values_BN[:, [i, j]].where(both_B.unsqueeze(1), torch.nan)
+        count_2, mean_2, std_2 = moments(pair_B2)
+        product = all_sum((pair_B2 - mean_2).nan_to_num().prod(1).sum())
+        if count_2[0] > 1 and (std_2 > 0).all():
+            metrics[f"correlation/{names[i]}/{names[j]}"] = float(product / (count_2[0] - 1) / std_2.prod())
+    return metrics

@@ -1,0 +1,121 @@
+"""What a run leaves: the summary and the policy."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
+from moa_lightning.callbacks.pareto_front import ParetoFront
+from moa_lightning.callbacks.throughput import Throughput
+from moa_lightning.types import Evaluation
+
+
+class RunFiles(EvaluationCallback):
+    """Writes ``summary.json`` after each evaluation and at the end, and the policy at the end of training.
+
+    The policy lies in ``policy/`` in Hugging Face format: the adapter alone when there is one. The summary is there
+    also when a run is interrupted or fails: it tells what was reached.
+
+    Args:
+        save_policy: write the policy.
+    """
+
+    def __init__(self, save_policy: bool = True) -> None:
+        super().__init__()
+        self.save_policy = save_policy
+        self._first: dict[str, list[float]] = {}
+        self._last: dict[str, list[float]] = {}
+        self._seconds_before = 0.0  # of the run that this one goes on from
+        self._started: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_evaluation(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        statistics: dict[str, Statistics],
+        batches: list[Evaluation],
+    ) -> None:
+        """Keep the means; write the summary."""
+        self._last = {name: [s.mean, s.std_error] for name, s in statistics.items() if s.count}
+        self._first = self._first or self._last
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the summary, now that all callbacks have seen the evaluation."""
+        self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the policy and the summary; the clock stops."""
+        self._seconds_before, self._started = self._seconds(), None
+        if self.save_policy and trainer.is_global_zero:
+            policy: Any = pl_module.policy
+            policy.save_pretrained(Path(trainer.default_root_dir) / "policy")
+        self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what was reached."""
+        self._write(trainer, pl_module)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self._last:
+            return
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        summary = {
+            "combiner": type(pl_module.combiner).__name__,
+            "steps": trainer.global_step,
+            "seconds": self._seconds(),
+            "tokens_per_second": _tokens_per_second(trainer),
+            "seed": None if seed is None else int(seed),
+            "objectives": {
+                name: {
+                    "start": self._first.get(name, mean)[0],
+                    "end": mean[0],
+                    "std_error": mean[1],
+                    "start_std_error": self._first.get(name, mean)[1],
+                }
+                for name, mean in self._last.items()
+            },
+            "hypervolume": _hypervolume(trainer),
+        }
+        root = Path(trainer.default_root_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = root / ".summary.json"
+        scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, root / "summary.json")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first and last evaluation, and the seconds so far."""
+        return {"first": self._first, "last": self._last, "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._first, self._last = state_dict["first"], state_dict["last"]
+        self._seconds_before = state_dict["seconds"]
+
+
+def _tokens_per_second(trainer: Trainer) -> float | None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Throughput) and callback.total_seconds > 0:
+            return callback.total_tokens / callback.total_seconds
+    return None
+
+
+def _hypervolume(trainer: Trainer) -> dict[str, Any] | None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ParetoFront) and callback.points:
+            return {
+                "start": callback.hypervolume(1),
+                "end": callback.hypervolume(),
+                "reference": callback.reference,
+            }
+    return None

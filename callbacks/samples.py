@@ -1,0 +1,74 @@
+"""Samples of every evaluation, to read."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
+from moa_lightning.types import Evaluation
+
+
+def lines_of(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Prompt, completion, scores (null where an objective had none), length and truncation of each response."""
+    responses, rewards = evaluation.responses, evaluation.rewards
+    return [
+        {
+            "prompt": responses.prompts[i],
+            "completion": responses.completions[i],
+            "scores": {
+                name: None if math.isnan(value) else value
+                for name, value in zip(rewards.names, rewards.raw_BN[i].tolist(), strict=True)
+            },
+            "length": int(responses.lengths_B[i]),
+            "truncated": bool(responses.truncated_B[i]),
+        }
+        for i in range(len(responses.completions))
+    ]
+
+
+class SampleTable(EvaluationCallback):
+    """Appends the first responses of each evaluation to ``samples.jsonl``, and logs them as a wandb table.
+
+    The prompts and the random numbers are the same at every evaluation, so the lines of one prompt tell its story.
+    Only the main process writes; what is in the file stays there.
+
+    Args:
+        rows: responses per evaluation.
+    """
+
+    def __init__(self, rows: int = 8) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def on_evaluation(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        statistics: dict[str, Statistics],
+        batches: list[Evaluation],
+    ) -> None:
+        """Write the samples."""
+        if not trainer.is_global_zero:
+            return
+        samples = [line for batch in batches for line in lines_of(batch)][: self.rows]
+        file = Path(trainer.default_root_dir) / "samples.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as opened:
+            for sample in samples:
+                opened.write(json.dumps({"step": trainer.global_step, **sample}, ensure_ascii=False) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _log_wandb(logger, trainer.global_step, samples)
+
+
+def _log_wandb(logger: WandbLogger, step: int, samples: list[dict[str, Any]]) -> None:
+    import wandb
+
+    names = list(samples[0]["scores"])
+    rows = [[step, s["prompt"], s["completion"], *s["scores"].values(), s["length"], s["truncated"]] for s in samples]
+    columns = ["step", "prompt", "completion", *names, "length", "truncated"]
+    logger.experiment.log({"samples": wandb.Table(columns=columns, data=rows)})
