@@ -68,7 +68,9 @@ def _panel(
         for i, (x, y) in enumerate(best):
             stairs += [(x, y), (x, best[i + 1][1] if i + 1 < len(best) else low_y)]
         stairs = [(max(x, low_x), max(y, low_y)) for x, y in stairs]
-        axes.fill([low_x, *(x for x, _ in stairs)], [low_y, *(y for _, y in stairs)], color=_FRONT, alpha=0.07, zorder=0)
+        axes.fill(
+            [low_x, *(x for x, _ in stairs)], [low_y, *(y for _, y in stairs)], color=_FRONT, alpha=0.07, zorder=0
+        )
     axes.scatter([low_x], [low_y], marker="x", color=_INK, s=40, zorder=3)
     for x, y, text in ((low_x, low_y, "reference"), (xs[0], ys[0], "start"), (xs[-1], ys[-1], "end")):
         axes.annotate(text, (x, y), xytext=(7, 7), textcoords="offset points", color=_INK, fontsize=9)

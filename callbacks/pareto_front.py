@@ -110,9 +110,7 @@ class ParetoFront(EvaluationCallback):
         import wandb
 
         names = list(self.points[0]["mean"])
-        rows = [
-            [p["step"], best, *p["mean"].values()] for p, best in zip(self.points, self.on_front(), strict=True)
-        ]
+        rows = [[p["step"], best, *p["mean"].values()] for p, best in zip(self.points, self.on_front(), strict=True)]
         table = wandb.Table(columns=["step", "non_dominated", *names], data=rows)
         logged: dict[str, Any] = {"pareto/front": table, "pareto/picture": wandb.Image(str(picture))}
         for a, b in combinations(names, 2):

@@ -37,7 +37,9 @@ class ObjectiveMetrics(Callback):
         score_BT = step.score_BT if step.score_BT.ndim == 2 else step.score_BT.unsqueeze(1).expand(mask_BT.shape)
         terms = {name: value.float() for name, value in step.terms.items()}
         # The loss's terms are this process's share of a sum over all tokens; the rest are sums and counts.
-        sums = all_sum(torch.stack([*terms.values(), score_BT.where(mask_BT, 0.0).sum().float(), mask_BT.sum().float()]))
+        sums = all_sum(
+            torch.stack([*terms.values(), score_BT.where(mask_BT, 0.0).sum().float(), mask_BT.sum().float()])
+        )
         metrics = dict(zip(terms, sums[:-2].tolist(), strict=True))
         metrics["score/mean"] = float(sums[-2] / sums[-1].clamp(min=1))
         metrics |= {f"weights/{n}": w for n, w in zip(step.names, step.weights_N.tolist(), strict=True)}
@@ -70,7 +72,9 @@ class ObjectiveMetrics(Callback):
         ).tolist()
         metrics["completions/truncated"] = truncated / float(total)
         metrics["completions/mean_length"] = tokens / float(total)
-        return metrics | {name: collected.metrics[name] for name in ("kl", "kl_coefficient") if name in collected.metrics}
+        return metrics | {
+            name: collected.metrics[name] for name in ("kl", "kl_coefficient") if name in collected.metrics
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Where standardised rewards count from."""

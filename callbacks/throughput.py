@@ -23,7 +23,9 @@ class Throughput(Callback):
         self.total_tokens = 0.0
         self.total_seconds = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Minibatch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Minibatch, batch_idx: int
+    ) -> None:
         """A collected batch ends the interval before it."""
         self._started = time.perf_counter()
         if batch.collected is not None:

@@ -52,7 +52,6 @@ def _wheel_names(wheel: Path) -> set[str]:
     return {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("moa_lightning/")}
 
 
-@pytest.mark.slow
 def test_wheel_and_sdist_hold_callbacks_and_configs(source: Path, tmp_path: Path) -> None:
     expected = _shipped_names()
     assert "moa_lightning/callbacks/__init__.py" in expected

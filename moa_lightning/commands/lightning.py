@@ -10,7 +10,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from moa_lightning import callbacks, combiners, data, losses, models, rewards, sources  # noqa: F401  (short names)
+from moa_lightning import combiners, data, losses, models, rewards, sources
 from moa_lightning.callbacks import (
     MetricsFile,
     ObjectiveMetrics,
@@ -22,7 +22,6 @@ from moa_lightning.callbacks import (
     Throughput,
 )
 from moa_lightning.commands.errors import UsageError, explain, refuse_repeated_keys
-from moa_lightning.data.base import PromptData
 from moa_lightning.module import AlignmentModule
 
 WandbMode = Literal["online", "offline", "off"]
@@ -37,7 +36,7 @@ _NAMEABLE = (
     models.Reference,
     rewards.Reward,
     rewards.Objective,
-    PromptData,
+    data.PromptData,
     torch.optim.Optimizer,
 )
 
@@ -60,7 +59,7 @@ class AlignmentCLI(LightningCLI):
         refuse_repeated_keys(args)
         return cls(
             AlignmentModule,
-            PromptData,
+            data.PromptData,
             args=args,
             subclass_mode_data=True,
             parser_class=AlignmentParser,

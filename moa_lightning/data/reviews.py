@@ -169,7 +169,6 @@ def warm_start(path: str, seed: int = 0) -> None:
 
 
 def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
-    from lightning.pytorch import seed_everything
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -16,7 +16,7 @@ def gae(
         rewards_BTN: reward received after token t, in the objective's own units.
         values_BTN: value of the state *before* token t.
         mask_BT: bool or 0/1; 1 on the tokens of the response. The state after the last 1 is terminal: its value
-            is 0.
+            is 0. Rewards and values where it is 0 are ignored, whatever they are.
         gamma: discount per token, in [0, 1].
         lam: the lambda of GAE, in [0, 1].
 
@@ -28,21 +28,21 @@ def gae(
 
     Source: Schulman et al. 2016, arXiv 1506.02438, Eq. 16, per objective as in PAMA (arXiv 2508.07768).
     """
-    if rewards_BTN.shape != values_BTN.shape or rewards_BTN.shape[:2] != mask_BT.shape:
+    if values_BTN.ndim != 3 or rewards_BTN.shape != values_BTN.shape or rewards_BTN.shape[:2] != mask_BT.shape:
         raise ValueError(
             f"gae needs rewards and values of one shape (B, T, N) and a mask (B, T); got {tuple(rewards_BTN.shape)}, "
             f"{tuple(values_BTN.shape)} and {tuple(mask_BT.shape)}"
         )
-    mask_BT1 = mask_BT.to(values_BTN.dtype).unsqueeze(-1)
+    mask_BT1 = mask_BT.bool().unsqueeze(-1)
     advantages_BTN = torch.zeros_like(values_BTN)
-    running_BN = torch.zeros_like(values_BTN[:, 0])
+    running_BN = values_BTN.new_zeros(values_BTN.shape[0], values_BTN.shape[2])
     next_value_BN = torch.zeros_like(running_BN)
     for t in reversed(range(values_BTN.shape[1])):
         delta_BN = rewards_BTN[:, t] + gamma * next_value_BN - values_BTN[:, t]
-        running_BN = (delta_BN + gamma * lam * running_BN) * mask_BT1[:, t]
-        next_value_BN = values_BTN[:, t] * mask_BT1[:, t]
+        running_BN = (delta_BN + gamma * lam * running_BN).where(mask_BT1[:, t], 0.0)
+        next_value_BN = values_BTN[:, t].where(mask_BT1[:, t], 0.0)
         advantages_BTN[:, t] = running_BN
-    return advantages_BTN, (advantages_BTN + values_BTN) * mask_BT1
+    return advantages_BTN, (advantages_BTN + values_BTN).where(mask_BT1, 0.0)
 
 
 def group_relative(rewards_BN: Tensor, valid_BN: Tensor, group_size: int, scale: bool = False) -> Tensor:
@@ -53,7 +53,7 @@ def group_relative(rewards_BN: Tensor, valid_BN: Tensor, group_size: int, scale:
             are ignored, whatever they are.
         valid_BN: bool, which rows have this objective.
         group_size: G, at least 2; B is a multiple of it.
-        scale: divide by the group's standard deviation (GRPO) as well.
+        scale: divide by the group's sample standard deviation plus 1e-4 (GRPO) as well.
 
     Returns:
         advantages_BN, 0 where invalid and in groups with fewer than two valid rows.

@@ -48,15 +48,18 @@ def pama(advantages: Tensor, dim: int = -1, valid: Tensor | None = None) -> tupl
     some = present.any(dim, keepdim=True)
     low, high = low.where(some, 0.0), high.where(some, 0.0)
 
-    # Halving before the subtraction keeps `high - low` finite up to the largest float.
-    spread = high / 2 - low / 2
-    straddles = (low <= 0) & (high >= 0)
-    share_of_low = torch.where(straddles, (high / 2) / spread.where(spread > 0, 1.0), (low > 0).to(advantages.dtype))
+    # In units of the larger extreme nothing overflows or underflows. Each share is computed for itself: one minus the
+    # other would lose the smaller one, and with it the cancellation that makes the weighted sum 0.
     flat = low == high  # every entry ties: the two extremes are the same set
-    share_of_low = share_of_low.where(~flat, 1.0)
+    straddles = (low <= 0) & (high >= 0)
+    mixed = straddles & ~flat
+    unit = torch.maximum(high, -low).where(mixed, 1.0)
+    spread = (high / unit - low / unit).where(mixed, 1.0)
+    share_of_low = torch.where(mixed, high / unit / spread, ((low > 0) | flat).to(advantages.dtype))
+    share_of_high = torch.where(mixed, -low / unit / spread, ((high < 0) & ~flat).to(advantages.dtype))
     at_low = (advantages == low) & present
     at_high = (advantages == high) & present
     weights = share_of_low * at_low / at_low.sum(dim, keepdim=True).clamp(min=1)
-    weights = weights + (1 - share_of_low) * at_high / at_high.sum(dim, keepdim=True).clamp(min=1)
+    weights = weights + share_of_high * at_high / at_high.sum(dim, keepdim=True).clamp(min=1)
     score = torch.where(straddles, torch.zeros_like(low), torch.where(low > 0, low, high))
     return score.squeeze(dim), weights

@@ -18,6 +18,7 @@ from transformers import (
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 
+
 def load_config(policy: PolicyConfig) -> PretrainedConfig:
     """The model's config alone: cheap, so that mistakes show before any weights are read."""
     config: PretrainedConfig = _open(policy, AutoConfig, "model config")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moa_lightning.rewards.base import Reward
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
+from moa_lightning.rewards.base import Reward
 from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
 
 _LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit say 10**30

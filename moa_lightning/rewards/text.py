@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moa_lightning.rewards.base import Reward
 from moa_lightning.pretrained import open_tokenizer
+from moa_lightning.rewards.base import Reward
 
 
 class LengthUnit(ABC):

@@ -1,0 +1,1 @@
+"""What comes before alignment: a policy taught on text, a reward model trained on preferences."""

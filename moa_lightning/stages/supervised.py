@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from moa_lightning.data.files import load_rows, require_columns
+from moa_lightning.pretrained import open_pretrained, open_tokenizer
+from moa_lightning.rows import load_rows, require_columns
 from moa_lightning.stages.folders import refuse_used, whole_folder
 
 
@@ -120,11 +120,14 @@ def supervised(
     refuse_used(output, overwrite)
     prompts, texts = _read(data)
     seed_everything(fit.seed, verbose=False)
+    tokenizer: PreTrainedTokenizerBase
     if new is not None:
         tokenizer = train_tokenizer([p + t for p, t in zip(prompts, texts, strict=True)], new.vocab_size)
         model = build_model(new, tokenizer)
     else:
-        tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+        assert base is not None
+        tokenizer = open_tokenizer(base)
+        model = open_pretrained(AutoModelForCausalLM, base, "causal language model")
     examples = [encode(tokenizer, p, t, fit.max_length) for p, t in zip(prompts, texts, strict=True)]
     held_out, rest = examples[: data.val_size], examples[data.val_size :]
     parameters = sum(p.numel() for p in model.parameters())
@@ -166,7 +169,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -201,7 +208,7 @@ def train(
         return collate_examples(batch, pad_id)
 
     module = NextToken(model, fit)
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         examples,  # type: ignore[arg-type]  # a sequence is a map-style data set
         batch_sampler=SimilarLengths([len(e.ids) for e in examples], fit.batch_size, fit.seed),
         collate_fn=collate,
@@ -329,5 +336,7 @@ def _read(data: Texts) -> tuple[list[str], list[str]]:
     texts = [str(text) for text in rows[data.column]]
     prompts = [str(p) for p in rows[data.prompt_column]] if data.prompt_column else [""] * len(texts)
     if len(texts) <= data.val_size:
-        raise ValueError(f"{data.path} has {len(texts)} rows, no more than the {data.val_size} to hold out; lower val_size")
+        raise ValueError(
+            f"{data.path} has {len(texts)} rows, no more than the {data.val_size} to hold out; lower val_size"
+        )
     return prompts, texts
