@@ -172,8 +172,9 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from moa_lightning.stages.fitting import Fitting
     from moa_lightning.stages.folders import whole_folder
-    from moa_lightning.stages.supervised import Fitting, NewModel, build_model, encode, train
+    from moa_lightning.stages.supervised import NewModel, build_model, encode, train
 
     print(f"warm start: teaching a small policy to write film reviews (kept in {folder})")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))

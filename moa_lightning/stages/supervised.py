@@ -3,17 +3,17 @@
 Legend: B sequences, L tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,10 +25,11 @@ from transformers import (
 
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rows import load_rows, require_columns
+from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
 from moa_lightning.stages.folders import refuse_used, whole_folder
 
 
-@dataclass
+@dataclass(frozen=True)
 class NewModel:
     """A policy from scratch, with a tokenizer trained on the text.
 
@@ -43,7 +44,7 @@ class NewModel:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Texts:
     """What to train on.
 
@@ -64,33 +65,7 @@ class Texts:
     limit: int | None = None
 
 
-@dataclass
-class Fitting:
-    """How to train.
-
-    Args:
-        epochs: passes over the texts.
-        max_steps: stop earlier, after this many updates; -1 does not.
-        batch_size: texts per update.
-        learning_rate: peak of the schedule (linear warm-up, linear decay to 0).
-        warmup: share of the updates in which the learning rate rises.
-        weight_decay: of AdamW.
-        max_length: tokens kept of a text, from its start.
-        seed: of initial weights and order.
-        accelerator: Lightning's.
-        precision: Lightning's.
-    """
-
-    epochs: int = 1
-    max_steps: int = -1
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    max_length: int = 512
-    seed: int = 0
-    accelerator: str = "auto"
-    precision: str = "32-true"
+_FITTING = Fitting()
 
 
 def supervised(
@@ -98,7 +73,7 @@ def supervised(
     data: Texts,
     base: str | None = None,
     new: NewModel | None = None,
-    fit: Fitting | None = None,
+    fit: Fitting = _FITTING,
     overwrite: bool = False,
 ) -> None:
     """Train a policy on text and write it as a Hugging Face folder.
@@ -114,7 +89,6 @@ def supervised(
     Raises:
         ValueError: neither or both of ``base`` and ``new``, an output in use, or data that cannot be used.
     """
-    fit = fit or Fitting()
     if (base is None) == (new is None):
         raise ValueError("give either --base (a policy to start from) or --new (one from scratch)")
     refuse_used(output, overwrite)
@@ -213,22 +187,9 @@ def train(
         batch_sampler=SimilarLengths([len(e.ids) for e in examples], fit.batch_size, fit.seed),
         collate_fn=collate,
     )
-    trainer = Trainer(
-        max_epochs=fit.epochs,
-        max_steps=fit.max_steps,
-        accelerator=fit.accelerator,
-        devices=1,
-        precision=fit.precision,  # type: ignore[arg-type]  # Lightning checks the text
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
     batches = [collate(held_out[i : i + fit.batch_size]) for i in range(0, len(held_out), fit.batch_size)]
     before = _mean_loss(module, batches)
-    module.train()  # a loaded model comes in evaluation mode, and Lightning leaves it there
-    trainer.fit(module, loader)
+    run(module, loader)
     return before, _mean_loss(module, batches)
 
 
@@ -239,68 +200,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str
         tokenizer.save_pretrained(folder)
 
 
-class NextToken(LightningModule):
-    """Next-token prediction with AdamW, linear warm-up and linear decay.
-
-    Args:
-        model: trained in place.
-        fit: how.
-    """
-
-    def __init__(self, model: PreTrainedModel, fit: Fitting) -> None:
-        super().__init__()
-        self.model, self.fit = model, fit
+class NextToken(FittedModule):
+    """Next-token prediction."""
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy per learnt token, in nats."""
         logits_BLV = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         return cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy per learnt token."""
-        loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        """AdamW; one schedule step per update."""
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.fit.learning_rate, weight_decay=self.fit.weight_decay
-        )
-        updates = max(int(self.trainer.estimated_stepping_batches), 1)
-        rising = max(int(self.fit.warmup * updates), 1)
-
-        def share(step: int) -> float:
-            return min((step + 1) / rising, max(updates - step, 0) / max(updates - rising, 1))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class SimilarLengths(Sampler[list[int]]):
-    """Batches of texts of similar length, in random order: little padding, all texts once an epoch.
-
-    Args:
-        lengths: of the texts.
-        batch_size: texts per batch.
-        seed: of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        return (len(self.lengths) + self.batch_size - 1) // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Batches of one epoch."""
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        self.epoch += 1
-        noise = torch.rand(len(self.lengths), generator=generator) * 8  # neighbours change from epoch to epoch
-        order = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i] + float(noise[i]))
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        yield from (batches[int(i)] for i in torch.randperm(len(batches), generator=generator))
 
 
 def collate_examples(batch: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
