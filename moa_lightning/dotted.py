@@ -37,7 +37,7 @@ def _import_module(path: str) -> tuple[ModuleType, list[str]]:
     """The longest module that the path starts with, and the names that are left."""
     parts = path.split(".")
     module, depth = _import_one(path, parts[0]), 1
-    while depth < len(parts) - 1 and not hasattr(module, parts[depth]):
+    while depth < len(parts) - 1 and isinstance(getattr(module, parts[depth], module), ModuleType):
         module = _import_one(path, ".".join(parts[: depth + 1]))
         depth += 1
     return module, parts[depth:]
