@@ -14,7 +14,8 @@ class MetricsFile(Logger):
     """Writes metrics to ``metrics.csv`` in the run folder, one row per step.
 
     Lightning's own CSV logger wants a folder of its own and empties it; this one appends. Rows of an earlier part of
-    the run stay, and a metric that appears later adds a column.
+    the run stay, and a metric that appears later adds a column. A metric that comes twice for one step, as from the
+    evaluation before the first update and the one after it, makes a second row.
 
     Args:
         folder: the run folder.
@@ -43,18 +44,25 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add metrics to the row of a step; the row is written when the next one begins, or at :meth:`save`."""
-        if self._row and self._row.get("step") != step:
-            self.save()
+        """Add metrics to the row of a step; the row is written when the next one begins, or at the end."""
+        repeated = (metrics.keys() & self._row.keys()) - {"step", "epoch"}
+        if self._row and (self._row["step"] != step or repeated):
+            self._append()
         self._row |= {"step": step, **{k: v for k, v in metrics.items() if k != "step"}}
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``config.yaml`` is the record."""
 
-    @rank_zero_only
     def save(self) -> None:
-        """Write the row that is under way."""
+        """Nothing: Lightning calls this after each group of metrics, when more may come for the row."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self._append()
+
+    def _append(self) -> None:
         if not self._row:
             return
         if not self._columns and self.path.is_file():
@@ -66,11 +74,6 @@ class MetricsFile(Logger):
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerow(self._row)
         self._row = {}
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is left."""
-        self.save()
 
     def _widen(self, columns: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

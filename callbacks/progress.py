@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 class ObjectiveProgressBar(TQDMProgressBar):
     """Lightning's progress bar with the means of the objectives and the hypervolume beside the loss.
 
-    Without a terminal (a log file, CI) it prints a few lines in all instead of one for each update.
+    Without a terminal (a log file, CI) it is refreshed less often.
 
     Args:
-        refresh_rate: updates between two refreshes; ``None`` is 1 in a terminal, and a hundred at most else.
+        refresh_rate: updates between two refreshes; ``None`` is 1 in a terminal and 10 elsewhere.
     """
 
     def __init__(self, refresh_rate: int | None = None) -> None:

@@ -37,11 +37,13 @@ class SampleTable(EvaluationCallback):
     Only the main process writes; what is in the file stays there.
 
     Args:
-        rows: responses per evaluation.
+        rows: responses per evaluation; 0 writes none.
     """
 
     def __init__(self, rows: int = 8) -> None:
         super().__init__()
+        if rows < 0:
+            raise ValueError(f"sample_table.rows must be at least 0, got {rows}")
         self.rows = rows
 
     def on_evaluation(
@@ -52,7 +54,7 @@ class SampleTable(EvaluationCallback):
         batches: list[Evaluation],
     ) -> None:
         """Write the samples."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.rows:
             return
         samples = [line for batch in batches for line in lines_of(batch)][: self.rows]
         file = Path(trainer.default_root_dir) / "samples.jsonl"
@@ -68,7 +70,7 @@ class SampleTable(EvaluationCallback):
 def _log_wandb(logger: WandbLogger, step: int, samples: list[dict[str, Any]]) -> None:
     import wandb
 
-    names = list(samples[0]["scores"])
+    names = [f"rewards/{name}" for name in samples[0]["scores"]]  # an objective may be called "length"
     rows = [[step, s["prompt"], s["completion"], *s["scores"].values(), s["length"], s["truncated"]] for s in samples]
-    columns = ["step", "prompt", "completion", *names, "length", "truncated"]
+    columns: list[str | int] = ["step", "prompt", "completion", *names, "length", "truncated"]
     logger.experiment.log({"samples": wandb.Table(columns=columns, data=rows)})

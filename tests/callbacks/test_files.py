@@ -1,0 +1,257 @@
+"""What a run writes beside the front: samples, metrics, predictions, the summary and the policy."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+
+from moa_lightning.callbacks import (
+    MetricsFile,
+    ObjectiveMetrics,
+    ParetoFront,
+    PredictionWriter,
+    RunFiles,
+    SampleTable,
+    Throughput,
+)
+from tests.callbacks.scripted import Scripted, around, evaluation, experience, trainer
+
+
+def script(*means, **options):
+    return Scripted([evaluation(around(*point)) for point in means], **options)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Stop(Callback):
+    """Ends a run from within, at a step."""
+
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+# Samples
+
+
+def test_samples_are_appended_and_never_rewritten(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    file.write_text("what was there\n", encoding="utf-8")
+    running = trainer(tmp_path, SampleTable(rows=3), max_steps=2)
+    running.fit(script((0, 0), (1, 1), (2, 2)))
+    before = file.read_text(encoding="utf-8")
+    running.save_checkpoint(tmp_path / "end.ckpt")
+    trainer(tmp_path, SampleTable(rows=2), max_steps=3).fit(
+        script((3, 3)), ckpt_path=tmp_path / "end.ckpt", weights_only=True
+    )
+    after = file.read_text(encoding="utf-8")
+    assert before.startswith("what was there\n{")
+    assert after.startswith(before)
+    samples = [json.loads(line) for line in after.splitlines()[1:]]
+    assert [(s["step"], s["prompt"]) for s in samples] == [
+        *((step, f"prompt {i}") for step in (0, 1, 2) for i in range(3)),
+        (3, "prompt 0"),
+        (3, "prompt 1"),
+    ]
+
+
+def test_a_sample_line(tmp_path):
+    raw_BN = torch.tensor([[1.5, torch.nan], [2.0, 3.0]])
+    trainer(tmp_path, SampleTable(), max_steps=1).fit(Scripted([evaluation(raw_BN), evaluation(raw_BN)]))
+    assert lines(tmp_path / "samples.jsonl")[:2] == [
+        {
+            "step": 0,
+            "prompt": "prompt 0",
+            "completion": "fine été 0",
+            "scores": {"good": 1.5, "short": None},
+            "length": 1,
+            "truncated": False,
+        },
+        {
+            "step": 0,
+            "prompt": "prompt 1",
+            "completion": "fine été 1",
+            "scores": {"good": 2.0, "short": 3.0},
+            "length": 3,
+            "truncated": True,
+        },
+    ]
+    assert "été" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+
+
+def test_samples_may_be_switched_off(tmp_path):
+    trainer(tmp_path, SampleTable(rows=0), max_steps=1).fit(script((0, 0), (1, 1)))
+    assert not (tmp_path / "samples.jsonl").exists()
+    with pytest.raises(ValueError, match=r"sample_table\.rows must be at least 0, got -1"):
+        SampleTable(rows=-1)
+
+
+# Metrics
+
+
+def test_a_metric_that_appears_later_widens_the_file(tmp_path):
+    log = MetricsFile(str(tmp_path / "new"))
+    log.log_metrics({"loss": 1.0}, step=0)
+    log.save()  # Lightning does so after each group of metrics; the step's row goes on
+    log.log_metrics({"kl": 0.5}, step=0)
+    log.log_metrics({"loss": 0.5, "a, b": 7.0}, step=1)
+    log.finalize("success")
+    assert table(log.path) == [
+        {"step": "0", "loss": "1.0", "kl": "0.5", "a, b": ""},
+        {"step": "1", "loss": "0.5", "kl": "", "a, b": "7.0"},
+    ]
+    assert not list(log.path.parent.glob(".metrics*"))
+
+
+def test_a_resumed_run_appends_its_metrics(tmp_path):
+    first = MetricsFile(str(tmp_path))
+    first.log_metrics({"loss": 1.0, "kl": 0.5}, step=3)
+    first.finalize("success")
+    before = first.path.read_text(encoding="utf-8")
+    second = MetricsFile(str(tmp_path))
+    second.log_metrics({"kl": 0.25}, step=4)  # fewer columns and another order than the file has
+    second.log_metrics({"kl": 0.125, "loss": 0.5}, step=5)
+    assert second.path.read_text(encoding="utf-8").startswith(before)
+    second.log_metrics({"later": 9.0}, step=6)
+    second.finalize("success")
+    second.finalize("success")
+    assert table(second.path) == [
+        {"step": "3", "loss": "1.0", "kl": "0.5", "later": ""},
+        {"step": "4", "loss": "", "kl": "0.25", "later": ""},
+        {"step": "5", "loss": "0.5", "kl": "0.125", "later": ""},
+        {"step": "6", "loss": "", "kl": "", "later": "9.0"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("interval", "stop", "volumes"), [(1, 2, ["1.0", "2.0", "4.0"]), (2, 3, ["1.0", "2.0"])], ids=["each", "second"]
+)
+def test_metrics_of_a_run_that_breaks_off(tmp_path, interval, stop, volumes):
+    """Each evaluation's volume is there, the one before training included; each update is in one row."""
+    log = MetricsFile(str(tmp_path))
+    front = ParetoFront({"good": 0.0, "short": 0.0})
+    moa = script((1, 1), (1, 2), (2, 2), collected=[experience(torch.zeros(4, 2))] * 4, terms={"clip_ratio": 0.5})
+    watchers = [ObjectiveMetrics(), front, Stop(stop, RuntimeError("stop"))]
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, *watchers, logger=log, max_steps=4, val_check_interval=interval).fit(moa)
+    rows = table(log.path)
+    assert [row["pareto/hypervolume"] for row in rows if row["pareto/hypervolume"]] == volumes
+    assert [row["step"] for row in rows if row["clip_ratio"]] == [str(i) for i in range(stop)]
+
+
+# Summary and policy
+
+
+def test_the_summary(tmp_path):
+    seed_everything(11, verbose=False)
+    raw_BN = torch.tensor([[1.0, 5.0], [3.0, torch.nan], [5.0, 7.0]])
+    seconds = {"generation": 2.0, "scoring": 1.0, "forward": 1.0}
+    moa = Scripted(
+        [evaluation(around(0.0, 0.0)), evaluation(raw_BN)], collected=[experience(torch.zeros(4, 2), seconds=seconds)]
+    )
+    watchers = [Throughput(), ParetoFront({"good": -1.0, "short": -1.0}), RunFiles()]
+    trainer(tmp_path, *watchers, max_steps=1).fit(moa)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["combiner"] == "Equal"
+    assert summary["steps"] == 1
+    assert summary["seed"] == 11
+    assert 0 < summary["seconds"] < 600
+    assert 0 < summary["tokens_per_second"] <= 12 / 4  # four responses of three tokens, four seconds beside learning
+    start_std_error = pytest.approx(1 / math.sqrt(3) / 2)
+    assert summary["objectives"] == {
+        "good": {
+            "start": 0.0,
+            "end": 3.0,
+            "std_error": pytest.approx(2 / math.sqrt(3)),
+            "start_std_error": start_std_error,
+        },
+        "short": {
+            "start": 0.0,
+            "end": 6.0,
+            "std_error": pytest.approx(1.0),  # standard deviation sqrt(2) of two responses
+            "start_std_error": start_std_error,
+        },
+    }
+    assert summary["hypervolume"] == {"start": 1.0, "end": 28.0, "reference": {"good": -1.0, "short": -1.0}}
+    assert (tmp_path / "policy" / "config.json").is_file()
+    assert not (tmp_path / ".summary.json").exists()
+
+
+@pytest.mark.parametrize(("error", "raised"), [(RuntimeError("stop"), RuntimeError), (KeyboardInterrupt(), SystemExit)])
+def test_a_run_that_breaks_off_leaves_its_summary_and_no_policy(tmp_path, error, raised):
+    watchers = [ParetoFront({"good": 0.0, "short": 0.0}), RunFiles(), Stop(2, error)]
+    running = trainer(tmp_path, *watchers, val_check_interval=2, max_steps=5)
+    moa = script((1, 1), (2, 2), collected=[experience(torch.zeros(4, 2))] * 2)
+    with pytest.raises(raised):
+        running.fit(moa)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 2
+    assert summary["objectives"]["good"]["end"] == 2.0
+    assert summary["hypervolume"]["end"] == 4.0
+    assert not (tmp_path / "policy").exists()
+
+
+def test_the_summary_of_a_resumed_run_tells_of_the_whole(tmp_path):
+    first = trainer(tmp_path, ParetoFront({"good": 0.0, "short": 0.0}), RunFiles(save_policy=False), max_steps=1)
+    first.fit(script((1, 1), (2, 2)))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["RunFiles"]
+    trainer(tmp_path, ParetoFront({"good": 0.0, "short": 0.0}), RunFiles(save_policy=False), max_steps=2).fit(
+        script((3, 1)), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 2
+    assert summary["seconds"] > saved["seconds"] > 0
+    assert [summary["objectives"]["good"][key] for key in ("start", "end")] == [1.0, 3.0]
+    assert summary["hypervolume"] == {"start": 1.0, "end": 5.0, "reference": {"good": 0.0, "short": 0.0}}
+    assert not (tmp_path / "policy").exists()
+
+
+def test_without_front_and_throughput_the_summary_says_null(tmp_path):
+    trainer(tmp_path, RunFiles(), max_steps=1).fit(script((1, 1), (2, 2)))
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["hypervolume"] is None
+    assert summary["tokens_per_second"] is None
+
+
+# Predictions
+
+
+class Predicting(Scripted):
+    def predict_dataloader(self):
+        return self.val_dataloader()
+
+    def predict_step(self, batch, batch_idx):
+        self._shown = 0
+        return self.validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("path", [None, "elsewhere/answers.jsonl"])
+def test_predictions(tmp_path, path):
+    raw_BN = around(1.0, 2.0)
+    raw_BN[1, 1] = torch.nan
+    writer = PredictionWriter(path and str(tmp_path / path))
+    running = trainer(tmp_path / "run", writer)
+    running.predict(Predicting([evaluation(raw_BN)]), return_predictions=False)
+    file = tmp_path / path if path else tmp_path / "run" / "predictions.jsonl"
+    written = lines(file)
+    assert [line["prompt"] for line in written] == [f"prompt {i}" for i in range(4)]
+    assert [line["columns"] for line in written] == [{"source": i} for i in range(4)]
+    assert [line["scores"] for line in written[:2]] == [{"good": 1.5, "short": 2.5}, {"good": 0.5, "short": None}]
+    assert [(line["length"], line["truncated"]) for line in written[:2]] == [(1, False), (3, True)]
+    with pytest.raises(ValueError, match=r"exists already; remove it, or set --predictions\.path"):
+        running.predict(Predicting([evaluation(raw_BN)]), return_predictions=False)
+    assert lines(file) == written
