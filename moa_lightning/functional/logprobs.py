@@ -1,9 +1,10 @@
 """Log-probabilities of chosen tokens without the whole log-softmax in memory.
 
-Legend: B sequences, T tokens, K selected tokens, D hidden size, V vocabulary.
+Legend: B sequences, T tokens, K selected tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,10 @@ def token_logprobs(
     remember = torch.is_grad_enabled() and len(tokens_K) > chunk_size
 
     def chunk(hidden_CD: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
-        logits_CV = head(hidden_CD).float() / temperature
-        normaliser_C = logits_CV.logsumexp(-1)
-        logprobs_C = logits_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1) - normaliser_C
-        # E[logit] with probability 0 on a logit of -inf must be 0, not NaN.
-        expected_C = (logits_CV.softmax(-1) * logits_CV.clamp(min=torch.finfo(logits_CV.dtype).min)).sum(-1)
-        return logprobs_C, normaliser_C - expected_C
+        logprobs_C, entropy_C = _LogprobAndEntropy.apply(  # type: ignore[no-untyped-call]  # torch types it so
+            head(hidden_CD).float() / temperature, tokens_C
+        )
+        return logprobs_C, entropy_C
 
     parts = [
         checkpoint(chunk, h, t, use_reentrant=False) if remember else chunk(h, t)
@@ -54,3 +53,41 @@ def token_logprobs(
     logprobs_BT = empty_BT.masked_scatter(mask_BT, torch.cat([p[0] for p in parts]))
     entropy_BT = empty_BT.masked_scatter(mask_BT, torch.cat([p[1] for p in parts]))
     return logprobs_BT, entropy_BT
+
+
+class _LogprobAndEntropy(torch.autograd.Function):
+    """Both from one chunk's logits, as a single node of the graph.
+
+    Checkpointing frees what it computed again only once the backward pass has read it. If the entropy were nodes of
+    its own, a loss without an entropy bonus would never read theirs, and every chunk's would stay: the whole (B, T, V).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
+        all_CV = logits_CV.log_softmax(-1)
+        logprobs_C = all_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
+        entropy_C = -(all_CV.exp() * _finite(all_CV)).sum(-1)
+        ctx.save_for_backward(logits_CV, tokens_C)
+        ctx.set_materialize_grads(False)
+        return logprobs_C, entropy_C
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        by_logprob_C, by_entropy_C = gradients
+        logits_CV, tokens_C = ctx.saved_tensors
+        all_CV = logits_CV.log_softmax(-1)
+        probabilities_CV = all_CV.exp()
+        gradient_CV = torch.zeros_like(logits_CV)
+        if by_logprob_C is not None:  # d log p(token) / d logits = onehot - p
+            gradient_CV = -by_logprob_C.unsqueeze(-1) * probabilities_CV
+            gradient_CV = gradient_CV.scatter_add(-1, tokens_C.unsqueeze(-1), by_logprob_C.unsqueeze(-1))
+        if by_entropy_C is not None:  # dH / d logits = -p (log p + H)
+            finite_CV = _finite(all_CV)
+            entropy_C1 = -(probabilities_CV * finite_CV).sum(-1, keepdim=True)
+            gradient_CV = gradient_CV - by_entropy_C.unsqueeze(-1) * probabilities_CV * (finite_CV + entropy_C1)
+        return gradient_CV, None
+
+
+def _finite(all_CV: Tensor) -> Tensor:
+    # p log p with probability 0 on a log-probability of -inf must be 0, not NaN.
+    return all_CV.clamp(min=torch.finfo(all_CV.dtype).min)
