@@ -106,7 +106,9 @@ def _check_jsonl(file: Path) -> None:
 
 def _check_object(line: str, where: str) -> None:
     try:
-        value = json.loads(line, parse_constant=_refuse_constant)
+        value = json.loads(line.rstrip(), parse_constant=_refuse_constant)  # else the column may be that of its end
+    except _Malformed as error:
+        raise _Malformed(f", {where}{error}") from error
     except json.JSONDecodeError as error:
         raise _Malformed(f", {where} is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(value, dict):
@@ -114,7 +116,7 @@ def _check_object(line: str, where: str) -> None:
 
 
 def _refuse_constant(name: str) -> float:
-    raise json.JSONDecodeError(f"{name} is no JSON value; write null", name, 0)
+    raise _Malformed(f" holds {name}, which is no JSON value; write null")
 
 
 def _check_json(file: Path) -> None:
@@ -150,13 +152,17 @@ def _check_csv(file: Path, delimiter: str) -> None:
             if repeated:
                 raise _Malformed(f", line 1 names column '{repeated[0]}' twice")
             started = reader.line_num + 1
+            empty = True
             for row in reader:
+                empty = empty and not row
                 if row and len(row) != len(header):
                     raise _Malformed(
                         f", line {started} has {len(row)} fields, but there are {len(header)} columns; put text that "
                         "holds the separator in quotes"
                     )
                 started = reader.line_num + 1
+            if empty:
+                raise _Malformed(" holds no rows")
         except csv.Error as error:
             raise _Malformed(f", the row that starts at line {started} is not CSV: {error}") from error
 
@@ -170,9 +176,7 @@ def _one_line(path: str) -> Iterator[None]:
     try:
         yield
     except _Malformed as error:
-        raise ValueError(
-            f"'{path}' {error}" if str(error).startswith(("is ", "must ")) else f"'{path}', {error}"
-        ) from error
+        raise ValueError(f"'{path}'{error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
