@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moa_lightning.data.base import PromptData, Row, Stage
 
 _SUBJECTS = ("film", "movie", "drama", "comedy", "thriller", "western", "sequel", "documentary", "musical", "remake")
@@ -169,6 +171,7 @@ def warm_start(path: str, seed: int = 0) -> None:
 
 
 def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
+    from lightning.pytorch.utilities.seed import isolate_rng
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -184,9 +187,12 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
     )
     generator = random.Random(seed)
     examples = [encode(tokenizer, *write_review(generator), max_length=64) for _ in range(_TEXTS + 256)]
-    model = build_model(NewModel("gpt2", len(VOCABULARY), _SHAPE), tokenizer)
     fit = Fitting(batch_size=_BATCH, learning_rate=_LEARNING_RATE, seed=seed, accelerator="cpu", weight_decay=0.0)
-    before, after = train(model, examples[256:], examples[:256], int(tokenizer.pad_token_id or 0), fit)
+    # The policy depends on its seed alone, and a run that builds it draws the same numbers as one that finds it.
+    with isolate_rng():
+        torch.manual_seed(seed)
+        model = build_model(NewModel("gpt2", len(VOCABULARY), _SHAPE), tokenizer)
+        before, after = train(model, examples[256:], examples[:256], int(tokenizer.pad_token_id or 0), fit)
     print(f"warm start: held-out loss {before:.3f} -> {after:.3f} nats per token")
     with whole_folder(folder) as finished:
         model.save_pretrained(finished)
