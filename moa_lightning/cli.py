@@ -59,7 +59,7 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _fail(message: str) -> None:
-    print(f"moa: error: {message}", file=sys.stderr)
+    print(f"moa: error: {' '.join(message.splitlines())}", file=sys.stderr)
     raise SystemExit(2)
 
 

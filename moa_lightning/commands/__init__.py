@@ -33,4 +33,14 @@ def run(command: str, args: list[str]) -> None:
 def _call(function: Callable[..., None], args: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    auto_cli(function, args=args[1:], as_positional=False)
+    from moa_lightning.commands.errors import OneLineErrors, check_config_files
+
+    check_config_files(args)
+    auto_cli(
+        function,
+        args=args[1:],
+        as_positional=False,
+        parser_class=OneLineErrors,
+        prog=f"moa {args[0]}",
+        allow_abbrev=False,
+    )

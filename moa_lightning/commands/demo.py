@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moa_lightning.console import one_thread
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -20,14 +22,16 @@ def demo(args: list[str]) -> None:
         "[bold]moa demo[/bold]: a small policy writes film reviews; PAMA aligns it to two objectives that pull apart, "
         "sentiment and length.\n"
     )
-    cli = AlignmentCLI.run_command(["fit", "--config", str(CONFIGS / "demo.yaml"), *args])
+    with one_thread():
+        cli = AlignmentCLI.run_command(["fit", "--config", str(CONFIGS / "demo.yaml"), *args])
     root = Path(cli.trainer.default_root_dir)
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
     console.print()
     console.print(before_and_after(summary))
     volume = summary["hypervolume"]
+    reference = ", ".join(f"{name} {value:g}" for name, value in volume["reference"].items())
     console.print(
-        f"hypervolume {volume['start']:.3f} -> {volume['end']:.3f} above {volume['reference']}; {summary['steps']} "
+        f"hypervolume {volume['start']:.3f} -> {volume['end']:.3f} (reference point {reference}); {summary['steps']} "
         f"steps in {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s\n"
     )
     for name, what in {

@@ -5,19 +5,42 @@ import inspect
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import yaml
+from jsonargparse import ArgumentParser
 
-_MISSING_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _KEY = re.compile(r'Parser key "([^"]+)"')
-_UNKNOWN_FIELD = re.compile(r"Option '([^']+)' is not accepted")
-_UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (\S+)")
-_WRONG_VALUE = re.compile(r"Expected a (.+?)\. Got value: (.*)")
+_GIVEN = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (.+)")
+_UNKNOWN_FIELD = re.compile(r"Option '([^']+)' is not accepted(?: \(fields: ([^()]*)\))?")
+_UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'")
+_REQUIRED = re.compile(r"the following arguments are required: (?:(?:fit|validate|test|predict)\.)?(\S+)")
+_WRONG_VALUE = re.compile(r"Expected an? (.+?)\. Got value: .*$", re.MULTILINE)
+_WRONG_FOR_ALL = re.compile(r"- Expected an? (.+?)\.?$", re.MULTILINE)
+_LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 
 
 class UsageError(ValueError):
     """The command line or a config file cannot be understood."""
+
+
+class OneLineErrors(ArgumentParser):
+    """A parser whose errors are one line with what to write instead."""
+
+    nameable: ClassVar[Sequence[type]] = ()
+    """The classes whose subclasses a user may name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and stop with exit code 2."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        flags = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
+        if not self.exit_on_error:  # of one class among several that may be meant; the outermost parser explains
+            fields = [flag for flag in flags if flag.isidentifier() and flag not in {"h", "help", "print_shtab"}]
+            innermost = "is not accepted" in message and "(fields: " not in message
+            super().error(f"{message} (fields: {', '.join(fields)})" if innermost else message, ex)
+        raise UsageError(explain(message, self.nameable, flags)) from ex
 
 
 def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
@@ -28,49 +51,64 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
         bases: the classes whose subclasses a user may name.
         flags: all flags of the command, without dashes.
     """
-    keys = _KEY.findall(message)
-    key = keys[-1].rsplit(".", 1)[-1] if keys else ""
-    if found := _MISSING_CLASS.search(message):
-        return _unknown_class(found[1], key, bases)
-    if found := _UNKNOWN_FIELD.search(message):
-        fields = {name for base in bases for kind in concrete(base) for name in _fields(kind)}
-        owners = "; ".join(
-            f"{kind.__name__} has {', '.join(_fields(kind)) or 'no fields'}"
-            for base in bases
-            if base.__name__.lower() == key.lower()
-            for kind in concrete(base)
-        )
-        return f"unknown field '{found[1]}'{_closest(found[1], fields)}{'; ' + owners if owners else ''}"
+    path = ".".join(_KEY.findall(message))
+    if found := _REQUIRED.search(message):
+        return f"{found[1]} is missing; give it as --{found[1]}=..., or in the config file"
     if found := _UNKNOWN_FLAG.search(message):
-        given = found[1].lstrip("-").partition("=")[0]
-        return f"unknown option '{found[1]}'{_closest(given, flags, '--')}"
-    if found := _WRONG_VALUE.search(message):
-        wanted = re.sub(r"<class '([^']+)'>", r"\1", found[1])
-        wanted = re.sub(r"typing\.Literal\[(.*)\]", lambda m: "one of " + m[1].replace("'", ""), wanted)
-        return f"'{'.'.join(keys)}' must be {wanted}; got '{found[2].strip()}'"
-    return re.sub(r"\s+", " ", message).strip()
+        given = found[1] or found[2]
+        if found[1] and not given.startswith("-"):
+            return f"'{given}' is not expected here; options are written --name=value"
+        hint = _closest(given.lstrip("-").partition("=")[0], flags, "--")
+        return f"unknown option '{given}'{hint or '; --help lists the options'}"
+    if found := _UNKNOWN_FIELD.search(message):
+        given, fields = found[1].partition(".")[0], [field for field in (found[2] or "").split(", ") if field]
+        classes = [path.rpartition(".")[2] for path in _CLASS.findall(message)]
+        has = f"it has {', '.join(fields)}" if fields else "it has none; leave it out"
+        return f"{path}: {classes[-1] if classes else 'it'} has no field '{given}'{_closest(given, fields)}; {has}"
+    base = _base_of(path, bases)
+    if (found := _UNKNOWN_CLASS.search(message)) and base is not None:
+        return _unknown_class(found[1].strip(), path, base)
+    wanted = _WRONG_VALUE.findall(message) or _WRONG_FOR_ALL.findall(message)
+    if wanted and (refused := _GIVEN.search(message)):  # the first one is the innermost
+        return f"'{path}' must be {_values_of(wanted)}; got '{refused[1].strip()}'"
+    return " ".join(message.split())
 
 
 def concrete(base: type) -> list[type]:
-    """The imported subclasses of a base class that can be built, by name."""
+    """The imported subclasses of a base class, or itself if it has none: those that can be built, by name.
+
+    Private ones, and those that other libraries bring along, are left out.
+    """
     children: list[type] = type.__subclasses__(base)
-    below = {kind for child in children for kind in [child, *concrete(child)]}
-    return sorted((kind for kind in below if not inspect.isabstract(kind)), key=lambda kind: kind.__name__)
+    below = {kind for child in children for kind in [child, *concrete(child)]} or {base}
+    libraries = {base.__module__.partition(".")[0], __name__.partition(".")[0]}
+    ours = [kind for kind in below if kind.__module__.partition(".")[0] in libraries and kind.__name__[0] != "_"]
+    return sorted((kind for kind in ours if not inspect.isabstract(kind)), key=lambda kind: kind.__name__)
 
 
-def _unknown_class(given: str, key: str, bases: Sequence[type]) -> str:
-    for base in bases:
-        if key.lower() in base.__name__.lower() and key:
-            known = [kind.__name__ for kind in concrete(base)]
-            return (
-                f"unknown {key} '{given}'{_closest(given, known)}; known: {', '.join(known)}. For a class of your own, "
-                f"give its import path, such as my_package.{base.__name__}OfMine"
-            )
-    return f"unknown class '{given}' for '{key}'; give its import path"
+def _base_of(path: str, bases: Sequence[type]) -> type | None:
+    """The class that a key asks for, by its name: ``model.source.advantages`` is an ``AdvantageEstimator``."""
+    key = path.rpartition(".")[2].replace("_", "").removesuffix("s")
+    return next((base for base in bases if key and key in base.__name__.lower()), None)
 
 
-def _fields(kind: type) -> list[str]:
-    return [name for name in inspect.signature(kind).parameters if name not in {"args", "kwargs"}]
+def _unknown_class(given: str, path: str, base: type) -> str:
+    known = [kind.__name__ for kind in concrete(base)]
+    if known == [base.__name__]:
+        fields = ", ".join(inspect.signature(base).parameters)
+        return f"{path} must hold fields of {base.__name__} ({fields}); got '{given}'"
+    return (
+        f"unknown {path.rpartition('.')[2]} '{given}'{_closest(given, known)}; known: {', '.join(known)}. For a class "
+        f"of your own, give its import path, such as my_package.{base.__name__}OfMine"
+    )
+
+
+def _values_of(types: Sequence[str]) -> str:
+    """Types as users write their values: ``one of token, batch``, ``float or null``."""
+    literals = [choice.strip(" '") for text in types for found in _LITERAL.findall(text) for choice in found.split(",")]
+    others = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text) for text in types if not _LITERAL.search(text)]
+    choices = [f"one of {', '.join(dict.fromkeys(literals))}"] if literals else []
+    return " or ".join(dict.fromkeys([*choices, *others])).replace("NoneType", "null")
 
 
 def _closest(given: str, known: Iterable[str], prefix: str = "") -> str:
@@ -78,8 +116,8 @@ def _closest(given: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean '{prefix}{best[0]}'?" if best else ""
 
 
-def refuse_repeated_keys(args: Sequence[str]) -> None:
-    """Refuse config files that give a key twice: YAML would keep the last one in silence.
+def check_config_files(args: Sequence[str]) -> None:
+    """Refuse config files that are not there, are not YAML, or give a key twice: YAML would keep the last in silence.
 
     Raises:
         ValueError: names the file, the line and the key, such as an objective named twice.
@@ -88,9 +126,25 @@ def refuse_repeated_keys(args: Sequence[str]) -> None:
         flag, _, value = argument.partition("=")
         if flag not in {"--config", "-c"}:
             continue
-        path = Path(value or (args[i + 1] if i + 1 < len(args) else ""))
-        if path.is_file():
-            _check_node(yaml.compose(path.read_text(encoding="utf-8")), path)
+        given = value or (args[i + 1] if i + 1 < len(args) else "")
+        path = Path(given)
+        if not path.is_file():
+            names = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+            raise ValueError(f"config file '{given}' does not exist{_closest(given, names)}")
+        _check_node(_composed(path), path)
+
+
+def _composed(path: Path) -> Any:
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line} is not YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{path} must hold settings, such as 'trainer:' with 'max_steps: 100' below it")
+    return node
 
 
 def _check_node(node: Any, path: Path) -> None:

@@ -1,13 +1,14 @@
 """LightningCLI for ``moa fit | validate | test | predict``."""
 
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from moa_lightning import combiners, data, losses, models, rewards, sources
@@ -21,33 +22,32 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
-from moa_lightning.commands.errors import UsageError, explain, refuse_repeated_keys
+from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.module import AlignmentModule
 
 WandbMode = Literal["online", "offline", "off"]
+_CHECKPOINTS_THAT_LIGHTNING_FINDS = ("last", "best", "hpc", "registry")
 
 
-_NAMEABLE = (
-    combiners.Combiner,
-    sources.Source,
-    sources.AdvantageEstimator,
-    losses.PolicyLoss,
-    losses.KLPenalty,
-    models.Reference,
-    rewards.Reward,
-    rewards.Objective,
-    data.PromptData,
-    torch.optim.Optimizer,
-)
+class AlignmentParser(OneLineErrors, LightningArgumentParser):
+    """The parser of one command."""
 
-
-class AlignmentParser(LightningArgumentParser):
-    """The parser of one command; its errors are one line with what to write instead."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and stop with exit code 2."""
-        flags = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
-        raise UsageError(explain(message, _NAMEABLE, flags))
+    nameable = (
+        combiners.Combiner,
+        sources.Source,
+        sources.AdvantageEstimator,
+        losses.PolicyLoss,
+        losses.KLPenalty,
+        models.Reference,
+        models.LoRA,
+        rewards.Reward,
+        rewards.Objective,
+        data.PromptData,
+        torch.optim.Optimizer,
+        torch.optim.lr_scheduler.LRScheduler,
+        Callback,
+        Logger,
+    )
 
 
 class AlignmentCLI(LightningCLI):
@@ -56,13 +56,14 @@ class AlignmentCLI(LightningCLI):
     @classmethod
     def run_command(cls, args: list[str]) -> "AlignmentCLI":
         """Parse and run; ``args`` starts with the command."""
-        refuse_repeated_keys(args)
+        check_config_files(args)
         return cls(
             AlignmentModule,
             data.PromptData,
             args=args,
             subclass_mode_data=True,
             parser_class=AlignmentParser,
+            parser_kwargs={"allow_abbrev": False},
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},  # the run folder is a new one, or that of the resumed run
             seed_everything_default=0,
@@ -106,16 +107,24 @@ class AlignmentCLI(LightningCLI):
         """Leave the command line alone: a checkpoint does not override it."""
 
     def before_instantiate_classes(self) -> None:
-        """Give the run a folder of its own, unless it goes on in one."""
+        """Give the run a folder of its own, or that of the checkpoint it goes on from; evaluations get one inside it.
+
+        Raises:
+            ValueError: the checkpoint does not exist.
+        """
         config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir)
-        if config.get("ckpt_path"):
-            return
-        if self.subcommand != "fit":
-            return
-        folder = _free_folder(root)
-        if folder != root:
-            rank_zero_info(f"{root} holds a run already; this one goes to {folder}")
+        root, checkpoint = Path(config.trainer.default_root_dir), config.get("ckpt_path")
+        if checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
+            if not Path(checkpoint).exists():
+                raise ValueError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
+            root = _run_of(Path(checkpoint)) or root
+        folder = root
+        if self.subcommand == "fit" and not checkpoint:
+            folder = _free_folder(root)
+            if folder != root:
+                rank_zero_info(f"{root} holds a run already; this one goes to {folder}")
+        elif self.subcommand in {"validate", "test"}:
+            folder = _free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
         config.trainer.default_root_dir = str(folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -123,11 +132,15 @@ class AlignmentCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         root = config.trainer.default_root_dir
         given = config.trainer.get("logger")
-        loggers: list[Any] = [] if given in (None, True, False) else list(given) if isinstance(given, list) else [given]
-        loggers.append(MetricsFile(root))
+        loggers: list[Any] = [MetricsFile(root)]  # the first one decides where Lightning puts config and checkpoints
+        if given not in (None, True, False):
+            loggers += list(given) if isinstance(given, list) else [given]
         if config.wandb != "off":
             loggers.append(WandbLogger(project=config.wandb_project, save_dir=root, offline=config.wandb == "offline"))
-        trainer: Trainer = super().instantiate_trainer(logger=loggers, **kwargs)
+        try:
+            trainer: Trainer = super().instantiate_trainer(logger=loggers, **kwargs)
+        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that this machine lacks
+            raise UsageError(f"trainer: {error}") from error
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -151,7 +164,32 @@ class AlignmentCLI(LightningCLI):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run folder: the record of the run."""
+    """Writes ``config.yaml`` into the run folder: the record of the run.
+
+    It waits until data, columns and models are known to fit, so that a run which cannot start leaves no folder.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write. What a resumed run went on from is left out: the file is for running it anew."""
+        self.config = self.config.clone()
+        self.config.ckpt_path = None
+        super().setup(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, for ``moa validate``."""
+        super().setup(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, for ``moa test``."""
+        super().setup(trainer, pl_module, "test")
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, if it lies in one."""
+    return next((folder for folder in checkpoint.parents[:2] if (folder / "config.yaml").is_file()), None)
 
 
 def _free_folder(root: Path) -> Path:

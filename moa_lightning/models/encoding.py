@@ -74,10 +74,11 @@ class Encoder:
             if length == 0:
                 raise ValueError(f"{what} row {number}: the prompt has no tokens; remove the row")
             if self.context_length is not None and length + self.max_new_tokens > self.context_length:
+                start = " ".join(self.render(row["prompt"]).split())[:40]
                 raise ValueError(
                     f"{what} row {number}: the prompt has {length} tokens; with max_new_tokens {self.max_new_tokens} "
                     f"it exceeds the policy's context of {self.context_length}. Lower it, remove the row, or "
-                    "set source.max_prompt_length to keep the end of long prompts"
+                    f"set source.max_prompt_length to keep the end of long prompts. It starts: '{start}'"
                 )
 
     def encode(self, rows: Sequence[Row]) -> PromptBatch:

@@ -1,0 +1,36 @@
+"""The tiny task, fresh for a test or shared by the tests of a file."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.cli.task import Task, make
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    """A fresh task."""
+    return make(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _process_as_before() -> Iterator[None]:
+    """``moa`` owns its process; here it shares one with other tests."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
+    levels, verbosity, environment = (
+        [logger.level for logger in loggers],
+        transformers.logging.get_verbosity(),
+        os.environ.copy(),
+    )
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    transformers.logging.set_verbosity(verbosity)
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)

@@ -1,0 +1,308 @@
+"""Mistakes of the user: one line that says what to write instead, exit code 2, nothing loaded, nothing left behind."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+import yaml
+
+from tests.cli import task as names
+from tests.cli.task import Task, complaint, moa, write_prompts
+
+REWARD = f"{names.__name__}.{{}}"
+
+
+@pytest.fixture
+def no_weights(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a model is opened, once the task has built its own."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("moa_lightning.module.load_model", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", refuse)
+
+
+def changed(task: Task, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the task's config with a change in it."""
+    settings = task.settings()
+    change(settings)
+    path = task.folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags behind a good config, and what the line must say, in this order."""
+
+    name: str
+    flags: tuple[str, ...]
+    says: tuple[str, ...]
+
+
+FLAGS = [
+    Flags("combiner", ("--model.combiner=PANA",), ("'PANA'", "did you mean 'PAMA'", "Linear, MGDAUB, PAMA")),
+    Flags("case", ("--model.combiner=linear",), ("'linear'", "did you mean 'Linear'")),
+    Flags("nothing near", ("--model.combiner=Zebra",), ("unknown combiner 'Zebra'; known: Linear, MGDAUB, PAMA",)),
+    Flags(
+        "field",
+        ("--model.combiner=PAMA", "--model.combiner.nooon=true"),
+        ("PAMA has no field 'nooon'", "did you mean 'noon'", "granularity, noon"),
+    ),
+    Flags(
+        "field of another combiner",
+        ("--model.combiner.weights={good: 1.0, short: 1.0}",),
+        ("PAMA has no field 'weights'", "granularity, noon"),
+    ),
+    Flags(
+        "value",
+        ("--model.combiner.granularity=word",),
+        ("'model.combiner.granularity' must be one of token, sequence, batch; got 'word'",),
+    ),
+    Flags("number", ("--trainer.max_steps=many",), ("'trainer.max_steps' must be int; got 'many'",)),
+    Flags("optional number", ("--data.limit=few",), ("'data.limit' must be int or null; got 'few'",)),
+    Flags("flag", ("--model.combinr=PAMA",), ("'--model.combinr=PAMA'", "did you mean '--model.combiner'")),
+    # Abbreviations are no flags: they would change their meaning with the next flag that is added.
+    Flags("shortened flag", ("--trainer.max_step=3",), ("'--trainer.max_step=3'", "mean '--trainer.max_steps'")),
+    Flags("word", ("Linear",), ("'Linear' is not expected here", "--name=value")),
+    Flags("source", ("--model.source=Rolout",), ("unknown source 'Rolout'", "did you mean 'Rollout'")),
+    Flags("part of a source", ("--model.source.advantages=GEA",), ("'GEA'", "did you mean 'GAE'", "GroupRelative")),
+    Flags("data", ("--data=Promts",), ("unknown data 'Promts'", "did you mean 'Prompts'", "Reviews")),
+    Flags("optimizer", ("--model.optimizer=AdamV",), ("unknown optimizer 'AdamV'", "did you mean 'Adam'", "AdamW")),
+    Flags("optimizer's field", ("--model.optimizer.lrr=1",), ("model.optimizer", "no field 'lrr'", "'lr'")),
+    Flags("adapter", ("--model.policy.lora.rank=4",), ("LoRA has no field 'rank'", "r, lora_alpha")),
+    Flags("wandb", ("--wandb=on",), ("'wandb' must be one of online, offline, off; got 'on'",)),
+    Flags("precision", ("--trainer.precision=17",), ("must be one of", "bf16-mixed", "or null; got '17'")),
+    Flags("strategy", ("--trainer.strategy=dpp",), ("trainer: ", "strategy", "dpp")),
+    Flags(
+        "needs",
+        (f"--model.source={names.__name__}.Silent",),
+        ("PAMA needs advantages, which Silent does not provide; choose another combiner or source",),
+    ),
+    Flags(
+        "weights",
+        ("--model.combiner=Linear", "--model.combiner.weights={good: 1.0, long: 2.0}"),
+        ("weights must name each trained objective once (good, short)", "unknown: long", "missing: short"),
+    ),
+    Flags(
+        "negative weight",
+        ("--model.combiner=Linear", "--model.combiner.weights={good: 1.0, short: -2.0}"),
+        ("weight of objective 'short'", ">= 0", "-2"),
+    ),
+    Flags("column", ("--data.prompt_column=promt",), ("no column 'promt'", "did you mean 'prompt'")),
+    Flags("policy", ("--model.policy.path=./nowhere",), ("policy.path: folder './nowhere' does not exist",)),
+    Flags("checkpoint", ("--ckpt_path=nowhere.ckpt",), ("ckpt_path: 'nowhere.ckpt' does not exist",)),
+    Flags(
+        "function",
+        (f"--model.objectives.good.reward.function={REWARD.format('goodnes')}",),
+        ("objective 'good'", "has no 'goodnes'", "did you mean 'goodness'"),
+    ),
+    Flags(
+        "context",
+        ("--model.source.max_new_tokens=30",),
+        ("row", "the prompt has", "max_new_tokens 30", "context of 32", "Lower it"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("case", FLAGS, ids=lambda case: case.name)
+def test_flags(task: Task, capsys: pytest.CaptureFixture[str], case: Flags) -> None:
+    line = complaint(capsys, "fit", "--config", task.config, *case.flags)
+    assert re.search(".*".join(map(re.escape, case.says)), line), line
+    assert not task.root.exists(), "a run that did not start left a folder"
+
+
+def test_the_cases_above_fail_for_what_they_add(task: Task) -> None:
+    moa("fit", "--config", task.config, "--trainer.max_steps=1")
+    assert task.root.exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s["model"].update(combiner={"class_path": "PANA"}), "unknown combiner 'PANA'; did you mean 'PAMA'"),
+        (
+            lambda s: s["model"].update(combiner={"class_path": "PAMA", "init_args": {"nooon": True}}),
+            "PAMA has no field 'nooon'; did you mean 'noon'",
+        ),
+        (lambda s: s["model"]["objectives"]["good"].update(wieght=2), "no field 'wieght'; did you mean 'weight'"),
+        (lambda s: s["model"]["objectives"]["good"].update(weight="x"), "weight' must be float; got 'x'"),
+        (
+            lambda s: s["model"]["objectives"]["good"]["reward"].update(class_path="FunctionRewrd"),
+            "unknown reward 'FunctionRewrd'; did you mean 'FunctionReward'",
+        ),
+        (
+            lambda s: s["model"]["objectives"]["good"]["reward"]["init_args"].update(functon="f"),
+            "FunctionReward has no field 'functon'; did you mean 'function'",
+        ),
+        (lambda s: s["model"].update(sorce={}, combinr="PAMA"), "unknown option 'model.combinr'; did you mean '--mod"),
+        (lambda s: s["trainer"].update(max_step=3), "unknown option 'trainer.max_step'; did you mean '--trainer.max_"),
+        (lambda s: s["model"].pop("policy"), "model.policy.path is missing; give it as --model.policy.path=..."),
+        (lambda s: s["model"].update(objectives={}), "there are no objectives; name at least one"),
+    ],
+)
+def test_settings(
+    task: Task, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    assert says in complaint(capsys, "fit", "--config", changed(task, change))
+    assert not task.root.exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_objective_named_twice(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    text = task.config.read_text().replace("    short:\n", "    good:\n")
+    twice = task.folder / "twice.yaml"
+    twice.write_text(text)
+    number = max(i for i, line in enumerate(text.splitlines(), start=1) if line == "    good:")
+    for spelling in (["--config", twice], [f"--config={twice}"], ["-c", twice]):
+        line = complaint(capsys, "fit", *spelling)
+        assert line == f"{twice}, line {number}: 'good' is given twice; rename or remove one of them"
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "sft", "reward", "export"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "config file '{path}' does not exist; did you mean '{near}'?"),
+        ("trainer:\n  max_steps: 1\n  devices: [1\nmodel: 2\n", "{path}, line 4 is not YAML: "),
+        ("", "{path} must hold settings"),
+        ("- a\n- b\n", "{path} must hold settings"),
+    ],
+    ids=["missing", "malformed", "empty", "list"],
+)
+def test_config_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: str | None, says: str
+) -> None:
+    (tmp_path / "task.yaml").touch()
+    path = tmp_path / "tusk.yaml"
+    if content is not None:
+        path.write_text(content)
+    assert says.format(path=path, near=tmp_path / "task.yaml") in complaint(capsys, command, "--config", path)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "'{path}' is empty"),
+        ("\n\n", "'{path}' is empty"),
+        ('{"prompt": "the", "wish": 1}\n{"prompt": \n', "'{path}', line 2 is not JSON: Expecting value at column 1"),
+        ('{"prompt": "the", "wish": 1}\n\n["the"]\n', "'{path}', line 3 is not a JSON object; write one object a line"),
+    ],
+)
+def test_data_files(task: Task, capsys: pytest.CaptureFixture[str], content: str, says: str) -> None:
+    path = task.folder / "data.jsonl"
+    path.write_text(content)
+    assert complaint(capsys, "fit", "--config", task.config, f"--data.path={path}").startswith(says.format(path=path))
+    assert not task.root.exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_data_file_that_is_not_there(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint(capsys, "fit", "--config", task.config, f"--data.path={task.folder / 'prompt.jsonl'}")
+    assert line.endswith(f"does not exist; did you mean '{task.prompts}'?")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_column_that_a_reward_needs(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    write_prompts(task.prompts, [{"prompt": "the film", "wishes": 3}] * 12)
+    line = complaint(capsys, "fit", "--config", task.config)
+    function = REWARD.format("shortness")
+    says = (
+        f"objective 'short': function '{function}' needs column 'wish', which the data does not have; columns: wishes"
+    )
+    assert line == says
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_prompt_longer_than_the_context(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    long = task.folder / "long.jsonl"
+    write_prompts(
+        long, [{"prompt": "the film was", "wish": 3, "row": 1}, {"prompt": "dull " * 40, "wish": 1, "row": 2}]
+    )
+    line = complaint(capsys, "fit", "--config", task.config, f"--data.val_path={long}")
+    assert line.startswith(
+        "validate row 2: the prompt has 40 tokens; with max_new_tokens 6 it exceeds the policy's con"
+    )
+    assert "of 32. Lower it, remove the row, or set source.max_prompt_length" in line
+    assert line.endswith("It starts: 'dull dull dull dull dull dull dull dull '")
+
+
+def test_a_long_prompt_is_fine_where_its_end_is_kept(task: Task) -> None:
+    write_prompts(task.prompts, [{"prompt": "dull " * 40, "wish": 1}] * 12)
+    moa("fit", "--config", task.config, "--model.source.max_prompt_length=8", "--trainer.max_steps=1")
+
+
+def test_a_reward_of_the_wrong_length(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    function = REWARD.format("one_too_few")
+    line = complaint(capsys, "fit", "--config", task.config, f"--model.objectives.good.reward.function={function}")
+    assert line == (
+        f"objective 'good': function '{function}' returned 3 scores for 4 completions; "
+        "return one per completion, None where it has no opinion"
+    )
+
+
+def test_a_loss_that_is_not_finite(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names.too_late, "calls", 0)
+    config = changed(
+        task,
+        lambda s: s["model"]["objectives"]["short"]["reward"]["init_args"].update(function=REWARD.format("too_late")),
+    )
+    fit = ["fit", "--config", config, "--trainer.max_steps=2", "--checkpoint.every_n_train_steps=1"]
+    line = complaint(capsys, *fit)
+    assert names.too_late.calls == 4
+    assert line.startswith("the loss is not finite at step 1: objective short (value_loss/short")
+    checkpoint = task.root / "non_finite.ckpt"
+    assert f"The state before this update is in {checkpoint}" in line
+    assert "lower the learning rate, or clip that objective's reward" in line
+
+    # The update did not happen: the checkpoint holds finite weights, and one can go on from it.
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["global_step"] == 1
+    assert all(bool(weight.isfinite().all()) for weight in saved["state_dict"].values())
+    # Nothing that was written before is lost.
+    assert (task.root / "config.yaml").is_file()
+    assert (task.root / "checkpoints" / "step-1.ckpt").is_file()
+    with (task.root / "metrics.csv").open(newline="") as file:
+        losses = [row["loss"] for row in csv.DictReader(file) if row["loss"]]
+    assert len(losses) == 1
+    with (task.root / "front.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]
+    samples = [json.loads(text) for text in (task.root / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {0, 1}
+    assert json.loads((task.root / "summary.json").read_text())["steps"] == 1
+
+    monkeypatch.setattr(names.too_late, "calls", -100)
+    moa(*fit, f"--ckpt_path={checkpoint}")
+    assert json.loads((task.root / "summary.json").read_text())["steps"] == 2
+
+
+def test_an_exception_of_ones_own_code_keeps_its_traceback(task: Task) -> None:
+    (task.folder / "own_rewards.py").write_text("def broken(prompts, completions, **columns):\n    return int('x')\n")
+    config = changed(
+        task, lambda s: s["model"]["objectives"]["good"]["reward"]["init_args"].update(function="own_rewards.broken")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(task.folder)
+        patch.syspath_prepend(str(task.folder))
+        with pytest.raises(ValueError, match="invalid literal for int") as caught:
+            moa("fit", "--config", config)
+    assert any("while scoring objective 'good'" in note for note in caught.value.__notes__)
+
+
+def test_a_traceback_on_demand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOA_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown combiner 'PANA'"):
+        moa("fit", "--config", task.config, "--model.combiner=PANA")
