@@ -41,7 +41,7 @@ format: install  ## Format the code and mend what ruff can mend.
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format .
 
 bench: install  ## Time the combiners: one solve of each, over N objectives and policy sizes.
-	@$(BIN)/python bench/combiners.py
+	@$(BIN)/python -m bench.combine
 
 clean:  ## Remove the environment, the caches and what was built (runs/ stays).
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
