@@ -23,7 +23,8 @@ _NOT_FOR_USERS = (
 
 def quiet_libraries() -> None:
     """Silence start-up chatter of Lightning, transformers and datasets; their warnings and errors still show."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    # By their full names: Lightning sets the levels of the packages above when it is imported.
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)

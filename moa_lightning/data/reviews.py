@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moa_lightning.console import one_thread
 from moa_lightning.data.base import PromptData, Row, Stage
 
 _SUBJECTS = ("film", "movie", "drama", "comedy", "thriller", "western", "sequel", "documentary", "musical", "remake")
@@ -189,7 +190,7 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
     examples = [encode(tokenizer, *write_review(generator), max_length=64) for _ in range(_TEXTS + 256)]
     fit = Fitting(batch_size=_BATCH, learning_rate=_LEARNING_RATE, seed=seed, accelerator="cpu", weight_decay=0.0)
     # The policy depends on its seed alone, and a run that builds it draws the same numbers as one that finds it.
-    with isolate_rng():
+    with isolate_rng(), one_thread():
         torch.manual_seed(seed)
         model = build_model(NewModel("gpt2", len(VOCABULARY), _SHAPE), tokenizer)
         before, after = train(model, examples[256:], examples[:256], int(tokenizer.pad_token_id or 0), fit)

@@ -1,0 +1,19 @@
+"""PAPERS.md points at files and tests that exist, and leaves no method out."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "PAPERS.md").read_text()
+
+
+def test_every_file_and_test_exists():
+    paths = re.findall(r"`((?:moa_lightning|tests|callbacks|bench)/[\w/.]+)`", TEXT)
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_combiner_and_loss_is_there():
+    files = [*(ROOT / "moa_lightning" / "combiners").glob("*.py"), *(ROOT / "moa_lightning" / "losses").glob("*.py")]
+    methods = {f.relative_to(ROOT).as_posix() for f in files if f.stem not in {"__init__", "base", "weights"}}
+    assert {path for path in methods if f"`{path}`" not in TEXT} == set()
