@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,9 +39,12 @@ class Stop(Callback):
 
     def __init__(self, step, error):
         self.step, self.error = step, error
+        self.summary = None  # as it lay there just before
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step:
+            file = Path(trainer.default_root_dir) / "summary.json"
+            self.summary = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
             raise self.error
 
 
@@ -192,15 +196,18 @@ def test_the_summary(tmp_path):
 
 @pytest.mark.parametrize(("error", "raised"), [(RuntimeError("stop"), RuntimeError), (KeyboardInterrupt(), SystemExit)])
 def test_a_run_that_breaks_off_leaves_its_summary_and_no_policy(tmp_path, error, raised):
-    watchers = [ParetoFront({"good": 0.0, "short": 0.0}), RunFiles(), Stop(2, error)]
+    watchers = [ParetoFront({"good": 0.0, "short": 0.0}), RunFiles(), Stop(3, error)]
     running = trainer(tmp_path, *watchers, val_check_interval=2, max_steps=5)
-    moa = script((1, 1), (2, 2), collected=[experience(torch.zeros(4, 2))] * 2)
+    moa = script((1, 1), (2, 2), collected=[experience(torch.zeros(4, 2))] * 4)
     with pytest.raises(raised):
         running.fit(moa)
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert summary["steps"] == 2
+    assert summary["steps"] == 3
     assert summary["objectives"]["good"]["end"] == 2.0
     assert summary["hypervolume"]["end"] == 4.0
+    evaluated = watchers[-1].summary  # written by the evaluation, so that a run that is killed has it too
+    assert evaluated["steps"] == 2
+    assert evaluated["hypervolume"] == summary["hypervolume"]
     assert not (tmp_path / "policy").exists()
 
 
