@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GraniteConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GenerationConfig, GraniteConfig
 
 from moa_lightning.models import LoRA, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
@@ -238,3 +238,35 @@ def test_generation_stops_early_and_pads(gpt2):
     out = policy.generate(ids_BP, (ids_BP > 0).long(), config)
     assert out.shape[1] == 3
     assert AutoConfig.from_pretrained(gpt2).vocab_size == len(tiny.VOCABULARY)
+
+
+def test_greedy_generation_does_not_depend_on_left_padding(folder):
+    policy = load(folder)
+    config = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=policy.end_ids, pad_token_id=0)
+    prompts = [[5, 6, 7, 8, 9], [10, 11], [12]]
+    width = max(map(len, prompts))
+    ids_BP = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask_BP = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    together_BL = policy.generate(ids_BP, mask_BP, config)[:, width:]
+    for row_T, prompt in zip(together_BL, prompts, strict=True):
+        alone_T = policy.generate(torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), config)
+        answer_T = alone_T[0, len(prompt) :]
+        assert row_T[: len(answer_T)].tolist() == answer_T.tolist()
+        assert (row_T[len(answer_T) :] == 0).all()
+
+
+@pytest.mark.parametrize("quantization", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_quantised_weights_are_loaded_frozen_below_an_adapter(tmp_path, quantization):
+    folder = tiny.policy_folder(tmp_path / "llama", tiny.llama_config(hidden_size=64, intermediate_size=128), scale=1.0)
+    model = load_model(PolicyConfig(str(folder), lora=LoRA(r=4), quantization=quantization))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype in {torch.int8, torch.uint8}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    ids_BL = torch.tensor([[5, 6, 7, 8]])
+    logits_BLV = model(ids_BL).logits
+    whole_BLV = load_model(PolicyConfig(str(folder)))(ids_BL).logits
+    assert 0 < (logits_BLV - whole_BLV).abs().max() < 0.5 * whole_BLV.abs().max()  # rounded, not lost
+    logits_BLV.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
