@@ -14,12 +14,13 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 # These hold one part of a run; the demo gives the rest.
 PARTIAL = ("combiner/", "trainer/")
+COMMANDS = {"hh/sft.yaml": "sft", "hh/reward.yaml": "reward"}  # all others are read by fit
 
 
 def _resolved(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     configs = ["demo.yaml", name] if name.startswith(PARTIAL) else [name]
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *(f"--config={CONFIGS / config}" for config in configs), "--print_config"])
+        main([COMMANDS.get(name, "fit"), *(f"--config={CONFIGS / config}" for config in configs), "--print_config"])
     printed = capsys.readouterr()
     assert not stop.value.code, f"{stop.value.code} {printed.err}"
     resolved = yaml.safe_load(printed.out)
