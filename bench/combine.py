@@ -1,6 +1,6 @@
 """The time of one combination: PAMA, MGDA-UB and full-gradient MGDA, over N objectives and sizes of policy.
 
-    python -m bench.combine [--quick] [--json FILE] [--policies tiny small medium gpt2]
+    python -m bench.combine [--quick] [--json FILE] [--policies tiny small medium gpt2] [--cpu-time]
 
 How to read the table. One row is one policy with N objectives; every number is for one update on 32 sequences of 512
 tokens, the median of repeats after a warm-up, on the CPU with torch's threads.
@@ -22,6 +22,10 @@ solves), and so is PAMA, always on the whole 32 sequences.
 
 Below the table stand the ratios that carry the claims: PAMA over N (linear), PAMA over the policies (flat), PAMA
 against the step, and the full-gradient solve against both. Ratios survive another machine; seconds do not.
+
+Run it on an idle machine. The last line says what share of its cores the process got: threads that wait for each other
+lose most of their time when it is small, and a PAMA of milliseconds loses more than a step of seconds. Where other
+programs must run, ``--cpu-time`` counts the CPU time of one thread, which they hardly change.
 
 The whole run takes about five minutes on two cores and 10 GB of memory, nearly all of it for ``gpt2``;
 ``--policies`` leaves policies out.
@@ -76,6 +80,7 @@ class Plan:
     objectives: tuple[int, ...] = (2, 4, 8, 16)
     cheap_repeats: int = 51  # of PAMA
     repeats: int = 3  # of the step and of MGDA-UB; every backward pass of the full gradient is a repeat too
+    timer: Callable[[], float] = time.perf_counter
 
 
 DEFAULT = Plan(
@@ -99,24 +104,23 @@ QUICK = Plan(
 
 @dataclass
 class Clock:
-    """Adds up the seconds of the calls it makes."""
+    """Times the calls it makes."""
 
-    seconds: float = 0.0
+    timer: Callable[[], float]
     laps: list[float] = field(default_factory=list)
 
     def __call__(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """What the call returns."""
-        started = time.perf_counter()
+        started = self.timer()
         result = call(*arguments)
-        self.laps.append(time.perf_counter() - started)
-        self.seconds += self.laps[-1]
+        self.laps.append(self.timer() - started)
         return result
 
 
-def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+def median_seconds(call: Callable[[], Any], repeats: int, timer: Callable[[], float]) -> float:
     """Median time of a call after one that does not count."""
     call()
-    clock = Clock()
+    clock = Clock(timer)
     for _ in range(repeats):
         clock(call)
     return median(clock.laps)
@@ -154,13 +158,15 @@ def make_experience(ids_BL: Tensor, logprobs_BT: Tensor, objectives: int) -> Exp
     )
 
 
-def full_gradients(policy: Policy, experience: Experience, output: PolicyOutput) -> tuple[Tensor, list[float]]:
+def full_gradients(
+    policy: Policy, experience: Experience, output: PolicyOutput, timer: Callable[[], float]
+) -> tuple[Tensor, list[float]]:
     """Gradients (N, P) of each objective's own surrogate by all parameters, and the seconds of each backward pass."""
     parameters = policy.trainable()[0]
     objectives = experience.advantages_BTN.shape[2]
     gradients_NP = torch.zeros(objectives, sum(p.numel() for p in parameters))
     ratio_BT = (output.logprobs_BT - experience.behaviour_logprobs_BT).exp()
-    clock = Clock()
+    clock = Clock(timer)
 
     def backward(index: int) -> None:
         surrogate_BT = clipped_surrogate(ratio_BT, experience.advantages_BTN[..., index], 0.2)
@@ -205,22 +211,23 @@ def measure(size: Size, plan: Plan) -> list[Row]:
         loss(score_BT, largest, policy(*inputs), kl).loss.backward()
 
     def mgda_ub(n: int) -> float:
-        clock = Clock()
+        clock, total = Clock(plan.timer), Clock(plan.timer)
         head_gramian = part[n].gramian
         assert head_gramian is not None
         whole = replace(signals[n], gramian=lambda slopes_BTN: clock(head_gramian, slopes_BTN[few]))
-        total = Clock()
         total(MGDAUB().combine, whole, {})
-        return total.seconds + (times - 1) * clock.seconds
+        return total.laps[0] + (times - 1) * clock.laps[0]
 
-    step_seconds = times * median_seconds(step, plan.repeats)
+    step_seconds = times * median_seconds(step, plan.repeats, plan.timer)
     policy.zero_grad()
-    pama = pama_seconds(signals, plan.cheap_repeats)
+    pama = pama_seconds(signals, plan.cheap_repeats, plan.timer)
     mgda_ub(plan.objectives[0])
     ub = {n: median(mgda_ub(n) for _ in range(plan.repeats)) for n in plan.objectives}
-    gradients_NP, laps = full_gradients(policy, largest, output)
+    gradients_NP, laps = full_gradients(policy, largest, output, plan.timer)
     backward = times * median(laps)
-    full = {n: n * backward + median_seconds(partial(min_norm, gradients_NP[:n]), 1) for n in plan.objectives}
+    full = {
+        n: n * backward + median_seconds(partial(min_norm, gradients_NP[:n]), 1, plan.timer) for n in plan.objectives
+    }
     return [
         Row(
             policy=size.name,
@@ -239,9 +246,9 @@ def measure(size: Size, plan: Plan) -> list[Row]:
     ]
 
 
-def pama_seconds(signals: dict[int, Signals], repeats: int) -> dict[int, float]:
+def pama_seconds(signals: dict[int, Signals], repeats: int, timer: Callable[[], float]) -> dict[int, float]:
     """Median time of one PAMA per N; the N take turns, so that a slow moment of the machine hits them all."""
-    clocks = {n: Clock() for n in signals}
+    clocks = {n: Clock(timer) for n in signals}
     for _ in range(1 + repeats):
         for n, clock in clocks.items():
             clock(PAMA().combine, signals[n], {})
@@ -255,27 +262,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the settings, rows and ratios there too")
     names = [size.name for size in DEFAULT.sizes]
     parser.add_argument("--policies", nargs="+", choices=names, default=names, help="leave out the others")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its CPU time in place of the time on the wall: for a machine that has other work to do",
+    )
     options = parser.parse_args(arguments)
     plan = QUICK if options.quick else DEFAULT
+    if options.cpu_time:
+        torch.set_num_threads(1)
+        plan = replace(plan, timer=time.process_time)
     if not options.quick:
         plan = replace(plan, sizes=tuple(size for size in plan.sizes if size.name in options.policies))
 
+    clock = "CPU time" if options.cpu_time else "Wall time"
     print(
         f"The time of one combination on {plan.sequences} sequences of {plan.tokens} tokens, medians. "
-        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}.\n"
+        f"{clock} of {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}.\n"
         f"~ measured on fewer of the {plan.sequences} sequences (see 'measured') and scaled linearly; PAMA never is.\n"
         "full MGDA: N backward passes over all parameters + N x N Gram matrix + TorchJD's min-norm solve.\n"
     )
     print(HEAD, UNITS, sep="\n", flush=True)
     rows: list[Row] = []
+    started, cpu_started = time.perf_counter(), time.process_time()
     for size in plan.sizes:
         of_policy = measure(size, plan)
         rows += of_policy
         print(*map(table_line, of_policy), sep="\n", flush=True)
+    busy = (time.process_time() - cpu_started) / (time.perf_counter() - started) / torch.get_num_threads()
     summary = summarise(rows)
     print("", *summary_lines(summary), sep="\n")
+    print(f"This process had {busy:.0%} of the cores that its threads could use.")
+    if busy < 0.75 and not options.cpu_time:
+        print("Other programs took the rest, so these seconds say little: run again on an idle machine, or --cpu-time.")
     if options.json is not None:
-        settings = {"plan": asdict(plan), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        described: dict[str, Any] = {"sizes": [asdict(size) for size in plan.sizes], "objectives": plan.objectives}
+        described |= {"sequences": plan.sequences, "tokens": plan.tokens}
+        settings = {"plan": described, "clock": clock, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        settings["share_of_cores"] = busy
         content = {"settings": settings, "rows": [asdict(r) | r.ratios for r in rows], "summary": summary}
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
