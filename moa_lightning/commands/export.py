@@ -1,8 +1,9 @@
 """``moa export``: a run's policy as a plain Hugging Face folder."""
 
 import shutil
-import tempfile
 from pathlib import Path
+
+from moa_lightning.stages.folders import whole_folder
 
 
 def export(run: str, output: str, merge: bool = True, overwrite: bool = False) -> None:
@@ -20,21 +21,12 @@ def export(run: str, output: str, merge: bool = True, overwrite: bool = False) -
     source = Path(run) / "policy" if (Path(run) / "policy").is_dir() else Path(run)
     if not any((source / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"'{run}' holds no policy; give the folder of a finished run, or a Hugging Face folder")
-    target = Path(output)
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"'{output}' is not empty; choose another folder, or set --overwrite=true")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and moved in one step: an interrupted export leaves no half folder.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        finished = Path(scratch) / "policy"
+    with whole_folder(output, overwrite) as target:
         if merge and (source / "adapter_config.json").is_file():
-            _merge(source, finished)
+            _merge(source, target)
         else:
-            shutil.copytree(source, finished)
-        if target.exists():
-            shutil.rmtree(target)
-        finished.rename(target)
-    print(f"policy written to {target}")
+            shutil.copytree(source, target, dirs_exist_ok=True)
+    print(f"policy written to {output}")
 
 
 def _merge(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 
 from moa_lightning import combiners, data, losses, models, rewards, sources
 from moa_lightning.callbacks import (
@@ -122,7 +122,7 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "fit" and not checkpoint:
             folder = _free_folder(root)
             if folder != root:
-                rank_zero_info(f"{root} holds a run already; this one goes to {folder}")
+                rank_zero_only(print)(f"{root} holds a run already; this one goes to {folder}")
         elif self.subcommand in {"validate", "test"}:
             folder = _free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
         config.trainer.default_root_dir = str(folder)

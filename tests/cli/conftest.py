@@ -20,8 +20,9 @@ def task(tmp_path: Path) -> Task:
 @pytest.fixture(autouse=True)
 def _process_as_before() -> Iterator[None]:
     """``moa`` owns its process; here it shares one with other tests."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
+    loggers = [
+        logging.getLogger(f"lightning.{name}") for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed")
+    ]
     levels, verbosity, environment = (
         [logger.level for logger in loggers],
         transformers.logging.get_verbosity(),

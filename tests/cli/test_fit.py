@@ -176,11 +176,13 @@ def test_a_users_own_logger_does_not_move_the_files(task: Task) -> None:
     assert list((task.folder / "logs").rglob("metrics.csv"))
 
 
-def test_a_second_run_gets_a_folder_of_its_own(task: Task) -> None:
+def test_a_second_run_gets_a_folder_of_its_own(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
     moa("fit", "--config", task.config, "--trainer.max_steps=1")
+    assert "run-2" not in capsys.readouterr().out
     before = digests(task.root)
     moa("fit", "--config", task.config, "--trainer.max_steps=1", "--model.combiner=Linear")
     second = task.root.with_name("run-2")
+    assert f"{task.root} holds a run already; this one goes to {second}\n" in capsys.readouterr().out
     assert digests(task.root) == before
     assert {path.name for path in second.iterdir()} == FILES
     assert json.loads((second / "summary.json").read_text())["combiner"] == "Linear"
