@@ -1,7 +1,7 @@
 """Every command block of the README runs as it stands, in the order of the text.
 
 The blocks of one section share a working folder that holds ``configs/``, as a clone does. To keep the runs short, the
-``moa`` that they find ends each ``fit`` after a few steps; it changes nothing else.
+``moa`` that they find ends each training after two steps; it changes nothing else.
 """
 
 import gzip
@@ -20,7 +20,10 @@ LEFT_OUT = "<!-- not run by the tests: "
 BLOCK = re.compile(r"^(?P<above>[^\n]*)\n```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 MOA = """#!/usr/bin/env bash
 extra=()
-if [ "$1" = fit ]; then extra=(--trainer.max_steps=2); fi
+case "$1" in
+    fit) extra=(--trainer.max_steps=2) ;;
+    sft | reward) extra=(--fit.max_steps=2) ;;
+esac
 exec "{moa}" "$@" "${{extra[@]}}"
 """
 
@@ -62,7 +65,7 @@ def _dialogues(path: Path) -> Path:
     kind = ["I would rather help with something kind.", "Here is a safe and careful answer for you."]
     rude = ["You are stupid, go away.", "Just do it, who cares about them."]
     with gzip.open(path, "wt") as file:
-        for i in range(48):
+        for i in range(320):
             start = f"\n\nHuman: {asked[i % 4]} ({i})\n\nAssistant:"
             if i % 3 == 0:
                 start += f" Say more, please.\n\nHuman: It is about number {i}.\n\nAssistant:"
