@@ -29,7 +29,7 @@ def silent(prompts: list[str], completions: list[str], **columns: object) -> lis
     return [None] * len(completions)
 
 
-class Prompts(PromptData):
+class FilmPrompts(PromptData):
     def rows(self, stage: Stage) -> Sequence[dict]:
         texts = ["the film was", "the plot", "very", "film was long and"] * (4 if stage == Stage.TRAIN else 1)
         return [{"prompt": text, "source": i} for i, text in enumerate(texts)]
@@ -89,7 +89,7 @@ def run(tmp_path, moa, data=None, **options):
     recorder = Recorder()
     seed_everything(0, verbose=False)
     running = trainer(tmp_path, callbacks=[recorder, *options.pop("callbacks", [])], **options)
-    running.fit(moa, datamodule=data or Prompts(batch_size=4))
+    running.fit(moa, datamodule=data or FilmPrompts(batch_size=4))
     return recorder
 
 
@@ -134,7 +134,7 @@ def test_the_first_ratio_is_one(tmp_path, folder):
 
 def test_reward_rises(tmp_path, folder):
     moa = module(folder, combiner=Linear(), kl=RewardKL(0.0, target=None), lr=1e-2)
-    recorder = run(tmp_path, moa, Prompts(batch_size=16), max_steps=40, val_check_interval=40)
+    recorder = run(tmp_path, moa, FilmPrompts(batch_size=16), max_steps=40, val_check_interval=40)
     (_, first), *_, (_, last) = recorder.evaluations
     rewards = [torch.cat([e.rewards.value_BN.mean(0, keepdim=True)]) for e in (first, last)]
     assert (rewards[1] > rewards[0]).all(), rewards
@@ -247,13 +247,13 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, folder, updates):
     first = moa()
     running = trainer(tmp_path, max_steps=3, callbacks=[Recorder()])
     seed_everything(0, verbose=False)
-    running.fit(first, datamodule=Prompts(batch_size=4))
+    running.fit(first, datamodule=FilmPrompts(batch_size=4))
     running.save_checkpoint(tmp_path / "half.ckpt")
     second = moa()
     recorder = Recorder()
     seed_everything(1, verbose=False)
     trainer(tmp_path, max_steps=6, callbacks=[recorder]).fit(
-        second, datamodule=Prompts(batch_size=4), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+        second, datamodule=FilmPrompts(batch_size=4), ckpt_path=tmp_path / "half.ckpt", weights_only=True
     )
     assert recorder.losses == straight.losses[3:]
     assert float(second.kl_state["kl_coefficient"]) == float(whole.kl_state["kl_coefficient"])
@@ -264,7 +264,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, folder, updates):
 def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path, folder):
     moa = module(folder, lora=True, source=Rollout(max_new_tokens=8))
     running = trainer(tmp_path, max_steps=1)
-    running.fit(moa, datamodule=Prompts(batch_size=4))
+    running.fit(moa, datamodule=FilmPrompts(batch_size=4))
     running.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert saved["state_dict"]
@@ -273,19 +273,19 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path, folder):
     with pytest.raises(ValueError, match="trained on the objectives good, length, this run on good"):
         trainer(tmp_path).fit(
             module(folder, lora=True, objectives={"good": objectives()["good"]}),
-            datamodule=Prompts(batch_size=4),
+            datamodule=FilmPrompts(batch_size=4),
             ckpt_path=tmp_path / "run.ckpt",
         )
     with pytest.raises(ValueError, match="trained with PAMA, this run uses Linear"):
         trainer(tmp_path).fit(
             module(folder, lora=True, combiner=Linear()),
-            datamodule=Prompts(batch_size=4),
+            datamodule=FilmPrompts(batch_size=4),
             ckpt_path=tmp_path / "run.ckpt",
         )
     with pytest.raises(ValueError, match="the checkpoint is of another model"):
         trainer(tmp_path).fit(
             module(folder, source=Rollout(max_new_tokens=8)),
-            datamodule=Prompts(batch_size=4),
+            datamodule=FilmPrompts(batch_size=4),
             ckpt_path=tmp_path / "run.ckpt",
         )
 
@@ -337,7 +337,7 @@ def test_a_combiner_whose_needs_are_not_met_is_refused(folder):
 def test_prompts_that_do_not_fit_are_refused_before_the_weights_are_read(tmp_path, folder):
     (folder / "model.safetensors").unlink()
 
-    class Long(Prompts):
+    class Long(FilmPrompts):
         def rows(self, stage):
             return [*super().rows(stage), {"prompt": "the film " * 15, "source": 0}]
 
@@ -347,9 +347,9 @@ def test_prompts_that_do_not_fit_are_refused_before_the_weights_are_read(tmp_pat
 
 def test_too_few_prompts_for_a_batch(tmp_path, folder):
     with pytest.raises(ValueError, match="16 training prompts do not fill one batch of 17"):
-        run(tmp_path, module(folder), Prompts(batch_size=17))
+        run(tmp_path, module(folder), FilmPrompts(batch_size=17))
     with pytest.raises(ValueError, match="num_mini_batches 3 does not divide the 4 responses"):
-        run(tmp_path, module(folder, source=Rollout(max_new_tokens=8, num_mini_batches=3)), Prompts(batch_size=4))
+        run(tmp_path, module(folder, source=Rollout(max_new_tokens=8, num_mini_batches=3)), FilmPrompts(batch_size=4))
 
 
 def test_the_loss_needs_sensible_numbers():

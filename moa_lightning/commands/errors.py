@@ -14,6 +14,7 @@ _KEY = re.compile(r'Parser key "([^"]+)"')
 _GIVEN = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (.+)")
+_AMBIGUOUS = re.compile(r"Multiple subclasses with name (\w+)\..*: (.*)\.$", re.MULTILINE)
 _UNKNOWN_FIELD = re.compile(r"Option '([^']+)' is not accepted(?: \(fields: ([^()]*)\))?")
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'")
 _REQUIRED = re.compile(r"the following arguments are required: (?:(?:fit|validate|test|predict)\.)?(\S+)")
@@ -65,6 +66,8 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
         classes = [path.rpartition(".")[2] for path in _CLASS.findall(message)]
         has = f"it has {', '.join(fields)}" if fields else "it has none; leave it out"
         return f"{path}: {classes[-1] if classes else 'it'} has no field '{given}'{_closest(given, fields)}; {has}"
+    if found := _AMBIGUOUS.search(message):
+        return f"{path}: several classes are called '{found[1]}'; give the import path of one of them: {found[2]}"
     base = _base_of(path, bases)
     if (found := _UNKNOWN_CLASS.search(message)) and base is not None:
         return _unknown_class(found[1].strip(), path, base)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from moa_lightning.commands.errors import explain
 from tests.cli import task as names
 from tests.cli.task import Task, complaint, moa, write_prompts
 
@@ -306,3 +307,14 @@ def test_a_traceback_on_demand(task: Task, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MOA_DEBUG", "1")
     with pytest.raises(ValueError, match="unknown combiner 'PANA'"):
         moa("fit", "--config", task.config, "--model.combiner=PANA")
+
+
+def test_two_classes_of_one_name() -> None:
+    message = (
+        'Parser key "data":\n  Does not validate against any of the Union subtypes\n  Subtypes: [...]\n  Errors:\n'
+        "    - Multiple subclasses with name Prompts. Give the full class path to avoid ambiguity: a.Prompts, b.Prompts"
+        ".\n"
+        "    - Expected a <class 'NoneType'>\n  Given value type: <class 'dict'>\n  Given value: {}"
+    )
+    line = "data: several classes are called 'Prompts'; give the import path of one of them: a.Prompts, b.Prompts"
+    assert explain(message, (), ()) == line
