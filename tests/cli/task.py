@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
@@ -48,11 +48,10 @@ class TooLate:
 too_late = TooLate()
 
 
-@dataclass
 class Silent(Rollout):
     """A source without advantages."""
 
-    provides: ClassVar[frozenset[Signal]] = Rollout.provides - {Signal.ADVANTAGES}
+    provides = frozenset({Signal.SCORES, Signal.RATIO, Signal.GRAMIAN})
 
 
 @dataclass(frozen=True)
