@@ -32,3 +32,15 @@ def all_sum(tensor: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every process if the flag is set on at least one."""
     return bool(all_sum(torch.tensor(float(flag), device=device)) > 0)
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks; processes may have different numbers of them."""
+    if not is_distributed():
+        return rows.detach()
+    counts = all_sum(torch.nn.functional.one_hot(torch.tensor(rank()), world_size()).to(rows.device) * len(rows))
+    padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])

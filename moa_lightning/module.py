@@ -107,8 +107,7 @@ class AlignmentModule(LightningModule):
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.encoder = self.source.encoder(self.tokenizer, (int(self.tokenizer.eos_token_id),), context)
         if data is not None:
-            for name, rows in data.rows_to_check(stage).items():
-                self.encoder.check(rows, name)
+            data.screen(stage, self.encoder.problem)
 
     def configure_model(self) -> None:
         """Load the policy, its value heads and its reference. Called again by some strategies: then nothing happens."""
@@ -153,6 +152,7 @@ class AlignmentModule(LightningModule):
 
     def collect(self, rows: Sequence[Row], seed: int) -> Experience:
         """Experience from the policy as it is now; the combiner and the KL control observe it."""
+        self.reference.advance(self.policy, self.global_step)
         batch = self.encoder.encode(rows).to(self.device)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             experience = self.source.collect(batch, self._actors(), seed)
@@ -267,6 +267,7 @@ class AlignmentModule(LightningModule):
             "objectives": list(self.objective_names),
             "combiner_state": self.combiner_state,
             "kl_state": self.kl_state,
+            "reference": self.reference.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -285,6 +286,7 @@ class AlignmentModule(LightningModule):
                 "use the run's own config.yaml, or start from its exported policy"
             )
         self.combiner_state, self.kl_state = saved["combiner_state"], saved["kl_state"]
+        self.reference.load_state_dict(saved["reference"])
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load trained weights; frozen ones are not in a checkpoint and stay as the policy's folder gave them."""

@@ -16,6 +16,7 @@ class Signal(StrEnum):
     ADVANTAGES = "advantages"  # one number per token and objective
     SCORES = "scores"  # one number per sequence and objective
     RATIO = "ratio"  # policy over behaviour policy, per token
+    WINS = "wins"  # mean probability to win against the other responses to the prompt, per sequence and objective
     GRAMIAN = "gramian"  # inner products of the objectives' gradients
 
 
@@ -28,6 +29,9 @@ class Signals:
     advantages_BTN: Tensor | None = None  # float32
     scores_BN: Tensor | None = None  # float32, in the objectives' units after their transform; 0 where invalid
     ratio_BT: Tensor | None = None  # float32, detached
+    wins_BN: Tensor | None = None  # float32, in [0, 1]; NaN where unknown
+    group_B: Tensor | None = None  # int64, which prompt a row belongs to; given with the wins
+    log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
     clip_range: float = float("inf")  # the epsilon of the clipped surrogate that follows
     gramian: Callable[[Tensor], Tensor] | None = (
         None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks

@@ -97,6 +97,9 @@ class Experience:
     returns_BTN: Tensor | None  # targets of the value heads; None without critics
     values_BTN: Tensor | None
     tokens_per_row: float  # trained tokens per row of the whole collected batch, over all ranks: the loss's divisor
+    group_B: Tensor | None = None  # int64, which prompt of the batch a row belongs to
+    wins_BN: Tensor | None = None  # mean probability to win against the other responses to the prompt; NaN: unknown
+    log_prior_B: Tensor | None = None  # log-weight of a row among those of its prompt; None is equal weights
     seconds: dict[str, float] = field(default_factory=dict)  # generation, scoring, forward
     metrics: dict[str, float] = field(default_factory=dict)  # scalars of the collection (kl, kl_coefficient, …)
 

@@ -1,8 +1,10 @@
 """Combiners: the ways N objectives become one update. One file each."""
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.duals import DualUpdate, Lagrangian, LogBarrier
 from moa_lightning.combiners.linear import Linear
 from moa_lightning.combiners.mgda_ub import MGDAUB
+from moa_lightning.combiners.mopo import MOPO
 from moa_lightning.combiners.pama import PAMA
 
-__all__ = ["MGDAUB", "PAMA", "Combined", "Combiner", "Linear"]
+__all__ = ["MGDAUB", "MOPO", "PAMA", "Combined", "Combiner", "DualUpdate", "Lagrangian", "Linear", "LogBarrier"]

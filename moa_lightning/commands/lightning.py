@@ -34,6 +34,7 @@ class AlignmentParser(OneLineErrors, LightningArgumentParser):
 
     nameable = (
         combiners.Combiner,
+        combiners.DualUpdate,
         sources.Source,
         sources.AdvantageEstimator,
         losses.PolicyLoss,

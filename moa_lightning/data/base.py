@@ -1,7 +1,7 @@
 """Prompts as a LightningDataModule; the module that trains turns them into batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import Any, Protocol, cast
 
@@ -60,6 +60,22 @@ class PromptData(LightningDataModule, ABC):
         """Rows that the Trainer's stage (``fit``, ``validate``, …) will use, under a name for messages."""
         stages = [Stage.TRAIN, Stage.VALIDATE] if trainer_stage == "fit" else [Stage(trainer_stage)]
         return {stage.value: self.rows(stage) for stage in stages}
+
+    def screen(self, trainer_stage: str, problem: Callable[[Row], str | None]) -> None:
+        """Refuse rows that the policy cannot read.
+
+        Args:
+            trainer_stage: the Trainer's.
+            problem: what is wrong with a row, or ``None``.
+
+        Raises:
+            ValueError: names the first such row, counted from 1.
+        """
+        for name, rows in self.rows_to_check(trainer_stage).items():
+            for number, row in enumerate(rows, start=1):
+                reason = problem(row)
+                if reason is not None:
+                    raise ValueError(f"{name} row {number}: {reason}")
 
     def train_dataloader(self) -> Iterable[Any]:
         """Collected experience, minibatch by minibatch."""

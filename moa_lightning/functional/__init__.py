@@ -6,15 +6,20 @@ from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.functional.mopo import DualSolution, mopo_dual, mopo_ratio, robust_value
 from moa_lightning.functional.pama import pama
 from moa_lightning.functional.pareto import hypervolume, non_dominated
+from moa_lightning.functional.preference import bradley_terry_wins, group_sizes, group_softmax, mean_wins
 from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, squared_log_ratio, value_loss
 
 __all__ = [
     "DualSolution",
+    "bradley_terry_wins",
     "clipped_surrogate",
     "gae",
     "group_relative",
+    "group_sizes",
+    "group_softmax",
     "hypervolume",
     "masked_moments",
+    "mean_wins",
     "mopo_dual",
     "mopo_ratio",
     "non_dominated",

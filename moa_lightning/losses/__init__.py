@@ -3,5 +3,6 @@
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.clipped_surrogate import ClippedSurrogate
 from moa_lightning.losses.kl import KLPenalty, LossKL, RewardKL
+from moa_lightning.losses.weighted_likelihood import WeightedLikelihood
 
-__all__ = ["ClippedSurrogate", "KLPenalty", "LossKL", "LossTerms", "PolicyLoss", "RewardKL"]
+__all__ = ["ClippedSurrogate", "KLPenalty", "LossKL", "LossTerms", "PolicyLoss", "RewardKL", "WeightedLikelihood"]

@@ -26,6 +26,7 @@ class Encoder:
         context_length: of the policy, in tokens; ``None`` if it has no limit.
         max_new_tokens: room that a prompt must leave.
         max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that are too long.
+        with_candidates: rows hold ``responses``, which must fit as well; ``max_new_tokens`` limits their length.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ class Encoder:
     context_length: int | None
     max_new_tokens: int
     max_prompt_length: int | None = None
+    with_candidates: bool = False
 
     def __post_init__(self) -> None:
         """Refuse lengths that cannot fit."""
@@ -63,23 +65,37 @@ class Encoder:
             ids.pop()
         return ids[-self.max_prompt_length :] if self.max_prompt_length else ids
 
-    def check(self, rows: Sequence[Row], what: str) -> None:
-        """Refuse rows whose prompt is empty after tokenisation or leaves no room for a response.
+    def problem(self, row: Row) -> str | None:
+        """Why the policy cannot read a row, with what to do; ``None`` if it can."""
+        length = len(self.tokens(row["prompt"]))
+        start = " ".join(self.render(row["prompt"]).split())[:40]
+        if length == 0:
+            return "the prompt has no tokens; remove the row"
+        room = self.max_new_tokens
+        if self.with_candidates:
+            lengths = [len(self.response_tokens(response)) for response in row["responses"]]
+            for i, tokens in enumerate(lengths):
+                if tokens <= 1:
+                    return f"response {i} has no tokens; remove the row"
+                if tokens > self.max_new_tokens:
+                    return (
+                        f"response {i} has {tokens} tokens with its end token, more than source.max_response_length "
+                        f"{self.max_new_tokens}; raise that, or remove the row"
+                    )
+            room = max(lengths)
+        if self.context_length is not None and length + room > self.context_length:
+            what = "the longest response's" if self.with_candidates else "max_new_tokens"
+            return (
+                f"the prompt has {length} tokens; with {what} {room} it exceeds the policy's context of "
+                f"{self.context_length}. Lower it, remove the row, or set source.max_prompt_length to keep the end of "
+                f"long prompts. It starts: '{start}'"
+            )
+        return None
 
-        Raises:
-            ValueError: names the first such row, counted from 1.
-        """
-        for number, row in enumerate(rows, start=1):
-            length = len(self.tokens(row["prompt"]))
-            if length == 0:
-                raise ValueError(f"{what} row {number}: the prompt has no tokens; remove the row")
-            if self.context_length is not None and length + self.max_new_tokens > self.context_length:
-                start = " ".join(self.render(row["prompt"]).split())[:40]
-                raise ValueError(
-                    f"{what} row {number}: the prompt has {length} tokens; with max_new_tokens {self.max_new_tokens} "
-                    f"it exceeds the policy's context of {self.context_length}. Lower it, remove the row, or "
-                    f"set source.max_prompt_length to keep the end of long prompts. It starts: '{start}'"
-                )
+    def response_tokens(self, response: str) -> list[int]:
+        """Token ids of a given response, with the end token behind it."""
+        ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+        return ids if ids and ids[-1] in self.end_ids else [*ids, self.end_ids[0]]
 
     def encode(self, rows: Sequence[Row]) -> PromptBatch:
         """A batch of rows, left-padded. It is the collate function of the prompt loaders."""
@@ -92,6 +108,34 @@ class Encoder:
             input_ids_BP=torch.tensor([[pad] * (width - len(i)) + i for i in ids]),
             attention_mask_BP=torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids]),
         )
+
+    def encode_candidates(self, batch: PromptBatch, responses: Sequence[Sequence[str]]) -> tuple[Responses, Tensor]:
+        """Given responses behind their prompts, as if they had been generated.
+
+        Args:
+            batch: the prompts.
+            responses: the candidates of each prompt.
+
+        Returns:
+            The responses, those of a prompt together, and the prompt that each belongs to, ``group_B``.
+        """
+        group = [i for i, candidates in enumerate(responses) for _ in candidates]
+        ids = [self.response_tokens(text) for candidates in responses for text in candidates]
+        width, pad = max(map(len, ids)), int(self.tokenizer.pad_token_id)
+        device = batch.input_ids_BP.device
+        group_B = torch.tensor(group, device=device)
+        tokens_BT = torch.tensor([i + [pad] * (width - len(i)) for i in ids], device=device)
+        mask_BT = torch.tensor([[True] * len(i) + [False] * (width - len(i)) for i in ids], device=device)
+        attention_BP = batch.attention_mask_BP[group_B]
+        return Responses(
+            input_ids_BL=torch.cat([batch.input_ids_BP[group_B], tokens_BT], 1),
+            attention_mask_BL=torch.cat([attention_BP, mask_BT.to(attention_BP.dtype)], 1),
+            mask_BT=mask_BT,
+            truncated_B=torch.zeros(len(group), dtype=torch.bool, device=device),
+            prompts=[batch.prompts[i] for i in group],
+            completions=[text for candidates in responses for text in candidates],
+            columns={},
+        ), group_B
 
     def decode(self, batch: PromptBatch, sequences_BL: Tensor) -> Responses:
         """Responses out of generated sequences that start with the batch's prompts."""

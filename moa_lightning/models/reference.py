@@ -5,6 +5,9 @@ Legend: B sequences, T response tokens, L prompt and response tokens.
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,22 @@ class Reference(ABC):
     @abstractmethod
     def setup(self, policy: Policy) -> None:
         """Take what is needed from the freshly loaded policy, before a checkpoint is restored into it."""
+
+    def advance(self, policy: Policy, step: int) -> None:
+        """Called before each collected batch, with the number of optimiser steps so far."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: plain containers and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up again, after :meth:`setup`."""
+
+    def behaviour_logprobs(
+        self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
+    ) -> Tensor | None:
+        """Log-probabilities under the policy as it was loaded, where those differ from :meth:`logprobs`."""
+        return None
 
     @abstractmethod
     def logprobs(
@@ -74,3 +93,93 @@ class FrozenCopy(Reference):
         self._copy.to(input_ids_BL.device)
         output: PolicyOutput = self._copy(input_ids_BL, attention_mask_BL, mask_BT, temperature)
         return output.logprobs_BT
+
+
+class LaggedCopy(Reference):
+    """The policy as it was a while ago: every ``interval`` steps the policy of ``interval`` steps before.
+
+    Only what is trained is kept (of LoRA the adapter alone), and it is put in place of the present weights for
+    each evaluation: no second model. It is saved in the checkpoint.
+
+    Source: the lagged reference of Agnihotri et al., arXiv 2505.10892, Algorithm 1, where ``interval`` is t0.
+
+    Args:
+        interval: optimiser steps between two refreshes.
+    """
+
+    def __init__(self, interval: int = 500) -> None:
+        if interval < 1:
+            raise ValueError(f"LaggedCopy.interval must be at least 1, got {interval}")
+        self.interval = interval
+        self._step = 0  # of the last refresh
+        self._first: list[Tensor] = []  # as loaded: the policy that the data are taken to come from
+        self._lagged: list[Tensor] = []
+        self._next: list[Tensor] = []  # becomes the lagged one at the next refresh
+
+    def setup(self, policy: Policy) -> None:
+        """Copy the trained weights."""
+        self._first = self._lagged = self._next = _copy_of(policy)
+
+    def advance(self, policy: Policy, step: int) -> None:
+        """Refresh when the interval is over."""
+        if step >= self._step + self.interval:
+            self._lagged, self._next = self._next, _copy_of(policy)
+            self._step = step
+
+    @torch.no_grad()
+    def logprobs(
+        self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
+    ) -> Tensor:
+        """Log-probabilities under the lagged policy."""
+        with _weights(policy, self._lagged):
+            output: PolicyOutput = policy(input_ids_BL, attention_mask_BL, mask_BT, temperature, with_values=False)
+        return output.logprobs_BT
+
+    @torch.no_grad()
+    def behaviour_logprobs(
+        self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
+    ) -> Tensor | None:
+        """Log-probabilities under the policy as it was loaded; ``None`` while that is the reference."""
+        if self._lagged is self._first:
+            return None
+        with _weights(policy, self._first):
+            output: PolicyOutput = policy(input_ids_BL, attention_mask_BL, mask_BT, temperature, with_values=False)
+        return output.logprobs_BT
+
+    def state_dict(self) -> dict[str, Any]:
+        """The two copies that move and the step of the last refresh."""
+        moved = self._lagged is not self._first
+        return {
+            "step": self._step,
+            "lagged": list(self._lagged) if moved else None,
+            "next": list(self._next) if self._next is not self._first else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; the policy's folder gives what has not moved."""
+        self._step = state["step"]
+
+        def taken(saved: list[Tensor] | None) -> list[Tensor]:
+            if saved is None:
+                return self._first
+            return [new.to(old) for new, old in zip(saved, self._first, strict=True)]
+
+        self._lagged, self._next = taken(state["lagged"]), taken(state["next"])
+
+
+def _copy_of(policy: Policy) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in policy.trainable()[0]]
+
+
+@contextmanager
+def _weights(policy: Policy, weights: list[Tensor]) -> Iterator[None]:
+    """Within it the policy's trained weights are these. Tensors change places, so sharded ones stay sharded."""
+    parameters = policy.trainable()[0]
+    present = [parameter.data for parameter in parameters]
+    try:
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.data = weight.to(parameter.device)
+        yield
+    finally:
+        for parameter, own in zip(parameters, present, strict=True):
+            parameter.data = own

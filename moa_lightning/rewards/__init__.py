@@ -3,6 +3,7 @@
 from moa_lightning.rewards.base import Objective, Reward
 from moa_lightning.rewards.classifier import ClassifierOutput, Logit, Probability, TextClassifier
 from moa_lightning.rewards.function import FunctionReward
+from moa_lightning.rewards.labels import FromLabels
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.rewards.scored_text import Chat, CompletionOnly, PromptAndCompletion, ScoredText, TextPair
 from moa_lightning.rewards.text import Characters, Length, LengthUnit, Tokens, Words
@@ -12,6 +13,7 @@ __all__ = [
     "Chat",
     "ClassifierOutput",
     "CompletionOnly",
+    "FromLabels",
     "FunctionReward",
     "Length",
     "LengthUnit",

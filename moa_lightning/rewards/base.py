@@ -6,7 +6,7 @@ Legend: B responses.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class Reward(ABC):
 
     Subclasses are dataclasses that hold configuration; anything heavy (a model) is loaded in :meth:`setup`.
     """
+
+    gives_wins: ClassVar[bool] = False  # the score is a mean win probability among the responses to a prompt already
 
     @property
     def title(self) -> str:

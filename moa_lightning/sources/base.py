@@ -5,8 +5,13 @@ Legend: B sequences, T tokens, N objectives.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+from moa_lightning.distributed import all_sum
+from moa_lightning.functional.gramian import representation_gramian
+from moa_lightning.functional.surrogate import probability_ratio
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
@@ -31,7 +36,10 @@ class Actors:
 class Source(ABC):
     """Turns batches of prompts into experience, and experience into signals. Subclasses are dataclasses."""
 
-    provides: ClassVar[frozenset[Signal]]
+    @property
+    @abstractmethod
+    def provides(self) -> frozenset[Signal]:
+        """The signals that combiners can have from it."""
 
     @property
     @abstractmethod
@@ -70,6 +78,28 @@ class Source(ABC):
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
         """Responses to a batch of prompts with their scores. Draws random numbers from ``seed`` alone."""
 
-    @abstractmethod
     def signals(self, experience: Experience, output: PolicyOutput, clip_range: float) -> Signals:
         """Signals of some rows of experience, given the policy's present output on them."""
+        mask_BT = experience.mask_BT
+        ratio_BT = probability_ratio(output.logprobs_BT.detach(), experience.behaviour_logprobs_BT)
+
+        def gramian(slopes_BTN: Tensor) -> Tensor:
+            # The graph from the hidden state to the log-probabilities is the head alone, and is kept for the loss.
+            (gradient_BTD,) = torch.autograd.grad(
+                output.logprobs_BT.where(mask_BT, 0.0).sum(), output.hidden_BTD, retain_graph=True
+            )
+            squared_norms_BT = gradient_BTD.float().square().sum(-1)
+            return all_sum(representation_gramian(slopes_BTN, squared_norms_BT))
+
+        return Signals(
+            mask_BT=mask_BT,
+            valid_BN=experience.valid_BN,
+            advantages_BTN=experience.advantages_BTN,
+            scores_BN=experience.rewards.trained_BN.where(experience.valid_BN, 0.0),
+            ratio_BT=ratio_BT,
+            wins_BN=experience.wins_BN,
+            group_B=experience.group_B,
+            log_prior_B=experience.log_prior_B,
+            clip_range=clip_range,
+            gramian=gramian,
+        )

@@ -64,6 +64,7 @@ class ExperienceLoader:
     ) -> None:
         self.rows, self.batch_size, self.collect = rows, batch_size, collect
         self.minibatches, self.updates_per_batch, self.seed = minibatches, updates_per_batch, seed
+        self.responses_per_prompt = responses_per_prompt
         self.batches = len(rows) // (batch_size * world_size())
         if self.batches == 0:
             raise ValueError(
@@ -108,9 +109,13 @@ class ExperienceLoader:
         if self.minibatches == 1:
             return torch.arange(len(experience))
         generator = torch.Generator().manual_seed(self._seed(batch) + 1 + sweep)
-        order = torch.randperm(len(experience), generator=generator)
+        # The responses to one prompt stay together where that fills every minibatch equally: some combiners
+        # compare them.
+        together = self.responses_per_prompt if self.batch_size % self.minibatches == 0 else 1
+        order = torch.randperm(len(experience) // together, generator=generator)
+        rows = (order.unsqueeze(1) * together + torch.arange(together)).flatten()
         size = len(experience) // self.minibatches
-        return order[minibatch * size : (minibatch + 1) * size]
+        return rows[minibatch * size : (minibatch + 1) * size]
 
     def _seed(self, batch: int) -> int:
         # Far apart for neighbouring positions, so that no two batches share random numbers.

@@ -7,18 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from moa_lightning.distributed import all_sum, rank
-from moa_lightning.functional.gramian import representation_gramian
-from moa_lightning.functional.surrogate import probability_ratio
+from moa_lightning.functional.preference import bradley_terry_wins
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
-from moa_lightning.signals import Signal, Signals
+from moa_lightning.signals import Signal
 from moa_lightning.sources.advantages import GAE, AdvantageEstimator
 from moa_lightning.sources.base import Actors, Source
 from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
@@ -42,6 +40,8 @@ class Rollout(Source):
         advantages: how rewards become advantages.
         missing_eos_penalty: subtracted from every objective of a truncated response; ``None`` subtracts nothing.
         mask_truncated_completions: leave truncated responses out of the update.
+        win_scale: difference in an objective's value at which the better response wins 73 % of the time; for combiners
+            that read win probabilities (Bradley and Terry's model).
         max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
     """
 
@@ -56,8 +56,7 @@ class Rollout(Source):
     missing_eos_penalty: float | None = None
     mask_truncated_completions: bool = False
     max_prompt_length: int | None = None
-
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN})
+    win_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -68,7 +67,15 @@ class Rollout(Source):
             raise ValueError(f"source.temperature must be above 0 (rollouts are sampled), got {self.temperature}")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"source.top_p must be in (0, 1] and top_k >= 0, got {self.top_p} and {self.top_k}")
+        if self.win_scale <= 0:
+            raise ValueError(f"source.win_scale must be above 0, got {self.win_scale}")
         self.advantages.check(self.num_generations)
+
+    @property
+    def provides(self) -> frozenset[Signal]:
+        """Win probabilities take several responses to a prompt."""
+        always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN}
+        return frozenset(always | ({Signal.WINS} if self.num_generations > 1 else set()))
 
     @property
     def needs_values(self) -> bool:
@@ -135,6 +142,8 @@ class Rollout(Source):
             returns_BTN=returns_BTN,
             values_BTN=output.values_BTN,
             tokens_per_row=sums[1] / sums[3],
+            group_B=torch.arange(len(kl_BT), device=kl_BT.device) // self.num_generations,
+            wins_BN=self._wins(rewards),
             seconds={
                 "generation": generated - started,
                 "scoring": scored - generated,
@@ -156,28 +165,12 @@ class Rollout(Source):
         kl_B = (output.logprobs_BT - reference_logprobs_BT).sum(1)
         return Evaluation(responses, _to_device(rewards, kl_B.device), kl_B)
 
-    def signals(self, experience: Experience, output: PolicyOutput, clip_range: float) -> Signals:
-        """Advantages, scores, ratio and, on demand, the Gram matrix at the last hidden state."""
-        mask_BT = experience.mask_BT
-        ratio_BT = probability_ratio(output.logprobs_BT.detach(), experience.behaviour_logprobs_BT)
-
-        def gramian(slopes_BTN: Tensor) -> Tensor:
-            # The graph from the hidden state to the log-probabilities is the head alone, and is kept for the loss.
-            (gradient_BTD,) = torch.autograd.grad(
-                output.logprobs_BT.where(mask_BT, 0.0).sum(), output.hidden_BTD, retain_graph=True
-            )
-            squared_norms_BT = gradient_BTD.float().square().sum(-1)
-            return all_sum(representation_gramian(slopes_BTN, squared_norms_BT))
-
-        return Signals(
-            mask_BT=mask_BT,
-            valid_BN=experience.valid_BN,
-            advantages_BTN=experience.advantages_BTN,
-            scores_BN=experience.rewards.trained_BN.where(experience.valid_BN, 0.0),
-            ratio_BT=ratio_BT,
-            clip_range=clip_range,
-            gramian=gramian,
-        )
+    def _wins(self, rewards: RewardTable) -> Tensor | None:
+        if self.num_generations == 1:
+            return None
+        scores_BN = rewards.trained_BN
+        scores_PKN = scores_BN.unflatten(0, (-1, self.num_generations))
+        return bradley_terry_wins(scores_PKN, self.win_scale).flatten(0, 1)
 
     def _token_rewards(
         self, responses: Responses, rewards: RewardTable, kl_BT: Tensor, kl_coefficient: float

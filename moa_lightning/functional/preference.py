@@ -1,0 +1,63 @@
+"""Win probabilities and softmaxes within the candidates of a prompt.
+
+Legend: P prompts, K candidates of one prompt, B candidates of all prompts in a batch, N objectives.
+"""
+
+import torch
+from torch import Tensor
+
+
+def mean_wins(wins_KK: Tensor) -> Tensor:
+    """Mean probability of each candidate to win against the others of its prompt: ``(K,)`` from ``p(i beats j)``.
+
+    The candidates are taken as samples of the behaviour policy, so this estimates the win probability against it.
+    A comparison that is NaN is left out; a candidate without any comparison has NaN.
+
+    Example:
+        >>> mean_wins(torch.tensor([[0.5, 1.0, 0.6], [0.0, 0.5, 0.2], [0.4, 0.8, 0.5]])).tolist()
+        [0.800000011920929, 0.10000000149011612, 0.6000000238418579]
+    """
+    others_KK = torch.isfinite(wins_KK) & ~torch.eye(len(wins_KK), dtype=torch.bool, device=wins_KK.device)
+    return wins_KK.where(others_KK, 0.0).sum(1) / others_KK.sum(1)
+
+
+def bradley_terry_wins(scores_PKN: Tensor, scale: float = 1.0) -> Tensor:
+    """Mean win probability of each candidate among those of its prompt, from scores: ``sigmoid((s_i - s_j) / scale)``.
+
+    Args:
+        scores_PKN: scores of K candidates of P prompts; NaN where an objective has none.
+        scale: the difference in score at which the better one wins 73 % of the time.
+
+    Returns:
+        wins_PKN in (0, 1); NaN where the candidate, or every other candidate of its prompt, has no score.
+
+    Source: Bradley & Terry 1952.
+    """
+    difference_PKKN = (scores_PKN.unsqueeze(2) - scores_PKN.unsqueeze(1)) / scale
+    other_KK1 = ~torch.eye(scores_PKN.shape[1], dtype=torch.bool, device=scores_PKN.device).unsqueeze(-1)
+    counted_PKKN = other_KK1 & torch.isfinite(difference_PKKN)
+    wins_PKKN = difference_PKKN.sigmoid().where(counted_PKKN, 0.0)
+    return wins_PKKN.sum(2) / counted_PKKN.sum(2)
+
+
+def group_softmax(logits_B: Tensor, group_B: Tensor) -> Tensor:
+    """Softmax within each group; rows of a group need not stand together.
+
+    Args:
+        logits_B: any finite numbers, or -inf.
+        group_B: int64, from 0.
+
+    Returns:
+        probabilities_B, which add to 1 in each group.
+    """
+    count = int(group_B.max()) + 1 if len(group_B) else 0
+    start_G = logits_B.new_full((count,), -torch.inf)
+    largest_G = start_G.scatter_reduce(0, group_B, logits_B, "amax")
+    shifted_B = (logits_B - largest_G[group_B]).exp()
+    total_G = logits_B.new_zeros(count).index_add(0, group_B, shifted_B)
+    return shifted_B / total_G[group_B]
+
+
+def group_sizes(group_B: Tensor) -> Tensor:
+    """Number of rows in the group of each row."""
+    return torch.bincount(group_B)[group_B]

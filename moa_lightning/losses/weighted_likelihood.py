@@ -1,0 +1,75 @@
+"""Importance-weighted behaviour cloning.
+
+Legend: B sequences, T tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moa_lightning.distributed import all_sum
+from moa_lightning.losses.base import LossTerms, PolicyLoss
+from moa_lightning.losses.kl import KLPenalty
+from moa_lightning.models.policy import PolicyOutput
+from moa_lightning.types import Experience
+
+
+@dataclass(frozen=True)
+class WeightedLikelihood(PolicyLoss):
+    """``-E[w(y) log pi(y)]``: raise the likelihood of each response by its weight, which carries no gradient.
+
+    With the weights of ``MOPO`` its minimiser is the constrained optimum itself. Weights below 0 would make
+    the loss unbounded below and are refused: combiners whose score is an advantage go with ``ClippedSurrogate``.
+
+    Logged: ``ess``, the effective sample size ``(sum w)^2 / sum w^2`` as a share of the responses, and
+    ``capped_ratio``, the share whose weight was cut to ``max_weight``. The sum over tokens is divided by the number
+    of trained tokens that this many rows have on average, over all processes.
+
+    Source: Agnihotri et al., arXiv 2505.10892, the policy step of Algorithm 1.
+
+    Args:
+        max_weight: largest weight; ``None`` does not cut. Cutting trades bias for variance.
+    """
+
+    max_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if self.max_weight is not None and self.max_weight <= 0:
+            raise ValueError(f"WeightedLikelihood needs max_weight > 0 (or null), got {self.max_weight}")
+
+    @property
+    def clip_range(self) -> float:
+        """Nothing is clipped."""
+        return float("inf")
+
+    def __call__(self, score: Tensor, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
+        """Loss of these rows and its terms."""
+        mask_BT = experience.mask_BT
+        if bool((score < 0).any()):
+            raise ValueError(
+                "loss WeightedLikelihood needs weights of at least 0, and this combiner's score is an advantage of "
+                "either sign; use loss ClippedSurrogate with it"
+            )
+        tokens = max(experience.tokens_per_row * len(experience), 1e-8)
+        weights = score.detach()
+        capped = weights if self.max_weight is None else weights.clamp(max=self.max_weight)
+        weights_BT = capped if capped.ndim == 2 else capped.unsqueeze(1)
+        policy_loss = -(weights_BT * output.logprobs_BT).where(mask_BT, 0.0).sum() / tokens
+        kl_loss = kl.loss(output.logprobs_BT, experience.reference_logprobs_BT).where(mask_BT, 0.0).sum() / tokens
+        entropy = output.entropy_BT.where(mask_BT, 0.0).sum() / tokens
+        terms = {"policy_loss": policy_loss.detach(), "kl_loss": kl_loss.detach(), "entropy": entropy.detach()}
+        with torch.no_grad():
+            share = _share(len(experience))
+            row_B = capped if capped.ndim == 1 else (capped * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
+            total, squares = all_sum(torch.stack([row_B.sum(), row_B.square().sum()])).double()
+            rows = all_sum(torch.tensor(float(len(row_B)), device=row_B.device, dtype=torch.float64))
+            terms["ess"] = (total.square() / squares.clamp(min=1e-30) / rows).float() * share
+            terms["capped_ratio"] = (weights > capped).float().mean() * share
+        return LossTerms(policy_loss + kl_loss, terms)
+
+
+def _share(rows: int) -> Tensor:
+    """This process's share of all rows: callbacks add terms up over the processes."""
+    return torch.tensor(float(rows)) / all_sum(torch.tensor(float(rows)))

@@ -1,0 +1,197 @@
+"""Preference rows: the responses are the data's, and so is who wins.
+
+Legend: P prompts, B candidates of all prompts, T response tokens, N objectives.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moa_lightning.distributed import all_sum
+from moa_lightning.functional.preference import bradley_terry_wins, group_softmax
+from moa_lightning.models.encoding import Encoder
+from moa_lightning.signals import Signal
+from moa_lightning.sources.base import Actors, Source
+from moa_lightning.sources.rollout import evaluating
+from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
+
+_WINS = "wins/"
+
+
+@dataclass
+class PreferenceRows(Source):
+    """Takes responses and labels from preference data; nothing is generated, and no pointwise reward is needed.
+
+    An objective with reward ``FromLabels`` is the data's label. Any other reward scores the candidates, and
+    Bradley and Terry's model turns the scores into win probabilities. The signal for combiners that read advantages
+    is the win probability minus 1/2.
+
+    Evaluation generates nothing either: it shows, for each held-out prompt, the win probability that the policy
+    would have if it chose among the prompt's candidates, ``sum_y w(y) p(y)`` with ``w ~ pi/mu``; the loaded policy
+    has w equal, so 1/2 for an objective that all candidates share.
+
+    Args:
+        max_response_length: longest response in tokens, its end token included; longer ones are refused.
+        max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
+        win_scale: difference in a reward's value at which the better response wins 73 % of the time.
+        prior: what the candidates of a row are. ``sampled``: samples of the policy as it was loaded, so that
+            with a lagged reference each carries the ratio of the two. ``listed``: all responses that there are, each
+            carrying the reference's probability.
+        max_log_ratio: the logarithm of that ratio is held within plus and minus this, in nats.
+    """
+
+    max_response_length: int = 512
+    max_prompt_length: int | None = None
+    win_scale: float = 1.0
+    prior: Literal["sampled", "listed"] = "sampled"
+    max_log_ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if self.max_response_length < 2 or self.win_scale <= 0 or self.max_log_ratio <= 0:
+            raise ValueError(
+                "PreferenceRows needs max_response_length of at least 2, win_scale > 0 and max_log_ratio > 0"
+            )
+
+    @property
+    def provides(self) -> frozenset[Signal]:
+        """Everything."""
+        return frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.WINS})
+
+    @property
+    def needs_values(self) -> bool:
+        """False: there are no critics."""
+        return False
+
+    @property
+    def minibatches(self) -> int:
+        """One: the candidates of a prompt stay together."""
+        return 1
+
+    @property
+    def updates_per_batch(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """One at least: rows may differ in it."""
+        return 1
+
+    @property
+    def temperature(self) -> float:
+        """1."""
+        return 1.0
+
+    def encoder(self, policy_tokenizer: object, end_ids: tuple[int, ...], context_length: int | None) -> Encoder:
+        """The encoder for these lengths."""
+        return Encoder(
+            policy_tokenizer,  # type: ignore[arg-type]  # sources may do without a tokenizer
+            end_ids,
+            context_length,
+            self.max_response_length if context_length is None else min(self.max_response_length, context_length - 1),
+            self.max_prompt_length,
+            with_candidates=True,
+        )
+
+    def collect(self, batch: PromptBatch, actors: Actors, seed: int) -> Experience:
+        """Read the candidates and their labels; one forward pass under the policy, one under its reference."""
+        started = time.perf_counter()
+        responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
+        scored = time.perf_counter()
+        logprobs_BT, reference_BT, log_prior_B = self._logprobs(responses, actors)
+        wins_BN = wins_BN[:, list(rewards.trained)]
+        valid_BN = wins_BN.isfinite()
+        mask_BT = responses.mask_BT & valid_BN.any(1, keepdim=True)
+        advantages_BN = (wins_BN - 0.5).where(valid_BN, 0.0)
+        trained, tokens, rows = all_sum(
+            torch.stack([mask_BT.sum(), responses.lengths_B.sum(), torch.tensor(len(group_B)).to(group_B)]).double()
+        ).tolist()
+        return Experience(
+            responses=responses,
+            rewards=rewards,
+            valid_BN=valid_BN,
+            mask_BT=mask_BT,
+            behaviour_logprobs_BT=logprobs_BT,
+            reference_logprobs_BT=reference_BT,
+            advantages_BTN=advantages_BN.unsqueeze(1) * mask_BT.unsqueeze(-1),
+            returns_BTN=None,
+            values_BTN=None,
+            tokens_per_row=trained / rows,
+            group_B=group_B,
+            wins_BN=wins_BN,
+            log_prior_B=log_prior_B,
+            seconds={"scoring": scored - started, "forward": time.perf_counter() - scored},
+            metrics={"tokens": tokens, "sequences": rows},
+        )
+
+    def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
+        """For each prompt its likeliest candidate, and the win probabilities of the policy among the candidates."""
+        responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
+        logprobs_BT, reference_BT, _ = self._logprobs(responses, actors)
+        inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.temperature)
+        loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
+        ratio_B = (logprobs_BT - (reference_BT if loaded_BT is None else loaded_BT)).sum(1)
+        weight_B = group_softmax(ratio_B if self.prior == "sampled" else logprobs_BT.sum(1), group_B)
+        count = len(batch.prompts)
+        present_BN = wins_BN.isfinite()
+        weighted_BN = (weight_B.unsqueeze(1) * wins_BN).where(present_BN, 0.0)
+        mass_BN = weight_B.unsqueeze(1).expand_as(wins_BN).where(present_BN, 0.0)
+        nothing_PN = wins_BN.new_zeros(count, wins_BN.shape[1])
+        wins_PN = (nothing_PN.index_add(0, group_B, weighted_BN) / nothing_PN.index_add(0, group_B, mass_BN)).cpu()
+        kl_P = ratio_B.new_zeros(count).index_add(0, group_B, weight_B * ratio_B)
+        rows = [(group_B == p).nonzero().flatten() for p in range(count)]
+        best = [int(candidates[weight_B[candidates].argmax()]) for candidates in rows]
+        chosen = Responses(
+            input_ids_BL=responses.input_ids_BL[best],
+            attention_mask_BL=responses.attention_mask_BL[best],
+            mask_BT=responses.mask_BT[best],
+            truncated_B=responses.truncated_B[best],
+            prompts=[responses.prompts[b] for b in best],
+            completions=[responses.completions[b] for b in best],
+            columns={},
+        )
+        return Evaluation(chosen, RewardTable(rewards.names, rewards.trained, wins_PN, wins_PN), kl_P)
+
+    def _candidates(self, batch: PromptBatch, actors: Actors) -> tuple[Responses, Tensor, RewardTable, Tensor]:
+        """Responses, groups, rewards of all objectives and their win probabilities."""
+        candidates = batch.columns["responses"]
+        responses, group_B = actors.encoder.encode_candidates(batch, candidates)
+        # What a row holds for each candidate is spread out over them; the rest is repeated.
+        spread = {
+            name: [value for values in column for value in values]
+            if name.startswith(_WINS)
+            else [column[i] for i in group_B.tolist()]
+            for name, column in batch.columns.items()
+            if name != "responses"
+        }
+        device = group_B.device
+        table = actors.panel.score(responses.prompts, responses.completions, spread)
+        rewards = RewardTable(table.names, table.trained, table.raw_BN.to(device), table.value_BN.to(device))
+        wins_BN = rewards.value_BN.clone()
+        compared = [i for i, name in enumerate(rewards.names) if not actors.panel.objectives[name].reward.gives_wins]
+        for p in range(len(candidates)) if compared else ():
+            rows = (group_B == p).nonzero().flatten()
+            scores_PKN = rewards.value_BN[rows][:, compared].unsqueeze(0)
+            wins_BN[rows.unsqueeze(1), torch.tensor(compared, device=device)] = bradley_terry_wins(
+                scores_PKN, self.win_scale
+            )[0]
+        return responses, group_B, rewards, wins_BN
+
+    @torch.no_grad()
+    def _logprobs(self, responses: Responses, actors: Actors) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities under the policy and its reference, and the log-prior of each candidate."""
+        inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.temperature)
+        with evaluating(actors.policy):
+            logprobs_BT = actors.policy(*inputs).logprobs_BT
+            reference_BT = actors.reference.logprobs(actors.policy, *inputs)
+            loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
+        if self.prior == "listed":
+            return logprobs_BT, reference_BT, reference_BT.sum(1)
+        if loaded_BT is None:  # the reference is the policy that the candidates are taken to come from
+            return logprobs_BT, reference_BT, None
+        log_ratio_B = (reference_BT - loaded_BT).sum(1).clamp(-self.max_log_ratio, self.max_log_ratio)
+        return logprobs_BT, reference_BT, log_ratio_B
