@@ -61,7 +61,8 @@ def test_wheel_and_sdist_hold_callbacks_and_configs(source: Path, tmp_path: Path
     sdist = _build(source, "build_sdist", tmp_path)
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for member in archive if (name := member.name) and member.isfile()}
-        archive.extractall(tmp_path, filter="data")
+        # Python before 3.11.4 does not know the argument, later ones ask for it.
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     assert expected <= files
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     assert _wheel_names(_build(unpacked, "build_wheel", tmp_path / "again")) == expected

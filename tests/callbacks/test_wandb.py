@@ -16,7 +16,7 @@ from moa_lightning.callbacks import (
     Throughput,
 )
 from tests import tiny
-from tests.test_module import Prompts, module, trainer
+from tests.test_module import FilmPrompts, module, trainer
 
 
 def test_a_run_with_everything(tmp_path):
@@ -31,7 +31,7 @@ def test_a_run_with_everything(tmp_path):
         enable_progress_bar=True,
     )
     try:
-        running.fit(module(tiny.policy_folder(tmp_path / "policy")), datamodule=Prompts(batch_size=4))
+        running.fit(module(tiny.policy_folder(tmp_path / "policy")), datamodule=FilmPrompts(batch_size=4))
         logged = set(wandb_logger.experiment.summary.keys())
         assert {"samples", "pareto/front", "pareto/picture", "pareto/hypervolume"} <= logged
         assert "pareto/good_length_table" in logged  # the data of the scatter
