@@ -12,11 +12,15 @@ import pytest
 import torch
 import yaml
 
+from moa_lightning import combiners
 from moa_lightning.commands.errors import explain
 from tests.cli import task as names
 from tests.cli.task import Task, complaint, moa, write_prompts
 
 REWARD = f"{names.__name__}.{{}}"
+COMBINERS = ", ".join(
+    sorted(n for n in combiners.__all__ if issubclass(getattr(combiners, n), combiners.Combiner) and n != "Combiner")
+)
 
 
 @pytest.fixture
@@ -50,9 +54,9 @@ class Flags:
 
 
 FLAGS = [
-    Flags("combiner", ("--model.combiner=PANA",), ("'PANA'", "did you mean 'PAMA'", "Linear, MGDAUB, PAMA")),
+    Flags("combiner", ("--model.combiner=PANA",), ("'PANA'", "did you mean 'PAMA'", COMBINERS)),
     Flags("case", ("--model.combiner=linear",), ("'linear'", "did you mean 'Linear'")),
-    Flags("nothing near", ("--model.combiner=Zebra",), ("unknown combiner 'Zebra'; known: Linear, MGDAUB, PAMA",)),
+    Flags("nothing near", ("--model.combiner=Zebra",), ("unknown combiner 'Zebra'; known: " + COMBINERS,)),
     Flags(
         "field",
         ("--model.combiner=PAMA", "--model.combiner.nooon=true"),
