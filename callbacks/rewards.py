@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moa_lightning.callbacks.evaluations import moments
-from moa_lightning.distributed import all_sum
+from moa_lightning.distributed import all_sum, world_size
 from moa_lightning.types import Experience, Minibatch, StepOutput
 
 
@@ -36,11 +36,11 @@ class ObjectiveMetrics(Callback):
         mask_BT = step.minibatch.experience.mask_BT
         score_BT = step.score_BT if step.score_BT.ndim == 2 else step.score_BT.unsqueeze(1).expand(mask_BT.shape)
         terms = {name: value.float() for name, value in step.terms.items()}
-        # The loss's terms are this process's share of a sum over all tokens; the rest are sums and counts.
+        # As with the gradients, the mean of the processes' terms is the term of all rows; the rest are sums and counts.
         sums = all_sum(
             torch.stack([*terms.values(), score_BT.where(mask_BT, 0.0).sum().float(), mask_BT.sum().float()])
         )
-        metrics = dict(zip(terms, sums[:-2].tolist(), strict=True))
+        metrics = dict(zip(terms, (sums[:-2] / world_size()).tolist(), strict=True))
         metrics["score/mean"] = float(sums[-2] / sums[-1].clamp(min=1))
         metrics |= {f"weights/{n}": w for n, w in zip(step.names, step.weights_N.tolist(), strict=True)}
         if batch.collected is not None:

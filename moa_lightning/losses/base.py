@@ -12,7 +12,7 @@ from moa_lightning.types import Experience
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss and the scalars it is made of (detached, this process's share)."""
+    """A loss and the scalars it is made of, detached. Their mean over the processes is that of all rows."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -28,4 +28,7 @@ class PolicyLoss(ABC):
 
     @abstractmethod
     def __call__(self, score: Tensor, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
-        """Loss of these rows; divided by the global number of tokens, so that it adds up over rows and processes."""
+        """Loss of these rows, divided by the number of tokens that this many rows have on average over all processes.
+
+        So its mean over processes and accumulated minibatches is the loss of all rows.
+        """

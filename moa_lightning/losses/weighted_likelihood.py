@@ -61,15 +61,9 @@ class WeightedLikelihood(PolicyLoss):
         entropy = output.entropy_BT.where(mask_BT, 0.0).sum() / tokens
         terms = {"policy_loss": policy_loss.detach(), "kl_loss": kl_loss.detach(), "entropy": entropy.detach()}
         with torch.no_grad():
-            share = _share(len(experience))
             row_B = capped if capped.ndim == 1 else (capped * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
             total, squares = all_sum(torch.stack([row_B.sum(), row_B.square().sum()])).double()
             rows = all_sum(torch.tensor(float(len(row_B)), device=row_B.device, dtype=torch.float64))
-            terms["ess"] = (total.square() / squares.clamp(min=1e-30) / rows).float() * share
-            terms["capped_ratio"] = (weights > capped).float().mean() * share
+            terms["ess"] = (total.square() / squares.clamp(min=1e-30) / rows).float()
+            terms["capped_ratio"] = (weights > capped).float().mean()
         return LossTerms(policy_loss + kl_loss, terms)
-
-
-def _share(rows: int) -> Tensor:
-    """This process's share of all rows: callbacks add terms up over the processes."""
-    return torch.tensor(float(rows)) / all_sum(torch.tensor(float(rows)))
