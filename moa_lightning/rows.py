@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,6 +70,21 @@ def require_columns(rows: datasets.Dataset, names: Iterable[str], path: str) -> 
             near = difflib.get_close_matches(name, rows.column_names, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"'{path}' has no column '{name}'; it has {', '.join(rows.column_names)}{hint}")
+
+
+def place(path: str, index: int) -> str:
+    """Where a row of :func:`load_rows` stands, for messages: in JSONL its line, which empty lines shift.
+
+    Args:
+        path: as given to :func:`load_rows`.
+        index: of the row, from 0.
+    """
+    file = Path(path).expanduser()
+    if file.is_file() and Path(file.name.lower().removesuffix(".gz")).suffix in (".jsonl", ".ndjson"):
+        with _open_text(file) as lines:
+            numbers = (number for number, line in enumerate(lines, start=1) if line.strip())
+            return f"'{path}' line {next(islice(numbers, index, None))}"
+    return f"'{path}' row {index + 1}"
 
 
 def _format(file: Path) -> tuple[str, Callable[[Path], None], dict[str, Any]] | None:

@@ -4,21 +4,37 @@ A format turns a row of a file into a :class:`Comparison`: a prompt, its candida
 objective, which of them wins against which.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moa_lightning.data.dialogues import ASSISTANT, split_dialogue
+from moa_lightning.data.preference_labels import (
+    BadRowError,
+    Wins,
+    from_matrix,
+    from_probability,
+    from_scores,
+    from_winner,
+    is_missing,
+)
+
+__all__ = [
+    "BadRowError",
+    "Candidates",
+    "ChosenRejected",
+    "Comparison",
+    "PreferenceFormat",
+    "Prompt",
+    "Ratings",
+    "SafeRLHF",
+    "Wins",
+    "clean_messages",
+    "from_scores",
+]
 
 Prompt = str | list[dict[str, Any]]
-Wins = list[list[float]]
-"""``wins[i][j]`` is the probability that candidate i beats candidate j; NaN where nobody compared them."""
-
-
-class BadRowError(ValueError):
-    """What is wrong with a row: the field and the reason, in one line."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,7 @@ class Comparison:
     prompt: Prompt
     responses: list[str]
     wins: dict[str, Wins | None]  # None: the row has no label for that objective
+    fields: tuple[str, ...] = ()  # where the row has each response, for messages
 
 
 class PreferenceFormat(ABC):
@@ -42,71 +59,6 @@ class PreferenceFormat(ABC):
         """
 
 
-def from_winner(winner: Any, count: int, name: str) -> Wins:
-    """Wins from the index of the winner, who beats every other candidate; nothing is said about the others."""
-    if isinstance(winner, bool) or not isinstance(winner, int | float) or winner != int(winner):
-        raise BadRowError(f"'{name}': the winner must be the index of a response, got {winner!r}")
-    if not 0 <= winner < count:
-        raise BadRowError(f"'{name}': winner {int(winner)} is no candidate; there are {count}, counted from 0")
-    first = int(winner)
-    return [
-        [0.5 if i == j else 1.0 if i == first else 0.0 if j == first else math.nan for j in range(count)]
-        for i in range(count)
-    ]
-
-
-def from_probability(probability: Any, count: int, name: str) -> Wins:
-    """Wins of two candidates from the probability that the first one is better."""
-    if count != 2:
-        raise BadRowError(f"'{name}': one probability compares two responses, but there are {count}; give a win matrix")
-    value = _probability(probability, name)
-    return [[0.5, value], [1 - value, 0.5]]
-
-
-def from_matrix(matrix: Any, count: int, name: str) -> Wins:
-    """Wins from a whole matrix, whose transposed entries add to 1; null where nobody compared."""
-    if not isinstance(matrix, Sequence) or len(matrix) != count or any(len(line or []) != count for line in matrix):
-        raise BadRowError(f"'{name}': the win matrix must be {count} x {count}, one line and column for each response")
-    wins = [[math.nan if p is None else _probability(p, name) for p in line] for line in matrix]
-    for i in range(count):
-        for j in range(i):
-            total = wins[i][j] + wins[j][i]
-            if math.isnan(wins[i][j]) != math.isnan(wins[j][i]) or abs(total - 1) > 1e-6:
-                raise BadRowError(
-                    f"'{name}': entries ({i}, {j}) and ({j}, {i}) of the win matrix are {wins[i][j]:g} and "
-                    f"{wins[j][i]:g}; they must add to 1"
-                )
-        wins[i][i] = 0.5
-    return wins
-
-
-def from_scores(scores: Sequence[Any], name: str, scale: float | None = None) -> Wins | None:
-    """Wins from one score for each response: the higher one wins, equal ones tie; ``None`` if a score is missing.
-
-    Args:
-        scores: one for each response.
-        name: of the objective, for messages.
-        scale: with it, Bradley and Terry's ``sigmoid((s_i - s_j) / scale)``.
-    """
-    if any(score is None for score in scores):
-        return None
-    try:
-        values = [float(score) for score in scores]
-    except (TypeError, ValueError) as error:
-        raise BadRowError(f"'{name}': scores must be numbers, got {list(scores)!r}") from error
-    if not all(math.isfinite(value) for value in values):
-        return None
-    if scale is None:
-        return [[0.5 if a == b else float(a > b) for b in values] for a in values]
-    return [[1 / (1 + math.exp(min(max((b - a) / scale, -500.0), 500.0))) for b in values] for a in values]
-
-
-def _probability(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise BadRowError(f"'{name}': a win probability must lie in [0, 1], got {value!r}")
-    return float(value)
-
-
 @dataclass(frozen=True)
 class Candidates(PreferenceFormat):
     """This project's own layout, for any number of responses and objectives.
@@ -114,13 +66,14 @@ class Candidates(PreferenceFormat):
     ``{"prompt": "…", "responses": ["…", "…"], "preferences": {"helpful": {"winner": 0}, "harmless": {"probability":
     0.7}, "humor": {"wins": [[0.5, 1.0], [0.0, 0.5]]}}}``: for each objective the index of the winner, the probability
     that the first of two responses is better, or the matrix of win probabilities; null or absent where
-    nobody was asked. The prompt is text or chat messages.
+    nobody was asked. Without ``preferences`` the row has no labels at all. The prompt is text or chat messages.
     """
 
     def read(self, row: Mapping[str, Any]) -> Comparison:
         """The comparison as it stands."""
-        responses, given = _field(row, "responses", list), _field(row, "preferences", dict)
-        count = len(responses)
+        prompt, responses = _field(row, "prompt", (str, list)), _field(row, "responses", list)
+        given = _field(row, "preferences", dict) if row.get("preferences") is not None else {}
+        count = len(_several(responses, "responses"))
         wins: dict[str, Wins | None] = {}
         for name, label in given.items():
             if label is not None and not isinstance(label, dict):
@@ -128,15 +81,16 @@ class Candidates(PreferenceFormat):
                     f"'preferences.{name}' must hold winner, probability or wins, such as {{\"winner\": 0}}; got "
                     f"{label!r}"
                 )
-            found = {key: value for key, value in (label or {}).items() if value is not None}
+            found = {key: value for key, value in (label or {}).items() if not is_missing(value)}
             unknown = sorted(set(found) - {"winner", "probability", "wins"})
             if unknown or len(found) > 1:
                 raise BadRowError(
-                    f"'preferences.{name}' must hold one of winner, probability and wins; got {', '.join(found)}"
+                    f"'preferences.{name}' must hold one of winner, probability and wins; it has {', '.join(found)}"
                 )
             readers = {"winner": from_winner, "probability": from_probability, "wins": from_matrix}
-            wins[name] = next((readers[key](value, count, name) for key, value in found.items()), None)
-        return Comparison(_field(row, "prompt", (str, list)), responses, wins)
+            where = f"preferences.{name}"
+            wins[name] = next((readers[key](value, count, where) for key, value in found.items()), None)
+        return Comparison(prompt, responses, wins, tuple(f"responses[{i}]" for i in range(count)))
 
 
 @dataclass(frozen=True)
@@ -155,17 +109,26 @@ class ChosenRejected(PreferenceFormat):
     objective: str = "preference"
     scores: dict[str, list[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse anything but two columns for an objective of its own."""
+        for name, columns in self.scores.items():
+            if len(columns) != 2 or name == self.objective:
+                raise ValueError(
+                    f"ChosenRejected.scores.{name} must be [column of chosen, column of rejected], under another name "
+                    f"than objective '{self.objective}'; got {columns}"
+                )
+
     def read(self, row: Mapping[str, Any]) -> Comparison:
         """The pair, the chosen response first."""
         chosen, rejected = (_field(row, name, (str, list)) for name in ("chosen", "rejected"))
-        prompt = row.get("prompt")
+        prompt = _field(row, "prompt", (str, list)) if "prompt" in row else None
         first: Any
         second: Any
         if isinstance(chosen, list) and isinstance(rejected, list):
             (before, first), (other, second) = _last_message(chosen, "chosen"), _last_message(rejected, "rejected")
-            if prompt is None and before != other:
-                raise BadRowError("'chosen' and 'rejected' differ before their last message; give a column 'prompt'")
-            prompt = before if prompt is None else prompt
+            if before != other:
+                raise BadRowError("'chosen' and 'rejected' differ before their last message; they must share the rest")
+            prompt = _whole_prompt(prompt, before)
         elif isinstance(chosen, str) and isinstance(rejected, str):
             first, second = chosen, rejected
             if prompt is None:
@@ -175,7 +138,7 @@ class ChosenRejected(PreferenceFormat):
         wins: dict[str, Wins | None] = {self.objective: from_winner(0, 2, self.objective)}
         for name, columns in self.scores.items():
             wins[name] = from_scores([_present(row, column) for column in columns], name)
-        return Comparison(prompt, [first, second], wins)
+        return Comparison(prompt, [first, second], wins, ("chosen", "rejected"))
 
 
 @dataclass(frozen=True)
@@ -192,12 +155,13 @@ class SafeRLHF(PreferenceFormat):
 
     def read(self, row: Mapping[str, Any]) -> Comparison:
         """The pair with its two labels."""
-        responses = [_field(row, name, str) for name in ("response_0", "response_1")]
+        fields = ("response_0", "response_1")
+        prompt, responses = _field(row, "prompt", str), [_field(row, name, str) for name in fields]
         wins: dict[str, Wins | None] = {}
         for name, column in ((self.better, "better_response_id"), (self.safer, "safer_response_id")):
             winner = _present(row, column)
-            wins[name] = None if winner is None or winner == -1 else from_winner(winner, 2, column)
-        return Comparison(_field(row, "prompt", str), responses, wins)
+            wins[name] = None if is_missing(winner) or winner == -1 else from_winner(winner, 2, column)
+        return Comparison(prompt, responses, wins, fields)
 
 
 @dataclass(frozen=True)
@@ -220,26 +184,42 @@ class Ratings(PreferenceFormat):
 
     def read(self, row: Mapping[str, Any]) -> Comparison:
         """All completions with the order of their ratings."""
-        completions = _field(row, "completions", list)
-        responses = [_field(completion, "response", str) for completion in completions]
+        prompt = _field(row, self.prompt_column, str)
+        completions = _several(_field(row, "completions", list), "completions")
+        if not all(isinstance(completion, Mapping) for completion in completions):
+            raise BadRowError("'completions' must hold objects with 'response' and 'annotations'")
+        responses = [completion.get("response") for completion in completions]
         wins = {
             name: from_scores([self._rating(completion, key) for completion in completions], name)
             for name, key in self.aspects.items()
         }
-        return Comparison(_field(row, self.prompt_column, str), responses, wins)
+        fields = tuple(f"completions[{i}].response" for i in range(len(responses)))
+        return Comparison(prompt, responses, wins, fields)
 
     def _rating(self, completion: Mapping[str, Any], key: str) -> Any:
-        found = (completion.get("annotations") or {}).get(key)
+        annotations = completion.get("annotations")
+        found = annotations.get(key) if isinstance(annotations, Mapping) else None
         rating = found.get("Rating", found.get("rating")) if isinstance(found, Mapping) else found
         return None if rating in ("N/A", "", None) else rating
 
 
 def _field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
     value = _present(row, name)
+    if value is None:
+        raise BadRowError(f"'{name}' is missing")
     if not isinstance(value, kind):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise BadRowError(f"'{name}' must be {names}, got {'null' if value is None else type(value).__name__}")
+        names = " or ".join(_KINDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise BadRowError(f"'{name}' must be {names}, got {value!r:.40}")
     return value
+
+
+_KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+
+
+def _several(found: list[Any], name: str) -> list[Any]:
+    if len(found) < 2:
+        raise BadRowError(f"'{name}' must hold two or more, it holds {len(found)}")
+    return found
 
 
 def _present(row: Mapping[str, Any], name: str) -> Any:
@@ -248,10 +228,32 @@ def _present(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
-def _last_message(messages: list[Any], name: str) -> tuple[list[Any], str]:
-    if not messages or not isinstance(messages[-1], Mapping) or not isinstance(messages[-1].get("content"), str):
-        raise BadRowError(f"'{name}' must end with a message that has 'content'")
-    return list(messages[:-1]), str(messages[-1]["content"])
+def clean_messages(messages: list[Any], name: str) -> list[dict[str, Any]]:
+    """Chat messages without their null entries: rows of one file share their fields.
+
+    Raises:
+        BadRowError: the list is empty, or holds something else.
+    """
+    if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+        raise BadRowError(f"'{name}' must be text or a list of messages with 'role' and 'content'")
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _last_message(messages: list[Any], name: str) -> tuple[list[dict[str, Any]], str]:
+    cleaned = clean_messages(messages, name)
+    return cleaned[:-1], str(cleaned[-1]["content"])
+
+
+def _whole_prompt(prompt: Prompt | None, before: list[dict[str, Any]]) -> Prompt:
+    """The prompt column and what chosen and rejected have before their last message; some data have it in both."""
+    if prompt is None and not before:
+        raise BadRowError("'chosen' and 'rejected' hold one message each, and there is no 'prompt'")
+    if not before or prompt is None:
+        return before or prompt or ""
+    if isinstance(prompt, str):
+        return before
+    told = clean_messages(prompt, "prompt")
+    return before if before[: len(told)] == told else told + before
 
 
 def _split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:

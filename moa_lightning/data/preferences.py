@@ -1,19 +1,35 @@
 """Preference data: prompts with candidate responses and who wins under each objective."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.data.base import PromptData, Row, Stage
-from moa_lightning.data.preference_formats import BadRowError, Candidates, Comparison, PreferenceFormat
+from moa_lightning.data.preference_formats import (
+    BadRowError,
+    Candidates,
+    Comparison,
+    PreferenceFormat,
+    clean_messages,
+)
 from moa_lightning.functional.preference import mean_wins
-from moa_lightning.rows import load_rows
+from moa_lightning.rows import load_rows, place
 
 WINS = "wins/"
 """Prefix of the columns with each candidate's mean win probability, such as ``wins/harmless``."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A row and where it comes from."""
+
+    row: Row
+    path: str
+    index: int  # from 0
 
 
 class Preferences(PromptData):
@@ -30,6 +46,7 @@ class Preferences(PromptData):
         val_size: rows to hold out for validation.
         split_seed: decides which rows are held out.
         on_bad_row: ``fail`` stops at the first row that cannot be used; ``skip`` leaves them out and says how many.
+            Where some rows have labels, one that has none for any objective cannot be used.
         limit: use the first rows only; ``None`` is all of them.
         batch_size: prompts per batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
@@ -57,7 +74,7 @@ class Preferences(PromptData):
         self.format = format or Candidates()
         self.val_size, self.split_seed = val_size, split_seed
         self.on_bad_row, self.limit = on_bad_row, limit
-        self._rows: dict[Stage, list[Row]] = {}
+        self._read_rows: dict[Stage, list[_Placed]] = {}
 
     def prepare_data(self) -> None:
         """Read everything once on one process, so that the others find it in the cache."""
@@ -65,49 +82,65 @@ class Preferences(PromptData):
 
     def rows(self, stage: Stage) -> Sequence[Row]:
         """The rows of a stage; tests and predictions take those of validation."""
-        if not self._rows:
+        return [placed.row for placed in self._placed(stage)]
+
+    def _placed(self, stage: Stage) -> list["_Placed"]:
+        if not self._read_rows:
             train = self._read(self.path)[: self.limit]
             if self.val_path is not None:
                 held_out = self._read(self.val_path)
             else:
                 train, held_out = self._hold_out(train)
-            _same_columns([*train, *held_out])
-            self._rows = {Stage.TRAIN: train, **dict.fromkeys((Stage.VALIDATE, Stage.TEST, Stage.PREDICT), held_out)}
-        return self._rows[stage]
+            _same_columns([placed.row for placed in [*train, *held_out]])
+            others = dict.fromkeys((Stage.VALIDATE, Stage.TEST, Stage.PREDICT), held_out)
+            self._read_rows = {Stage.TRAIN: train, **others}
+        return self._read_rows[stage]
 
     def screen(self, trainer_stage: str, problem: Callable[[Row], str | None]) -> None:
         """Refuse or leave out rows that the policy cannot read, as ``on_bad_row`` says."""
-        for name, rows in self.rows_to_check(trainer_stage).items():
-            kept = []
-            for number, row in enumerate(rows, start=1):
-                reason = problem(row)
+        for name in self.rows_to_check(trainer_stage):
+            placed = self._placed(Stage(name))
+            kept, first = [], ""
+            for one in placed:
+                reason = problem(one.row)
                 if reason is None:
-                    kept.append(row)
-                elif self.on_bad_row == "fail":
-                    raise ValueError(f"{name} row {number}: {reason}, or set --data.on_bad_row=skip")
-            self._report(len(rows) - len(kept), len(rows), f"the {name} rows")
-            self._rows[Stage(name)] = kept
+                    kept.append(one)
+                else:
+                    first = first or self._bad_row(one.path, one.index, reason)
+            self._report(len(placed) - len(kept), len(placed), f"{name} rows", first)
+            self._read_rows[Stage(name)] = kept
 
-    def _read(self, path: str) -> list[Row]:
+    def _read(self, path: str) -> list["_Placed"]:
         found = load_rows(path, self.split)
-        rows, bad = [], 0
-        for number, row in enumerate(found, start=1):
+        placed: list[_Placed] = []
+        first = ""
+        for index, row in enumerate(found):
             try:
-                rows.append(to_row(self.format.read(row)))
+                placed.append(_Placed(to_row(self.format.read(row)), path, index))
             except BadRowError as error:
-                if self.on_bad_row == "fail":
-                    raise ValueError(f"'{path}' row {number}: {error}; or set --data.on_bad_row=skip") from error
-                bad += 1
-        self._report(bad, len(found), f"'{path}'")
-        return rows
+                first = first or self._bad_row(path, index, str(error))
+        labelled = [one for one in placed if _has_label(one.row)]
+        if labelled and len(labelled) < len(placed):  # without any, all objectives are scored by rewards
+            index = next(one.index for one in placed if not _has_label(one.row))
+            first = first or self._bad_row(path, index, "no objective has a label")
+            placed = labelled
+        self._report(len(found) - len(placed), len(found), f"rows of '{path}'", first)
+        return placed
 
-    def _report(self, bad: int, total: int, what: str) -> None:
-        if bad == total and total:
-            raise ValueError(f"no row of {what} can be used with data.format {type(self.format).__name__}")
+    def _bad_row(self, path: str, index: int, reason: str) -> str:
+        """What is wrong with a row; an error where such rows are not skipped."""
+        line = f"{place(path, index)}: {reason}"
+        if self.on_bad_row == "fail":
+            raise ValueError(f"{line}; or set --data.on_bad_row=skip")
+        return line
+
+    def _report(self, bad: int, total: int, what: str, first: str) -> None:
+        if bad and bad == total:
+            raise ValueError(f"none of the {total} {what} can be used; the first: {first}")
         if bad:
-            rank_zero_warn(f"{bad} of {total} rows of {what} cannot be used and are left out")
+            rank_zero_warn(f"{bad} of {total} {what} cannot be used and are left out; the first: {first}")
 
-    def _hold_out(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    def _hold_out(self, rows: list["_Placed"]) -> tuple[list["_Placed"], list["_Placed"]]:
         if self.val_size >= len(rows):
             raise ValueError(
                 f"data.val_size {self.val_size} leaves nothing to train on: '{self.path}' has {len(rows)} rows; lower "
@@ -140,19 +173,26 @@ def _checked(comparison: Comparison) -> Comparison:
     prompt: Any = comparison.prompt
     responses: list[Any] = list(comparison.responses)
     if isinstance(prompt, list):
-        if not prompt or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
-            raise BadRowError("'prompt' must be text or a list of messages with 'role' and 'content'")
-        prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-    if isinstance(prompt, str) and not prompt.strip():
+        prompt = clean_messages(prompt, "prompt")
+    if not (prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)).strip():
         raise BadRowError("'prompt' is empty")
     if len(responses) < 2:
         raise BadRowError(f"a comparison takes two or more responses, got {len(responses)}")
-    for i, response in enumerate(responses):
-        if not isinstance(response, str) or not response.strip():
-            raise BadRowError(f"response {i} is empty")
+    fields = comparison.fields or tuple(f"responses[{i}]" for i in range(len(responses)))
+    for i, (response, name) in enumerate(zip(responses, fields, strict=True)):
+        if response is None:
+            raise BadRowError(f"'{name}' is missing")
+        if not isinstance(response, str):
+            raise BadRowError(f"'{name}' must be text, got {response!r:.40}")
+        if not response.strip():
+            raise BadRowError(f"'{name}' is empty")
         if response in responses[:i]:
-            raise BadRowError(f"responses {responses.index(response)} and {i} are identical")
+            raise BadRowError(f"'{fields[responses.index(response)]}' and '{name}' are identical")
     return replace(comparison, prompt=prompt)
+
+
+def _has_label(row: Row) -> bool:
+    return any(math.isfinite(p) for name, wins in row.items() if name.startswith(WINS) for p in wins)
 
 
 def _same_columns(rows: list[Row]) -> None:

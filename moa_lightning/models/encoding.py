@@ -78,17 +78,18 @@ class Encoder:
                 if tokens <= 1:
                     return f"response {i} has no tokens; remove the row"
                 if tokens > self.max_new_tokens:
-                    return (
-                        f"response {i} has {tokens} tokens with its end token, more than source.max_response_length "
-                        f"{self.max_new_tokens}; raise that, or remove the row"
-                    )
+                    limit = f"source.max_response_length {self.max_new_tokens}; raise that, or"
+                    if self.context_length is not None and self.max_new_tokens >= self.context_length - 1:
+                        limit = f"the policy's context of {self.context_length} has room for;"
+                    return f"response {i} has {tokens} tokens with its end token, more than {limit} remove the row"
             room = max(lengths)
         if self.context_length is not None and length + room > self.context_length:
-            what = "the longest response's" if self.with_candidates else "max_new_tokens"
+            what = f"the longest response's {room}" if self.with_candidates else f"max_new_tokens {room}"
+            advice = "Remove the row" if self.with_candidates else "Lower it, remove the row"
             return (
-                f"the prompt has {length} tokens; with {what} {room} it exceeds the policy's context of "
-                f"{self.context_length}. Lower it, remove the row, or set source.max_prompt_length to keep the end of "
-                f"long prompts. It starts: '{start}'"
+                f"the prompt has {length} tokens; with {what} it exceeds the policy's context of "
+                f"{self.context_length}. {advice}, or set source.max_prompt_length to keep the end of long prompts. It "
+                f"starts: '{start}'"
             )
         return None
 
