@@ -35,7 +35,9 @@ def bradley_terry_wins(scores_PKN: Tensor, scale: float = 1.0) -> Tensor:
     """
     difference_PKKN = (scores_PKN.unsqueeze(2) - scores_PKN.unsqueeze(1)) / scale
     other_KK1 = ~torch.eye(scores_PKN.shape[1], dtype=torch.bool, device=scores_PKN.device).unsqueeze(-1)
-    counted_PKKN = other_KK1 & torch.isfinite(difference_PKKN)
+    # Of the scores, not of their difference: that may overflow, and then it is clear who wins.
+    scored_PKN = torch.isfinite(scores_PKN)
+    counted_PKKN = other_KK1 & scored_PKN.unsqueeze(2) & scored_PKN.unsqueeze(1)
     wins_PKKN = difference_PKKN.sigmoid().where(counted_PKKN, 0.0)
     return wins_PKKN.sum(2) / counted_PKKN.sum(2)
 

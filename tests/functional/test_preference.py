@@ -1,0 +1,111 @@
+"""Win probabilities and grouped softmaxes against plain loops over Python numbers."""
+
+import math
+
+import pytest
+import torch
+
+from moa_lightning.functional import bradley_terry_wins, group_sizes, group_softmax, mean_wins
+
+NAN = math.nan
+
+
+def close(tensor, numbers, **tolerances):
+    expected = torch.tensor(numbers, dtype=tensor.dtype)
+    torch.testing.assert_close(tensor, expected, equal_nan=True, **tolerances)
+
+
+def loop_of_mean_wins(wins):
+    means = []
+    for i, line in enumerate(wins):
+        others = [p for j, p in enumerate(line) if j != i and not math.isnan(p)]
+        means.append(sum(others) / len(others) if others else NAN)
+    return means
+
+
+def sigmoid(x):
+    return 0.0 if x < -700 else 1 / (1 + math.exp(-x))
+
+
+def loop_of_bradley_terry(scores, scale):
+    return loop_of_mean_wins([[sigmoid((a - b) / scale) for b in scores] for a in scores])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
+def test_mean_wins(count, missing):
+    generator = torch.Generator().manual_seed(count)
+    wins_KK = torch.rand(count, count, generator=generator, dtype=torch.float64)
+    wins_KK[torch.rand(count, count, generator=generator) < missing] = NAN
+    close(mean_wins(wins_KK), loop_of_mean_wins(wins_KK.tolist()))
+
+
+def test_a_candidate_does_not_play_against_itself():
+    close(mean_wins(torch.tensor([[0.9, 0.3], [0.7, 0.0]])), [0.3, 0.7])
+    close(mean_wins(torch.tensor([[0.5]])), [NAN])
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 4])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 50.0])
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_bradley_terry(candidates, scale, missing):
+    generator = torch.Generator().manual_seed(candidates)
+    scores_PKN = 3 * torch.randn(3, candidates, 2, generator=generator, dtype=torch.float64)
+    scores_PKN[torch.rand(3, candidates, 2, generator=generator) < missing] = NAN
+    wins_PKN = bradley_terry_wins(scores_PKN, scale)
+    for p in range(3):
+        for n in range(2):
+            close(wins_PKN[p, :, n], loop_of_bradley_terry(scores_PKN[p, :, n].tolist(), scale))
+
+
+def test_all_win_half_their_games_on_the_whole():
+    wins_PKN = bradley_terry_wins(torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(wins_PKN.mean(1), torch.full((5, 3), 0.5))
+
+
+def test_73_percent_at_one_scale():
+    close(bradley_terry_wins(torch.tensor([[[2.0], [0.0]]]), 2.0)[0, :, 0], [0.7310586, 0.2689414])
+
+
+def test_extreme_scores():
+    """No overflow, and an infinite score is none: who is infinitely better than another infinite one?"""
+    scores = [1e30, -1e30, 3e38, -3e38, 0.0]
+    wins_PKN = bradley_terry_wins(torch.tensor(scores).reshape(1, 5, 1), 1e-3)
+    assert wins_PKN.isfinite().all()
+    close(wins_PKN[0, :2, 0], [0.75, 0.25])
+    infinite = bradley_terry_wins(torch.tensor([math.inf, 1.0, 0.0]).reshape(1, 3, 1))[0, :, 0]
+    close(infinite, [NAN, 0.7310586, 0.2689414])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_group_softmax_of_groups_that_do_not_stand_together(scale):
+    generator = torch.Generator().manual_seed(1)
+    group_B = torch.tensor([2, 0, 2, 1, 0, 2, 4, 2])  # 3 is empty, 1 and 4 hold one row
+    logits_B = scale * torch.randn(8, generator=generator, dtype=torch.float64)
+    expected = []
+    for g, logit in zip(group_B.tolist(), logits_B.tolist(), strict=True):
+        members = [other for h, other in zip(group_B.tolist(), logits_B.tolist(), strict=True) if h == g]
+        expected.append(1 / sum(math.exp(min(other - logit, 700.0)) for other in members))
+    close(group_softmax(logits_B, group_B), expected)
+    order = torch.randperm(8, generator=generator)
+    close(group_softmax(logits_B[order], group_B[order]), [expected[i] for i in order.tolist()])
+
+
+def test_group_softmax_at_its_limits():
+    group_B = torch.tensor([0, 1, 0, 1])
+    close(group_softmax(torch.tensor([3e38, -3e38, -3e38, -3e38]), group_B), [1, 0.5, 0, 0.5])
+    close(group_softmax(torch.tensor([-math.inf, 2.0, 0.0, 2.0]), group_B), [0, 0.5, 1, 0.5])
+    assert group_softmax(torch.empty(0), torch.empty(0, dtype=torch.long)).shape == (0,)
+
+
+def test_group_softmax_has_the_gradient_of_softmax():
+    group_B = torch.tensor([1, 0, 1, 0, 1])
+    logits_B = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    weights_B = torch.arange(5, dtype=torch.float64)
+    (grouped,) = torch.autograd.grad((weights_B * group_softmax(logits_B, group_B)).sum(), logits_B)
+    plain = sum((weights_B[rows] * logits_B[rows].softmax(0)).sum() for rows in (group_B == 0, group_B == 1))
+    torch.testing.assert_close(grouped, torch.autograd.grad(plain, logits_B)[0])
+
+
+def test_group_sizes():
+    assert group_sizes(torch.tensor([2, 0, 2, 3, 2, 0])).tolist() == [3, 2, 3, 1, 3, 2]
