@@ -50,7 +50,7 @@ from torchjd.aggregation import MGDAWeighting
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from bench.combine_report import HEAD, UNITS, Row, summarise, summary_lines, table_line
-from moa_lightning.combiners import MGDAUB, PAMA
+from moa_lightning.combiners import MGDAUB, PAMA, Combined
 from moa_lightning.functional.surrogate import clipped_surrogate
 from moa_lightning.losses import ClippedSurrogate, RewardKL
 from moa_lightning.models import Policy
@@ -205,11 +205,11 @@ def measure(size: Size, plan: Plan) -> list[Row]:
     part = {n: source.signals(e.select(few), output, loss.clip_range) for n, e in experiences.items()}
 
     largest = experiences[max(plan.objectives)].select(few)
-    score_BT = largest.advantages_BTN[..., 0]
+    combined = Combined(largest.advantages_BTN[..., 0], torch.ones(max(plan.objectives)))
 
     def step() -> None:
         policy.zero_grad()
-        loss(score_BT, largest, policy(*inputs), kl).loss.backward()
+        loss(combined, largest, policy(*inputs), kl).loss.backward()
 
     def mgda_ub(n: int) -> float:
         clock, total = Clock(plan.timer), Clock(plan.timer)

@@ -21,6 +21,7 @@ from moa_lightning.losses import ClippedSurrogate, KLPenalty, LossTerms, PolicyL
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_model, load_tokenizer
 from moa_lightning.rewards import Objective, RewardPanel
+from moa_lightning.signals import SIGNALS_OF_LOSSES
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.loader import PromptLoader
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
@@ -124,12 +125,18 @@ class AlignmentModule(LightningModule):
         self.encoder = self.source.encoder(self.tokenizer, tuple(self.policy.end_ids), self.encoder.context_length)
 
     def _check_needs(self) -> None:
-        lacking = sorted(self.combiner.needs - self.source.provides)
-        if lacking:
-            raise ValueError(
-                f"{type(self.combiner).__name__} needs {', '.join(lacking)}, which {type(self.source).__name__} does "
-                "not provide; choose another combiner or source"
-            )
+        needs = self.combiner.needs
+        for taker, wanted, giver, kind in (
+            (self.combiner, needs - SIGNALS_OF_LOSSES, self.source, "combiner or source"),
+            (self.combiner, needs & SIGNALS_OF_LOSSES, self.loss, "combiner or loss"),
+            (self.loss, self.loss.needs, self.source, "loss or source"),
+        ):
+            lacking = sorted(wanted - giver.provides)
+            if lacking:
+                raise ValueError(
+                    f"{type(taker).__name__} needs {', '.join(lacking)}, which {type(giver).__name__} does not "
+                    f"provide; choose another {kind}"
+                )
 
     # Data: called by the datamodule.
 
@@ -180,7 +187,7 @@ class AlignmentModule(LightningModule):
         )
         signals = self.source.signals(experience, output, self.loss.clip_range)
         combined = self.combiner.combine(signals, self.combiner_state)
-        result = self.loss(combined.score, experience, output, self.kl)
+        result = self.loss(combined, experience, output, self.kl)
         self._require_finite(result, experience)
         self.log("loss", result.loss.detach(), prog_bar=True, batch_size=len(experience))
         step = StepOutput(

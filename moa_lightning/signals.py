@@ -17,7 +17,12 @@ class Signal(StrEnum):
     SCORES = "scores"  # one number per sequence and objective
     RATIO = "ratio"  # policy over behaviour policy, per token
     WINS = "wins"  # mean probability to win against the other responses to the prompt, per sequence and objective
+    PAIRS = "pairs"  # a loss that compares the responses to a prompt in pairs; no tensor of its own
     GRAMIAN = "gramian"  # inner products of the objectives' gradients
+
+
+SIGNALS_OF_LOSSES = frozenset({Signal.PAIRS})
+"""What the loss provides, not the source."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,19 @@ from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.duals import DualUpdate, Lagrangian, LogBarrier
 from moa_lightning.combiners.linear import Linear
 from moa_lightning.combiners.mgda_ub import MGDAUB
+from moa_lightning.combiners.modpo import MODPO
 from moa_lightning.combiners.mopo import MOPO
 from moa_lightning.combiners.pama import PAMA
 
-__all__ = ["MGDAUB", "MOPO", "PAMA", "Combined", "Combiner", "DualUpdate", "Lagrangian", "Linear", "LogBarrier"]
+__all__ = [
+    "MGDAUB",
+    "MODPO",
+    "MOPO",
+    "PAMA",
+    "Combined",
+    "Combiner",
+    "DualUpdate",
+    "Lagrangian",
+    "Linear",
+    "LogBarrier",
+]

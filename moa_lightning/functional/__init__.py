@@ -4,6 +4,14 @@ from moa_lightning.functional.advantages import gae, group_relative, masked_mome
 from moa_lightning.functional.gramian import representation_gramian
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.functional.mopo import DualSolution, mopo_dual, mopo_ratio, robust_value
+from moa_lightning.functional.pairwise import (
+    clip_around_first,
+    confidence_weights,
+    dpo_loss,
+    ipo_loss,
+    modpo_logits,
+    virtual_reference,
+)
 from moa_lightning.functional.pama import pama
 from moa_lightning.functional.pareto import hypervolume, non_dominated
 from moa_lightning.functional.preference import bradley_terry_wins, group_sizes, group_softmax, mean_wins
@@ -12,14 +20,19 @@ from moa_lightning.functional.surrogate import clipped_surrogate, probability_ra
 __all__ = [
     "DualSolution",
     "bradley_terry_wins",
+    "clip_around_first",
     "clipped_surrogate",
+    "confidence_weights",
+    "dpo_loss",
     "gae",
     "group_relative",
     "group_sizes",
     "group_softmax",
     "hypervolume",
+    "ipo_loss",
     "masked_moments",
     "mean_wins",
+    "modpo_logits",
     "mopo_dual",
     "mopo_ratio",
     "non_dominated",
@@ -30,4 +43,5 @@ __all__ = [
     "squared_log_ratio",
     "token_logprobs",
     "value_loss",
+    "virtual_reference",
 ]

@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from moa_lightning.combiners.base import Combined
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
+from moa_lightning.signals import Signal
 from moa_lightning.types import Experience
 
 
@@ -21,13 +24,18 @@ class LossTerms:
 class PolicyLoss(ABC):
     """Turns a score into a loss. Subclasses are frozen dataclasses."""
 
+    provides: ClassVar[frozenset[Signal]] = frozenset()
+    """What combiners can have from this loss beside what the source provides."""
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    """What the source must provide for it."""
+
     @property
     @abstractmethod
     def clip_range(self) -> float:
         """How far the ratio may move before the gradient stops; infinite without clipping."""
 
     @abstractmethod
-    def __call__(self, score: Tensor, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
+    def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
         """Loss of these rows, divided by the number of tokens that this many rows have on average over all processes.
 
         So its mean over processes and accumulated minibatches is the loss of all rows.

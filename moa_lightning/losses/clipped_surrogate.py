@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moa_lightning.combiners.base import Combined
 from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, value_loss
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
@@ -46,9 +47,9 @@ class ClippedSurrogate(PolicyLoss):
         """Epsilon."""
         return self.cliprange
 
-    def __call__(self, score: Tensor, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
+    def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
         """Loss of these rows and its terms."""
-        mask_BT = experience.mask_BT
+        mask_BT, score = experience.mask_BT, combined.score
         tokens = max(experience.tokens_per_row * len(experience), 1e-8)
         ratio_BT = probability_ratio(output.logprobs_BT, experience.behaviour_logprobs_BT)
         score_BT = score if score.ndim == 2 else score.unsqueeze(1).expand_as(ratio_BT)

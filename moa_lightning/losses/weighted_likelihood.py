@@ -6,8 +6,8 @@ Legend: B sequences, T tokens.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from moa_lightning.combiners.base import Combined
 from moa_lightning.distributed import all_sum
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
@@ -44,9 +44,9 @@ class WeightedLikelihood(PolicyLoss):
         """Nothing is clipped."""
         return float("inf")
 
-    def __call__(self, score: Tensor, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
+    def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
         """Loss of these rows and its terms."""
-        mask_BT = experience.mask_BT
+        mask_BT, score = experience.mask_BT, combined.score
         if bool((score < 0).any()):
             raise ValueError(
                 "loss WeightedLikelihood needs weights of at least 0, and this combiner's score is an advantage of "

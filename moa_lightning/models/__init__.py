@@ -2,6 +2,7 @@
 
 from moa_lightning.models.config import LoRA, PolicyConfig
 from moa_lightning.models.encoding import Encoder
+from moa_lightning.models.multi_reference import MultiReference
 from moa_lightning.models.policy import Policy, PolicyOutput
 from moa_lightning.models.reference import AdapterOff, FrozenCopy, LaggedCopy, Reference
 from moa_lightning.models.value_heads import ValueHeads
@@ -12,6 +13,7 @@ __all__ = [
     "FrozenCopy",
     "LaggedCopy",
     "LoRA",
+    "MultiReference",
     "Policy",
     "PolicyConfig",
     "PolicyOutput",

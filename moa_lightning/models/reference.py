@@ -43,9 +43,18 @@ class Reference(ABC):
 
     @abstractmethod
     def logprobs(
-        self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
+        self,
+        policy: Policy,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        mask_BT: Tensor,
+        temperature: float,
+        group_B: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities (B, T), float32, nats, 0 on masked tokens; without gradient."""
+        """Log-probabilities (B, T), float32, nats, 0 on masked tokens; without gradient.
+
+        ``group_B`` says which responses answer the same prompt, where several do.
+        """
 
 
 class AdapterOff(Reference):
@@ -64,7 +73,13 @@ class AdapterOff(Reference):
 
     @torch.no_grad()
     def logprobs(
-        self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
+        self,
+        policy: Policy,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        mask_BT: Tensor,
+        temperature: float,
+        group_B: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities under the base model."""
         with policy.adapter_off():
@@ -86,7 +101,13 @@ class FrozenCopy(Reference):
 
     @torch.no_grad()
     def logprobs(
-        self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
+        self,
+        policy: Policy,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        mask_BT: Tensor,
+        temperature: float,
+        group_B: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities under the copy, which follows the policy to its device."""
         assert self._copy is not None, "setup was not called"
@@ -128,7 +149,13 @@ class LaggedCopy(Reference):
 
     @torch.no_grad()
     def logprobs(
-        self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
+        self,
+        policy: Policy,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        mask_BT: Tensor,
+        temperature: float,
+        group_B: Tensor | None = None,
     ) -> Tensor:
         """Log-probabilities under the lagged policy."""
         with _weights(policy, self._lagged):

@@ -3,6 +3,7 @@
 from moa_lightning.rewards.base import Objective, Reward
 from moa_lightning.rewards.classifier import ClassifierOutput, Logit, Probability, TextClassifier
 from moa_lightning.rewards.function import FunctionReward
+from moa_lightning.rewards.implicit import ImplicitReward
 from moa_lightning.rewards.labels import FromLabels
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.rewards.scored_text import Chat, CompletionOnly, PromptAndCompletion, ScoredText, TextPair
@@ -15,6 +16,7 @@ __all__ = [
     "CompletionOnly",
     "FromLabels",
     "FunctionReward",
+    "ImplicitReward",
     "Length",
     "LengthUnit",
     "Logit",

@@ -102,7 +102,7 @@ class PreferenceRows(Source):
         started = time.perf_counter()
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
         scored = time.perf_counter()
-        logprobs_BT, reference_BT, log_prior_B = self._logprobs(responses, actors)
+        logprobs_BT, reference_BT, log_prior_B = self._logprobs(responses, group_B, actors)
         wins_BN = wins_BN[:, list(rewards.trained)]
         valid_BN = wins_BN.isfinite()
         mask_BT = responses.mask_BT & valid_BN.any(1, keepdim=True)
@@ -131,7 +131,7 @@ class PreferenceRows(Source):
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
         """For each prompt its likeliest candidate, and the win probabilities of the policy among the candidates."""
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
-        logprobs_BT, reference_BT, _ = self._logprobs(responses, actors)
+        logprobs_BT, reference_BT, _ = self._logprobs(responses, group_B, actors)
         inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.temperature)
         loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
         ratio_B = (logprobs_BT - (reference_BT if loaded_BT is None else loaded_BT)).sum(1)
@@ -182,12 +182,12 @@ class PreferenceRows(Source):
         return responses, group_B, rewards, wins_BN
 
     @torch.no_grad()
-    def _logprobs(self, responses: Responses, actors: Actors) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _logprobs(self, responses: Responses, group_B: Tensor, actors: Actors) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities under the policy and its reference, and the log-prior of each candidate."""
         inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.temperature)
         with evaluating(actors.policy):
             logprobs_BT = actors.policy(*inputs).logprobs_BT
-            reference_BT = actors.reference.logprobs(actors.policy, *inputs)
+            reference_BT = actors.reference.logprobs(actors.policy, *inputs, group_B)
             loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
         if self.prior == "listed":
             return logprobs_BT, reference_BT, reference_BT.sum(1)

@@ -116,7 +116,8 @@ class Rollout(Source):
         rewards = _to_device(rewards, responses.input_ids_BL.device)
         scored = time.perf_counter()
 
-        output, reference_logprobs_BT = _policy_and_reference(actors, responses, self.temperature)
+        group_B = torch.arange(len(responses.prompts), device=responses.mask_BT.device) // self.num_generations
+        output, reference_logprobs_BT = _policy_and_reference(actors, responses, self.temperature, group_B)
         kl_BT = output.logprobs_BT - reference_logprobs_BT
         valid_BN = rewards.valid_BN
         mask_BT = responses.mask_BT & valid_BN.any(1, keepdim=True)
@@ -142,7 +143,7 @@ class Rollout(Source):
             returns_BTN=returns_BTN,
             values_BTN=output.values_BTN,
             tokens_per_row=sums[1] / sums[3],
-            group_B=torch.arange(len(kl_BT), device=kl_BT.device) // self.num_generations,
+            group_B=group_B,
             wins_BN=self._wins(rewards),
             seconds={
                 "generation": generated - started,
@@ -210,11 +211,13 @@ class Rollout(Source):
 
 
 @torch.no_grad()
-def _policy_and_reference(actors: Actors, responses: Responses, temperature: float) -> tuple[PolicyOutput, Tensor]:
+def _policy_and_reference(
+    actors: Actors, responses: Responses, temperature: float, group_B: Tensor | None = None
+) -> tuple[PolicyOutput, Tensor]:
     inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, temperature)
     with evaluating(actors.policy):
         output: PolicyOutput = actors.policy(*inputs)
-        reference_logprobs_BT = actors.reference.logprobs(actors.policy, *inputs)
+        reference_logprobs_BT = actors.reference.logprobs(actors.policy, *inputs, group_B)
     return output, reference_logprobs_BT
 
 

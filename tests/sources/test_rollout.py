@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moa_lightning.combiners import Combined
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.models import Encoder, FrozenCopy, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
@@ -106,7 +107,8 @@ def test_a_huge_divergence_stays_finite(actors):
         experience = source.collect(actors.encoder.encode(ROWS), those, seed=1)
         responses = experience.responses
         output = actors.policy(responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT)
-        result = ClippedSurrogate()(experience.advantages_BTN[..., 0], experience, output, kl)
+        combined = Combined(experience.advantages_BTN[..., 0], torch.ones(2))
+        result = ClippedSurrogate()(combined, experience, output, kl)
         result.loss.backward()
         assert torch.isfinite(result.loss)
         assert all(torch.isfinite(p.grad).all() for p in actors.policy.parameters() if p.grad is not None)

@@ -1,0 +1,76 @@
+"""MODPO: DPO on one objective's labels, the other objectives as a margin.
+
+Legend: B sequences, N objectives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.weights import named_weights
+from moa_lightning.signals import Signal, Signals
+from moa_lightning.types import State
+
+
+@dataclass(frozen=True)
+class MODPO(Combiner):
+    """Pairs are ordered by the primary objective; how much the others already speak for a response is taken off.
+
+    The loss is ``-log sigmoid((beta (D_w - D_l) - sum_{j != k} w_j (r_j(y_w) - r_j(y_l))) / w_k)``, for any number of
+    objectives; it goes with loss ``PairwiseLogistic``. A margin's reward ``r_j`` is whatever its objective's
+    reward says of the candidates: a model or function, a column of the data (``FromScores``), or the implicit reward of
+    an adapter trained with DPO (``ImplicitReward``). With all the weight on the primary objective this is DPO.
+
+    Source: Zhou et al. 2023, "Beyond One-Preference-Fits-All Alignment: Multi-Objective Direct Preference
+    Optimization", arXiv 2310.03708. Deviation: a prompt where an objective could not judge
+    every response has no margin from it, and no pairs if that is the primary one.
+
+    Args:
+        primary: the objective whose labels order the pairs; ``None`` is the first.
+        weights: weight of each objective by name, non-negative, divided by their sum; the primary one's above 0.
+            ``None`` takes the ``weight`` of each objective.
+    """
+
+    primary: str | None = None
+    weights: dict[str, float] | None = None
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS, Signal.SCORES, Signal.PAIRS})
+
+    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
+        """Check names and weights.
+
+        Raises:
+            ValueError: the primary objective is unknown or has no weight, or the weights do not match the objectives.
+        """
+        primary = objectives[0] if self.primary is None else self.primary
+        if primary not in objectives:
+            raise ValueError(f"MODPO.primary '{primary}' is no trained objective; they are {', '.join(objectives)}")
+        weights = named_weights(self.weights, objectives, weights_N)
+        is_primary_N = torch.tensor([float(name == primary) for name in objectives])
+        if float(weights @ is_primary_N) == 0:
+            raise ValueError(f"MODPO divides by the weight of the primary objective '{primary}'; give it one above 0")
+        return {"weights": weights, "primary": is_primary_N}
+
+    def combine(self, signals: Signals, state: State) -> Combined:
+        """The primary objective's win probability as score, and the margin of the others."""
+        assert signals.wins_BN is not None and signals.scores_BN is not None and signals.group_B is not None
+        weights_N = state["weights"].to(signals.wins_BN.device)
+        is_primary_N = state["primary"].to(signals.wins_BN.device)
+        weight = float(state["weights"] @ state["primary"])
+        wins_BN = _of_complete_prompts(signals.wins_BN.float(), signals.wins_BN.isfinite(), signals.group_B)
+        scores_BN = _of_complete_prompts(signals.scores_BN, signals.valid_BN, signals.group_B)
+        margin_B = (scores_BN * weights_N * (1 - is_primary_N)).sum(1) / weight
+        score_B = (wins_BN * is_primary_N).sum(1).where(signals.mask_BT.any(1), 0.0)
+        return Combined(score_B, weights_N, margin_B, 1 / weight)
+
+
+def _of_complete_prompts(values_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> Tensor:
+    """The values, and 0 for all responses to a prompt where an objective lacks one: then it tells none apart."""
+    count = int(group_B.max()) + 1 if len(group_B) else 0
+    lacking_GN = torch.zeros(count, valid_BN.shape[1], device=valid_BN.device)
+    lacking_GN = lacking_GN.index_add(0, group_B, (~valid_BN).float())
+    return values_BN.where(lacking_GN[group_B] == 0, 0.0)

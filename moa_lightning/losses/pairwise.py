@@ -1,0 +1,110 @@
+"""Losses on pairs of responses to the same prompt.
+
+Legend: B sequences, T tokens, P pairs.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moa_lightning.combiners.base import Combined
+from moa_lightning.functional.pairwise import dpo_loss, ipo_loss
+from moa_lightning.losses.base import LossTerms, PolicyLoss
+from moa_lightning.losses.kl import KLPenalty
+from moa_lightning.models.policy import PolicyOutput
+from moa_lightning.signals import Signal
+from moa_lightning.types import Experience
+
+_LOSSES = {"sigmoid": dpo_loss, "ipo": ipo_loss}
+
+
+@dataclass(frozen=True)
+class PairwiseLogistic(PolicyLoss):
+    """DPO and its relatives: of two responses to a prompt, the one with the higher score is to become likelier.
+
+    Every pair of responses to a prompt whose scores differ is compared; a prompt's pairs share its weight equally,
+    and a prompt with none adds nothing. The reference of the log-ratios is the module's ``reference``. With combiner
+    ``MODPO`` the other objectives enter as a margin; with reference ``MultiReference`` this is MRPO.
+
+    Logged: ``pair_accuracy``, the share of pairs that the policy's log-ratio orders as the score does, ``pair_margin``,
+    the mean of ``beta (D_chosen - D_rejected)``, and ``pairs``, the number of pairs for each prompt.
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7 (``sigmoid``); Azar et al. 2023, arXiv 2310.12036, eq. 17
+    (``ipo``). The log-ratios are sums over tokens in both, as in the papers.
+
+    Args:
+        beta: strength of the KL regularisation towards the reference.
+        loss_type: ``sigmoid`` (DPO) or ``ipo``.
+        label_smoothing: probability that a comparison is the wrong way round.
+    """
+
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.PAIRS})
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS})  # that is, several responses to a prompt
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"PairwiseLogistic needs beta > 0 and label_smoothing in [0, 0.5), got {self.beta} and "
+                f"{self.label_smoothing}"
+            )
+
+    @property
+    def clip_range(self) -> float:
+        """Nothing is clipped."""
+        return float("inf")
+
+    def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
+        """Loss of these rows and its terms."""
+        assert experience.group_B is not None, "sources of one response to a prompt are refused at the start"
+        mask_BT = experience.mask_BT
+        score_B = _of_rows(combined.score, mask_BT)
+        trained_B = mask_BT.any(1)
+        groups, group_B = experience.group_B.unique(return_inverse=True)
+        together_BB = (group_B.unsqueeze(1) == group_B) & trained_B & trained_B.unsqueeze(1)
+        chosen_P, rejected_P = (together_BB & (score_B.unsqueeze(1) > score_B)).nonzero(as_tuple=True)
+
+        log_ratio_BT = (output.logprobs_BT - experience.reference_logprobs_BT).where(mask_BT, 0.0)
+        log_ratio_B = log_ratio_BT.sum(1)
+        difference_P = log_ratio_B[chosen_P] - log_ratio_B[rejected_P]
+        logits_P = combined.sharpness * self.beta * difference_P
+        if combined.margin_B is not None:
+            logits_P = logits_P - (combined.margin_B[chosen_P] - combined.margin_B[rejected_P])
+        losses_P = _LOSSES[self.loss_type](logits_P, self.beta, self.label_smoothing)
+
+        # Each prompt counts once, however many pairs its responses make.
+        pairs_G = torch.bincount(group_B[chosen_P], minlength=len(groups))
+        share_P = 1 / (pairs_G[group_B[chosen_P]] * max(len(groups), 1)).to(losses_P.dtype)
+        policy_loss = (losses_P * share_P).sum()
+        tokens = max(experience.tokens_per_row * len(experience), 1e-8)
+
+        def mean(values_BT: Tensor) -> Tensor:
+            return values_BT.where(mask_BT, 0.0).sum() / tokens
+
+        kl_loss = mean(kl.loss(output.logprobs_BT, experience.reference_logprobs_BT))
+        with torch.no_grad():
+            whole = share_P.sum().clamp(min=torch.finfo(share_P.dtype).tiny)
+            terms = {
+                "policy_loss": policy_loss,
+                "kl_loss": kl_loss,
+                "entropy": mean(output.entropy_BT),
+                "pair_accuracy": ((difference_P > 0) * share_P).sum() / whole,
+                "pair_margin": (self.beta * difference_P * share_P).sum() / whole,
+                "pairs": pairs_G.double().mean().float(),
+            }
+        # Without any pair the loss still hangs on the policy, so that backward passes work on every process.
+        loss = policy_loss + kl_loss + 0.0 * log_ratio_B.sum()
+        return LossTerms(loss, {name: value.detach() for name, value in terms.items()})
+
+
+def _of_rows(score: Tensor, mask_BT: Tensor) -> Tensor:
+    """One score for each response: as it is, or the mean over its tokens."""
+    if score.ndim == 1:
+        return score
+    return score.where(mask_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)

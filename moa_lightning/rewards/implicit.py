@@ -1,0 +1,126 @@
+"""The reward that a policy trained with DPO carries in itself.
+
+Legend: B sequences, L tokens.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moa_lightning.pretrained import open_pretrained, open_tokenizer
+from moa_lightning.rewards.base import Reward
+
+
+@dataclass
+class ImplicitReward(Reward):
+    """``beta (log pi(y|x) - log pi_ref(y|x))`` with pi a PEFT adapter and pi_ref the same model without it.
+
+    An adapter that was trained by DPO on one objective's labels serves as that objective's reward: the margins of MODPO
+    need no other reward model.
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 5 without its partition function, which cancels between the
+    responses to a prompt; Zhou et al. 2023, arXiv 2310.03708.
+
+    Args:
+        path: folder or hub id of the adapter, with its tokenizer.
+        beta: the one that the adapter was trained with.
+        batch_size: texts per forward pass; changes speed and memory, not scores.
+        dtype: of the weights; ``auto`` is the checkpoint's. Scores are float32.
+        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+        revision: branch, tag or commit on the hub.
+    """
+
+    path: str
+    beta: float = 0.1
+    batch_size: int = 8
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+    revision: str | None = None
+    _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
+    _model: Any = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if self.beta <= 0 or self.batch_size < 1:
+            raise ValueError(
+                f"ImplicitReward needs beta > 0 and batch_size of at least 1, got {self.beta} and {self.batch_size}"
+            )
+
+    def check(self, columns: set[str]) -> None:
+        """Read the adapter's config and its tokenizer, no weights."""
+        from peft import PeftConfig
+
+        if self._tokenizer is not None:
+            return
+        folder = Path(self.path).expanduser()
+        if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"'{self.path}' holds no adapter (adapter_config.json); ImplicitReward compares a model "
+                "with and without its adapter"
+            )
+        open_pretrained(PeftConfig, self.path, "PEFT adapter", revision=self.revision)
+        self._tokenizer = open_tokenizer(self.path, **self._arguments())
+
+    def setup(self, device: torch.device) -> None:
+        """Load the weights, the first time, and move them to the device."""
+        from peft import AutoPeftModelForCausalLM
+
+        self.check(set())
+        if self._model is None:
+            model = open_pretrained(
+                AutoPeftModelForCausalLM, self.path, "PEFT adapter", dtype=self.dtype, **self._arguments()
+            )
+            self._model = model.eval().requires_grad_(False)
+        self._model.to(device)
+
+    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        """Scores in the order of the completions."""
+        if self._model is None:
+            self.setup(torch.device("cpu"))
+        texts = [self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))  # similar lengths together: less padding
+        scores: list[float | None] = [None] * len(texts)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for i, score in zip(rows, self._score_batch([texts[i] for i in rows]), strict=True):
+                scores[i] = score
+        return scores
+
+    def _tokens(self, prompt: str, completion: str) -> tuple[list[int], int]:
+        """Token ids of both, closed by the end token, and how many of them are the prompt's."""
+        bos = self._tokenizer.bos_token  # a chat template has written its own
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
+        end = self._tokenizer.eos_token_id
+        while ids and ids[-1] == end:  # some tokenizers close every text
+            ids.pop()
+        answer = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return [*ids, *answer, *([] if end is None else [end])], len(ids)
+
+    @torch.inference_mode()
+    def _score_batch(self, texts: list[tuple[list[int], int]]) -> list[float]:
+        device = self._model.device
+        width = max(len(ids) for ids, _ in texts)
+        ids_BL = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in texts], device=device)
+        real_BL = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in texts], device=device)
+        answer_BL = torch.tensor(
+            [[0] * start + [1] * (len(ids) - start) + [0] * (width - len(ids)) for ids, start in texts], device=device
+        )
+
+        def total() -> torch.Tensor:
+            logits_BLV = self._model(input_ids=ids_BL, attention_mask=real_BL).logits[:, :-1].float()
+            chosen_BL = logits_BLV.log_softmax(-1).gather(-1, ids_BL[:, 1:].unsqueeze(-1)).squeeze(-1)
+            total_B: torch.Tensor = (chosen_BL * answer_BL[:, 1:]).sum(1)
+            return total_B
+
+        # Training runs under the Trainer's precision; the reward must not depend on it.
+        with torch.autocast(device.type, enabled=False):
+            with_adapter_B = total()
+            with self._model.disable_adapter():
+                without_B = total()
+        scores: list[float] = (self.beta * (with_adapter_B - without_B)).tolist()
+        return scores
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
