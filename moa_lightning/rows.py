@@ -3,6 +3,7 @@
 import csv
 import difflib
 import gzip
+import io
 import json
 import re
 import zlib
@@ -14,8 +15,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError
+from pyarrow.json import ReadOptions, read_json
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PART = 10 << 20  # characters
 _KNOWN = "use .jsonl, .ndjson, .json, .csv or .tsv (each also with .gz), or .parquet"
 
 
@@ -50,13 +55,37 @@ def load_rows(path: str, split: str | None = None, subset: str | None = None) ->
         check(file)
     try:
         with _without_progress_bar():
-            rows = datasets.load_dataset(builder, data_files=str(file), split="train", **options)
+            rows = _load(builder, file, options)
     except Exception as error:
         # The builders raise anything, wrapped several times; the innermost error is the one that says something.
         raise ValueError(f"'{path}' does not load as {builder}: {_innermost(error)}") from error
     if len(rows) == 0:
         raise ValueError(f"'{path}' holds no rows")
     return rows
+
+
+def _load(builder: str, file: Path, options: dict[str, Any]) -> datasets.Dataset:
+    load = partial(datasets.load_dataset, builder, data_files=str(file), split="train", **options)
+    try:
+        return load()
+    except DatasetGenerationError:
+        if builder != "json":
+            raise
+        try:  # it takes the fields of the first 10 MB for those of the file; what comes later may have others
+            return load(features=_all_fields(file))
+        except Exception:  # noqa: BLE001  # then the first error is the one that says something
+            pass
+        raise
+
+
+def _all_fields(file: Path) -> datasets.Features:
+    """The fields of all lines of a JSONL file, read in parts."""
+    schema = pa.schema([])
+    with _open_text(file) as lines:
+        while part := "".join(lines.readlines(_PART)).encode():
+            found = read_json(io.BytesIO(part), read_options=ReadOptions(block_size=len(part))).schema
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+    return datasets.Features.from_arrow_schema(schema)
 
 
 def require_columns(rows: datasets.Dataset, names: Iterable[str], path: str) -> None:

@@ -119,6 +119,37 @@ def test_text_and_messages_may_share_a_column(tmp_path):
     assert list(load_rows(str(write(tmp_path / "a.json", rows)))) == rows
 
 
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ({"label": None}, {"label": {"wins": [[0.5, 0.7], [0.3, 0.5]]}}),
+        ({}, {"label": {"winner": 1}}),
+        ({"label": {"helpful": {"winner": 0}}}, {"label": {"harmless": {"winner": 1}}}),
+        ({"label": {"winner": 0}}, {}),
+    ],
+    ids=["null", "absent", "another field", "absent later"],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_rows_behind_the_first_ten_megabytes_may_have_other_fields(tmp_path, name, early, late):
+    text = "x" * 200_000
+    rows = [{"prompt": f"{i} {text}", **(late if i == 69 else early)} for i in range(70)]
+    found = load_rows(str(write(tmp_path / name, rows)))
+    assert found["prompt"] == [row["prompt"] for row in rows]
+    assert [without_null(found[i]) for i in (0, 69)] == [without_null(rows[i]) for i in (0, 69)]
+
+
+def without_null(row):
+    """What a row says: rows of one file share their fields."""
+    return {k: without_null(v) if isinstance(v, dict) else v for k, v in row.items() if v is not None and v != {}}
+
+
+def test_what_no_field_holds_is_told_by_the_first_error(tmp_path):
+    rows = [{"prompt": "x" * 200_000, "label": "text" if i == 69 else {"winner": 1}} for i in range(70)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ValueError, match=r"a\.jsonl' does not load as json: Couldn't cast array of type string to"):
+        load_rows(str(tmp_path / "a.jsonl"))
+
+
 def test_a_file_that_is_not_there(tmp_path):
     write(tmp_path / "prompts.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"does not exist; did you mean '.*/prompts\.jsonl'\?"):
