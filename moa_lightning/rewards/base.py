@@ -79,6 +79,11 @@ class Objective:
         # Written so that NaN is refused too.
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"an objective's clip must be [low, high] with low < high, got {list(self.clip)}")
+        if self.reward.gives_wins and not all(0 <= bound <= 1 for bound in (self.shift, self.scale + self.shift)):
+            raise ValueError(
+                f"{self.reward.title} gives win probabilities, which scale {self.scale:g} and shift {self.shift:g} "
+                "take out of [0, 1]; remove them, or turn the objective around with scale -1 and shift 1"
+            )
 
     def value(self, raw_B: Tensor) -> Tensor:
         """``clip(scale * raw + shift)``; NaN stays NaN."""

@@ -102,7 +102,7 @@ class PreferenceRows(Source):
         started = time.perf_counter()
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
         scored = time.perf_counter()
-        logprobs_BT, reference_BT, log_prior_B = self._logprobs(responses, group_B, actors)
+        logprobs_BT, reference_BT, loaded_BT = self._logprobs(responses, group_B, actors)
         wins_BN = wins_BN[:, list(rewards.trained)]
         valid_BN = wins_BN.isfinite()
         mask_BT = responses.mask_BT & valid_BN.any(1, keepdim=True)
@@ -123,7 +123,7 @@ class PreferenceRows(Source):
             tokens_per_row=trained / rows,
             group_B=group_B,
             wins_BN=wins_BN,
-            log_prior_B=log_prior_B,
+            log_prior_B=self._log_prior(reference_BT, loaded_BT),
             seconds={"scoring": scored - started, "forward": time.perf_counter() - scored},
             metrics={"tokens": tokens, "sequences": rows},
         )
@@ -131,9 +131,7 @@ class PreferenceRows(Source):
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
         """For each prompt its likeliest candidate, and the win probabilities of the policy among the candidates."""
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
-        logprobs_BT, reference_BT, _ = self._logprobs(responses, group_B, actors)
-        inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.temperature)
-        loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
+        logprobs_BT, reference_BT, loaded_BT = self._logprobs(responses, group_B, actors)
         ratio_B = (logprobs_BT - (reference_BT if loaded_BT is None else loaded_BT)).sum(1)
         weight_B = group_softmax(ratio_B if self.prior == "sampled" else logprobs_BT.sum(1), group_B)
         count = len(batch.prompts)
@@ -183,15 +181,18 @@ class PreferenceRows(Source):
 
     @torch.no_grad()
     def _logprobs(self, responses: Responses, group_B: Tensor, actors: Actors) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities under the policy and its reference, and the log-prior of each candidate."""
+        """Log-probabilities under the policy, its reference, and the policy as it was loaded if that is another one."""
         inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.temperature)
         with evaluating(actors.policy):
             logprobs_BT = actors.policy(*inputs).logprobs_BT
             reference_BT = actors.reference.logprobs(actors.policy, *inputs, group_B)
             loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
+        return logprobs_BT, reference_BT, loaded_BT
+
+    def _log_prior(self, reference_BT: Tensor, loaded_BT: Tensor | None) -> Tensor | None:
+        """The log-weight of each candidate under the reference; ``None`` where the candidates are samples of it."""
         if self.prior == "listed":
-            return logprobs_BT, reference_BT, reference_BT.sum(1)
-        if loaded_BT is None:  # the reference is the policy that the candidates are taken to come from
-            return logprobs_BT, reference_BT, None
-        log_ratio_B = (reference_BT - loaded_BT).sum(1).clamp(-self.max_log_ratio, self.max_log_ratio)
-        return logprobs_BT, reference_BT, log_ratio_B
+            return reference_BT.sum(1)
+        if loaded_BT is None:
+            return None
+        return (reference_BT - loaded_BT).sum(1).clamp(-self.max_log_ratio, self.max_log_ratio)
