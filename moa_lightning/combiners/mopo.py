@@ -38,7 +38,7 @@ class MOPO(Combiner):
         primary: name of the primary objective; ``None`` is the first.
         thresholds: least mean win probability of each secondary objective by name, in (0, 1); an objective that is
             not named has no constraint and is only watched. ``None`` sets adaptive thresholds.
-        beta: adaptive thresholds are ``beta`` times the value reached when they are refreshed, every
+        beta: adaptive thresholds are ``beta`` times the value of the reference when they are refreshed, every
             ``refresh_interval`` batches; use the same interval in reference ``LaggedCopy``.
         refresh_interval: batches between two refreshes.
         tau: strength of the KL regularisation towards the reference, in units of win probability.
@@ -119,7 +119,9 @@ class MOPO(Combiner):
         state["best"] = torch.where(values_N > state["best"], values_N, state["best"])
         secondary_N = state["primary"] == 0
         if self.thresholds is None and int(state["batches"]) % self.refresh_interval == 0:
-            state["thresholds"] = torch.where(secondary_N & values_N.isfinite(), self.beta * values_N, torch.nan)
+            # Of the reference, not of the optimum: a threshold below what the optimum has already would never bind.
+            reached_N, _ = self._values(wins_BN, self._prior(wins_BN, group_B, experience), group_B, experience)
+            state["thresholds"] = torch.where(secondary_N & reached_N.isfinite(), self.beta * reached_N, torch.nan)
         slack_N = values_N - state["thresholds"]
         bound_N = secondary_N & slack_N.isfinite()
         if state["batches"] >= self.dual_delay:
@@ -148,10 +150,15 @@ class MOPO(Combiner):
         logits_B = (wins_BN.where(wins_BN.isfinite(), 0.0) * weights_N).sum(1) / self.tau
         return group_softmax(logits_B if log_prior_B is None else logits_B + log_prior_B, group_B)
 
+    def _prior(self, wins_BN: Tensor, group_B: Tensor, experience: Experience) -> Tensor:
+        """Probability of each response among those of its group under the reference."""
+        log_prior_B = experience.log_prior_B
+        return group_softmax(wins_BN.new_zeros(len(wins_BN)) if log_prior_B is None else log_prior_B, group_B)
+
     def _values(
         self, wins_BN: Tensor, policy_B: Tensor, group_B: Tensor, experience: Experience
     ) -> tuple[Tensor, Tensor]:
-        """Mean of each objective under the optimum, over the prompts that have it and over all processes."""
+        """Mean of each objective under a policy, over the prompts that have it and over all processes."""
         present_BN = wins_BN.isfinite()
         weighted_BN = (policy_B.unsqueeze(1) * wins_BN).where(present_BN, 0.0)
         # Where a prompt lacks some of an objective's labels, the others stand for them.
@@ -160,9 +167,7 @@ class MOPO(Combiner):
         values_N, chi_N = totals_2N[0] / totals_2N[1], torch.full_like(totals_2N[0], torch.inf)
         if self.radius == 0:
             return values_N, chi_N
-        prior_B = group_softmax(
-            torch.zeros_like(policy_B) if experience.log_prior_B is None else experience.log_prior_B, group_B
-        )
+        prior_B = self._prior(wins_BN, group_B, experience)
         for i in range(wins_BN.shape[1]):
             rows_B = present_BN[:, i]
             # rho q per response, its prompts equally likely: the ball is around the reference over the whole batch.

@@ -118,17 +118,29 @@ def test_the_robust_value_is_the_function_of_that_name():
     assert state["values"][1] < plain["values"][1]
 
 
-def test_adaptive_thresholds_follow_what_is_reached_at_their_interval():
+def test_adaptive_thresholds_follow_the_reference_at_their_interval():
     wins_BN, group_B = problem()
     combiner = MOPO(beta=0.9, refresh_interval=3)
     state = combiner.init(["a", "b", "c"], torch.ones(3))
+    priors = torch.randn(2, len(wins_BN), generator=torch.Generator().manual_seed(0))
     seen = []
-    for _ in range(7):
-        state = combiner.observe(batch(wins_BN, group_B), state)
+    for step in range(4):
+        state = combiner.observe(batch(wins_BN, group_B, priors[step // 3]), state)
         seen.append(state["thresholds"].clone())
-    torch.testing.assert_close(seen[0][1:], 0.9 * state["values"][1:])  # nothing binds, so the values stay
+    for prior_B, thresholds_N in zip(priors, (seen[0], seen[3]), strict=True):
+        reference_B = prior_B.view(3, 5).softmax(1).flatten() / 3
+        torch.testing.assert_close(thresholds_N[1:], 0.9 * (reference_B @ wins_BN)[1:])
     assert torch.isnan(seen[0][0])
     assert torch.equal(seen[0][1:], seen[2][1:])
+
+
+def test_adaptive_thresholds_bind_where_the_objectives_conflict():
+    """Thresholds below what the optimum has without constraints would leave every multiplier at 0, for ever."""
+    wins_BN, group_B = problem(prompts=1, objectives=2)
+    wins_BN[:, 1] = 1 - wins_BN[:, 0]
+    state, _ = run(MOPO(beta=0.95, dual=Lagrangian(lr=0.5)), wins_BN, group_B, 2000)
+    assert state["duals"][1] > 0.1
+    torch.testing.assert_close(state["values"][1], 0.95 * wins_BN[:, 1].mean(), atol=1e-4, rtol=0)
 
 
 def test_the_barrier_keeps_a_distance_that_its_strength_sets():
