@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "write responses with their scores as JSONL",
     "sft": "build or fine-tune a policy on text (the supervised stage)",
     "reward": "train a reward model on chosen/rejected pairs",
+    "label": "fill in preference labels that are missing, from rewards",
     "export": "write a run's policy as a plain Hugging Face folder",
     "demo": "the embedded task: warm start, PAMA, before/after table",
 }

@@ -1,6 +1,10 @@
 """The commands behind ``moa``."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moa_lightning.commands.errors import OneLineErrors
 
 
 def run(command: str, args: list[str]) -> None:
@@ -24,13 +28,17 @@ def run(command: str, args: list[str]) -> None:
         from moa_lightning.stages.reward_model import reward_model
 
         _call(reward_model, args)
+    elif command == "label":
+        from moa_lightning.commands.label import LabelParser, label
+
+        _call(label, args, LabelParser)
     else:
         from moa_lightning.commands.export import export
 
         _call(export, args)
 
 
-def _call(function: Callable[..., None], args: list[str]) -> None:
+def _call(function: Callable[..., None], args: list[str], parser: "type[OneLineErrors] | None" = None) -> None:
     from jsonargparse import auto_cli
 
     from moa_lightning.commands.errors import OneLineErrors, check_config_files
@@ -40,7 +48,7 @@ def _call(function: Callable[..., None], args: list[str]) -> None:
         function,
         args=args[1:],
         as_positional=False,
-        parser_class=OneLineErrors,
+        parser_class=parser or OneLineErrors,
         prog=f"moa {args[0]}",
         allow_abbrev=False,
     )
