@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,15 @@ from moa_lightning.pretrained import open_pretrained, open_tokenizer
 
 
 def load_config(policy: PolicyConfig) -> PretrainedConfig:
-    """The model's config alone: cheap, so that mistakes show before any weights are read."""
-    config: PretrainedConfig = _open(policy, AutoConfig, "model config")
+    """The model's config alone (an adapter's base model's): cheap, so that mistakes show before any weights are read."""
+    if not policy.is_adapter:
+        config: PretrainedConfig = _open(policy, AutoConfig, "model config")
+        return config
+    base = _base_of(policy)
+    try:
+        config = open_pretrained(AutoConfig, base, "model config", trust_remote_code=policy.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
     return config
 
 
@@ -52,12 +60,15 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
         arguments["quantization_config"] = BitsAndBytesConfig(**policy.quantization)
     model: Any
     if policy.is_adapter:
-        from peft import AutoPeftModelForCausalLM
-
-        with _without_peft_noise():
-            model = _open(policy, AutoPeftModelForCausalLM, "PEFT adapter", is_trainable=True, **arguments)
+        base = _base_of(policy)
+        arguments["trust_remote_code"] = policy.trust_remote_code
+        try:
+            model = open_pretrained(AutoModelForCausalLM, base, "causal language model", **arguments)
+        except ValueError as error:
+            raise ValueError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
     else:
         model = _open(policy, AutoModelForCausalLM, "causal language model", **arguments)
+    # Before the adapter comes in: it keeps its own dropout, and must not be frozen with the quantised weights.
     if policy.disable_dropout:
         disable_dropout(model)
     if policy.quantization is not None:
@@ -67,7 +78,9 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
     elif policy.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    if policy.lora is not None and not policy.is_adapter:
+    if policy.is_adapter:
+        model = _open_adapter(model, policy)
+    elif policy.lora is not None:
         model = _add_adapter(model, policy)
     return model  # type: ignore[no-any-return]  # a PeftModel answers like the model inside it
 
@@ -102,6 +115,30 @@ def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
     )
     with _without_peft_noise():
         return get_peft_model(model, config)
+
+
+def _base_of(policy: PolicyConfig) -> str:
+    """The base model that an adapter was trained on, by folder or hub id."""
+    from peft import PeftConfig
+
+    config: Any = _open(policy, PeftConfig, "PEFT adapter")
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"policy.path: '{policy.path}' holds a {config.peft_type.value} adapter, which puts tokens before the "
+            "prompt; only adapters of layers (LoRA and its relatives) can be trained"
+        )
+    return str(config.base_model_name_or_path)
+
+
+def _open_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
+    from peft import PeftModel
+
+    with _without_peft_noise():
+        try:
+            return PeftModel.from_pretrained(model, str(Path(policy.path).expanduser()), is_trainable=True)
+        except Exception as error:  # a broken file makes peft raise anything, over several lines
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"policy.path: '{policy.path}' does not open as a PEFT adapter: {reason}") from error
 
 
 @contextmanager

@@ -123,9 +123,30 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: GenerationConfig) -> Tensor:
         """Prompts with sampled responses, (B, P + T); padded behind the end token. Stops when all have ended."""
-        return self.backbone.generate(  # type: ignore[no-any-return]
-            input_ids=input_ids_BP, attention_mask=attention_mask_BP, generation_config=config
-        )
+        with self._nothing_but(config):
+            return self.backbone.generate(  # type: ignore[no-any-return]
+                input_ids=input_ids_BP, attention_mask=attention_mask_BP, generation_config=config
+            )
+
+    @contextmanager
+    def _nothing_but(self, config: GenerationConfig) -> Iterator[None]:
+        """Within it the model has no generation settings of its own.
+
+        transformers takes from the model's what ``config`` leaves open (repetition penalty, least length, suppressed
+        tokens, …): responses would be sampled from another distribution than the one whose log-probabilities are
+        trained. Afterwards the model has its settings again, and they are saved with it.
+        """
+        holders = [model for model in (self.causal_lm, self.backbone) if hasattr(model, "generation_config")]
+        own = [model.generation_config for model in holders]
+        for model in holders:
+            model.generation_config = GenerationConfig(
+                eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+            )
+        try:
+            yield
+        finally:
+            for model, settings in zip(holders, own, strict=True):
+                model.generation_config = settings
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

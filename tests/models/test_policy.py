@@ -226,6 +226,61 @@ def test_quantisation_needs_an_adapter(gpt2):
         load_model(PolicyConfig(str(gpt2), quantization={"load_in_4bit": True}))
 
 
+@pytest.mark.parametrize("quantization", [None, {"load_in_4bit": True}])
+def test_training_goes_on_from_a_saved_adapter(tmp_path, quantization):
+    from moa_lightning.models.loading import load_config
+
+    folder = tiny.policy_folder(tmp_path / "llama", tiny.llama_config(hidden_size=64, intermediate_size=128), scale=1.0)
+    policy = load(folder, LoRA(r=2, lora_dropout=0.3))
+    with torch.no_grad():
+        for parameter in policy.trainable()[0]:
+            parameter.normal_(std=0.1)
+    saved = {name: p.detach().clone() for name, p in policy.backbone.named_parameters() if p.requires_grad}
+    policy.save_pretrained(tmp_path / "adapter")
+
+    assert load_config(PolicyConfig(str(tmp_path / "adapter"))).model_type == "llama"
+    again = load(tmp_path / "adapter", quantization=quantization)
+    trained = {name: p for name, p in again.backbone.named_parameters() if p.requires_grad}
+    assert trained.keys() == saved.keys()
+    assert all(torch.equal(trained[name], saved[name]) for name in saved)
+    dropouts = {name: m.p for name, m in again.backbone.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {p for name, p in dropouts.items() if "lora" in name} == {0.3}  # the adapter's own, not switched off
+
+
+def test_an_adapter_whose_base_is_gone_is_one_clear_line(tmp_path):
+    from moa_lightning.models.loading import load_config
+
+    folder = tiny.policy_folder(tmp_path / "policy")
+    load(folder, LoRA(r=2)).save_pretrained(tmp_path / "adapter")
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(
+        ValueError, match=r"the adapter in '.*adapter' is for the base model .*does not exist"
+    ) as caught:
+        load_config(PolicyConfig(str(tmp_path / "adapter")))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["full", "lora"])
+def test_the_models_own_generation_settings_do_not_change_what_is_sampled(gpt2, tmp_path, lora):
+    policy = load(gpt2, lora).eval()
+    config = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=8, eos_token_id=policy.end_ids, pad_token_id=0, temperature=1.0
+    )
+    ids_BP = torch.tensor([[5, 6, 7]] * 16)
+
+    def sample():
+        torch.manual_seed(0)
+        return policy.generate(ids_BP, torch.ones_like(ids_BP), config)
+
+    plain = sample()
+    for name, value in {"repetition_penalty": 5.0, "min_new_tokens": 8, "suppress_tokens": [4, 5, 6]}.items():
+        setattr(policy.causal_lm.generation_config, name, value)
+    assert torch.equal(sample(), plain)
+    assert policy.causal_lm.generation_config.repetition_penalty == 5.0  # what is saved with the policy
+    torch.manual_seed(0)  # and they do change what transformers alone would sample
+    assert not torch.equal(policy.causal_lm.generate(ids_BP, generation_config=config), plain)
+
+
 def test_generation_stops_early_and_pads(gpt2):
     from transformers import GenerationConfig
 
