@@ -4,6 +4,7 @@ Legend: B responses, M secondary objectives.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ def mopo_dual(
     """Solve ``max E_pi[p] - tau KL(pi | ref)`` subject to ``E_pi[q_j] >= b_j`` exactly, on one finite response set.
 
     The dual ``g(lambda) = tau log E_ref exp((p + lambda q)/tau) - lambda b`` is convex and smooth; it is minimised
-    over ``lambda >= 0`` by Newton steps on the multipliers that are free, in float64. Whether any policy meets all
+    over ``lambda >= 0`` by projected Newton steps, in float64. Whether any policy meets all
     thresholds is a linear programme and is decided first.
 
     Args:
@@ -100,6 +101,8 @@ def _largest_slack(excess_BM: Tensor, log_prior_B: Tensor) -> tuple[float, Tenso
     """``max_pi min_j E_pi[excess_j]`` over policies on the prior's support, and the multipliers that prove it."""
     supported_BM = excess_BM[torch.isfinite(log_prior_B)].cpu().numpy()
     count, constraints = supported_BM.shape
+    if constraints == 0:
+        return math.inf, excess_BM.new_zeros(0)
     # max t  subject to  t <= E_pi[excess_j] for every j, pi on the simplex.
     solution = linprog(
         np.r_[np.zeros(count), -1.0],
@@ -117,39 +120,60 @@ def _largest_slack(excess_BM: Tensor, log_prior_B: Tensor) -> tuple[float, Tenso
 def _minimise_dual(
     primary_B: Tensor, secondary_BM: Tensor, thresholds_M: Tensor, tau: float, log_prior_B: Tensor
 ) -> Tensor:
-    excess_BM = secondary_BM - thresholds_M
+    """Projected Newton steps on the dual over ``tau``, in ``lambda / tau``: log-sum-exp, whatever tau is.
 
-    def dual(duals_M: Tensor) -> Tensor:
-        return tau * torch.logsumexp((primary_B + excess_BM @ duals_M) / tau + log_prior_B, 0)
+    A multiplier next to 0 that the gradient drives towards 0 takes no part in the Newton system (Bertsekas 1982): in it
+    the projected step would be no descent. Where the curvature has vanished the gradient alone goes on.
+    """
+    excess_BM, start_B = secondary_BM - thresholds_M, primary_B / tau + log_prior_B
 
-    duals_M = torch.zeros_like(thresholds_M)
-    value = dual(duals_M)
-    for _ in range(500):
-        policy_B = ((primary_B + excess_BM @ duals_M) / tau + log_prior_B).softmax(0)
+    def dual(scaled_M: Tensor) -> Tensor:
+        return torch.logsumexp(start_B + excess_BM @ scaled_M, 0)
+
+    scaled_M = torch.zeros_like(thresholds_M)
+    if len(scaled_M) == 0:
+        return scaled_M
+    value = dual(scaled_M)
+    for _ in range(2000):
+        policy_B = (start_B + excess_BM @ scaled_M).softmax(0)
         gradient_M = policy_B @ excess_BM
-        centred_BM = excess_BM - gradient_M
-        hessian_MM = centred_BM.T @ (policy_B.unsqueeze(1) * centred_BM) / tau
-        free_M = (duals_M > 0) | (gradient_M < 0)
-        if float(gradient_M[free_M].abs().max() if free_M.any() else 0.0) < 1e-12:
+        residual = float((scaled_M - (scaled_M - gradient_M).clamp(min=0)).abs().max())
+        if residual < 1e-13:
             break
+        free_M = (scaled_M > min(residual, 1e-3)) | (gradient_M <= 0)
+        centred_BM = excess_BM - gradient_M
+        hessian_MM = centred_BM.T @ (policy_B.unsqueeze(1) * centred_BM)
         # The ridge keeps the step finite where an objective hardly varies any more.
         ridge = 1e-14 + 1e-12 * hessian_MM.diagonal().max()
-        hessian = hessian_MM[free_M][:, free_M] + ridge * torch.eye(int(free_M.sum()), dtype=hessian_MM.dtype)
-        step_M = torch.zeros_like(duals_M)
-        step_M[free_M] = torch.linalg.solve(hessian, gradient_M[free_M])
-        # Where the policy has all but collapsed the curvature is next to 0 and a whole step would be astronomic.
-        size = min(1.0, float(10 * (1 + duals_M.norm()) / step_M.norm().clamp(min=1e-300)))
-        smallest = 1e-12 * size
-        while size > smallest:
-            trial_M = (duals_M - size * step_M).clamp(min=0)
-            lower = dual(trial_M)
-            if lower <= value - 1e-4 * (gradient_M @ (duals_M - trial_M)):
+        hessian = hessian_MM[free_M][:, free_M] + ridge * torch.eye(int(free_M.sum())).to(hessian_MM)
+        newton_M = gradient_M.clone()
+        newton_M[free_M] = torch.linalg.solve(hessian, gradient_M[free_M])
+        steps = (_descend(dual, scaled_M, value, gradient_M, d) for d in (newton_M, gradient_M / residual, gradient_M))
+        found = next((step for step in steps if step is not None), None)
+        if found is None:
+            # The dual's own digits are used up, at half of those that its gradient has.
+            last_M = (scaled_M - newton_M).clamp(min=0)
+            slope_M = (start_B + excess_BM @ last_M).softmax(0) @ excess_BM
+            if float((last_M - (last_M - slope_M).clamp(min=0)).abs().max()) > residual / 2:
                 break
-            size /= 2
-        else:
-            break  # no further descent at this precision
-        duals_M, value = trial_M, lower
-    return duals_M
+            found = last_M, dual(last_M)
+        scaled_M, value = found
+    return tau * scaled_M
+
+
+def _descend(
+    dual: Callable[[Tensor], Tensor], start_M: Tensor, value: Tensor, gradient_M: Tensor, direction_M: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The first sufficient descent along the projected direction, or None."""
+    # Where the policy has all but collapsed the curvature is next to 0 and a whole step would be astronomic.
+    size = min(1.0, float(100 * (1 + start_M.norm()) / direction_M.norm().clamp(min=1e-300)))
+    for _ in range(60):
+        trial_M = (start_M - size * direction_M).clamp(min=0)
+        lower, promised = dual(trial_M), gradient_M @ (start_M - trial_M)
+        if promised > 0 and lower < value and lower <= value - 1e-4 * promised:
+            return trial_M, lower
+        size /= 2
+    return None
 
 
 def robust_value(values_B: Tensor, radius: float, log_prior_B: Tensor | None = None) -> tuple[Tensor, Tensor]:

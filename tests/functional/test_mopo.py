@@ -54,6 +54,32 @@ def test_the_dual_agrees_with_a_general_convex_solver(first):
     assert bound > 0, "no constraint of these problems is active; they test nothing"
 
 
+@pytest.mark.parametrize("tau", [0.3, 0.03, 0.001])
+@pytest.mark.parametrize("margin", [0.02, 1e-3, 1e-7])
+def test_thresholds_that_hardly_any_policy_meets_are_met(tau, margin):
+    # Near the edge of what is feasible the policy is next to deterministic, and the dual's curvature next to 0.
+    generator = torch.Generator().manual_seed(3)
+    for case in range(40):
+        responses, secondary = (int(torch.randint(low, 9, (1,), generator=generator)) for low in (3, 1))
+        primary_B = torch.rand(responses, generator=generator, dtype=torch.float64)
+        secondary_BM = torch.rand(responses, secondary, generator=generator, dtype=torch.float64)
+        if case % 4 == 0:  # labels that are certain
+            secondary_BM = (secondary_BM > 0.5).double() * 0.98 + 0.01
+        witness_B = torch.randn(responses, generator=generator, dtype=torch.float64).mul(3).softmax(0)
+        thresholds_M = witness_B @ secondary_BM - margin
+        solution = mopo_dual(primary_B, secondary_BM, thresholds_M, tau)
+        assert solution.feasible
+        assert (solution.values >= thresholds_M - 1e-7).all()
+        assert (solution.duals * (solution.values - thresholds_M)).abs().max() < 1e-6
+
+
+def test_without_a_constraint_the_primary_objective_alone_decides():
+    primary_B = torch.tensor([0.8, 0.5, 0.2], dtype=torch.float64)
+    solution = mopo_dual(primary_B, torch.zeros(3, 0).double(), torch.zeros(0).double(), 0.1)
+    torch.testing.assert_close(solution.ratio / 3, (primary_B / 0.1).softmax(0))
+    assert solution.feasible
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_infeasible_thresholds_are_found(seed):
     primary_B, secondary_BM, thresholds_M, tau, log_prior_B = problem(seed)
