@@ -159,7 +159,7 @@ def test_labels_that_are_there_stay_and_their_rows_are_not_scored(
             if name != "l" or i not in lacking:
                 same(after[name], before[name])
         assert after["l"] is not None
-        assert math.isfinite(after["l"][1][2]) == (i != 0)
+        assert math.isfinite(after["l"][1][2])
     assert capsys.readouterr().out.startswith("l: 2 labels were there, 4 filled, 0 left open\n")
 
 
@@ -315,6 +315,17 @@ def test_wherever_the_file_was_cut_the_rest_is_the_same(
         printed = capsys.readouterr().out.splitlines()
         assert (f"{output} holds {kept} of 23 rows; going on from there" in printed) == (kept > 0)
         assert "c: 0 labels were there, 23 filled, 0 left open" in printed  # those of the first part count
+
+
+def test_a_batch_is_in_the_file_before_the_next_one_is_scored(data: Path, tmp_path: Path) -> None:
+    output, found = tmp_path / "out.jsonl", []
+
+    def looks(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        found.append(len(written(output)))
+        return [0.0 for _ in completions]
+
+    again(data, output, looks)
+    assert found == [0, 4, 8, 12, 16, 20]
 
 
 def test_a_limit_can_be_raised(whole: tuple[Path, Path], tmp_path: Path) -> None:
