@@ -6,7 +6,7 @@ Imports of torch and its friends wait until a command is known: ``moa --help`` a
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -41,15 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(command, args)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        if os.environ.get("MOA_DEBUG") or not _is_ours(error):
+        ours = next((cause for cause in _causes(error) if _is_ours(cause)), None)
+        if os.environ.get("MOA_DEBUG") or ours is None:
             raise
-        _fail(str(error))
+        _fail(str(ours))
 
 
 def _run(command: str, args: list[str]) -> None:
     from moa_lightning import commands
 
     commands.run(command, args)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it: the parser wraps what a class says of its fields."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -44,6 +44,7 @@ class AlignmentParser(OneLineErrors, LightningArgumentParser):
         rewards.Reward,
         rewards.Objective,
         data.PromptData,
+        data.PreferenceFormat,
         torch.optim.Optimizer,
         torch.optim.lr_scheduler.LRScheduler,
         Callback,

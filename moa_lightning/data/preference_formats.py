@@ -64,9 +64,10 @@ class Candidates(PreferenceFormat):
     """This project's own layout, for any number of responses and objectives.
 
     ``{"prompt": "…", "responses": ["…", "…"], "preferences": {"helpful": {"winner": 0}, "harmless": {"probability":
-    0.7}, "humor": {"wins": [[0.5, 1.0], [0.0, 0.5]]}}}``: for each objective the index of the winner, the probability
-    that the first of two responses is better, or the matrix of win probabilities; null or absent where
-    nobody was asked. Without ``preferences`` the row has no labels at all. The prompt is text or chat messages.
+    0.7}, "humor": {"wins": [[0.5, 1.0], [0.0, 0.5]]}}}``: for each objective the index of the winner (the others
+    are on a par), the probability that the first of two responses is better, or the matrix of win probabilities; null
+    or absent where nobody was asked. Without ``preferences`` the row has no labels at all. The prompt is text or chat
+    messages.
     """
 
     def read(self, row: Mapping[str, Any]) -> Comparison:

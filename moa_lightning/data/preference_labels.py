@@ -13,16 +13,17 @@ class BadRowError(ValueError):
 
 
 def from_winner(winner: Any, count: int, name: str) -> Wins:
-    """Wins from the index of the winner, who beats every other candidate; nothing is said about the others."""
+    """Wins from the index of the winner, who beats every other candidate; the others are on a par.
+
+    Left open, their comparisons would drop out of their means, and only the one that was lost would count: the mean
+    over all candidates would lie below 1/2.
+    """
     if isinstance(winner, bool) or not isinstance(winner, int | float) or winner % 1 != 0:
         raise BadRowError(f"'{name}': the winner must be the index of a response, got {winner!r}")
     if not 0 <= winner < count:
         raise BadRowError(f"'{name}': winner {int(winner)} is no candidate; there are {count}, counted from 0")
     first = int(winner)
-    return [
-        [0.5 if i == j else 1.0 if i == first else 0.0 if j == first else math.nan for j in range(count)]
-        for i in range(count)
-    ]
+    return [[0.5 if (i == first) == (j == first) else float(i == first) for j in range(count)] for i in range(count)]
 
 
 def from_probability(probability: Any, count: int, name: str) -> Wins:

@@ -46,7 +46,7 @@ def test_own_layout(file):
     assert wins(rows[1], "h") == [0.75, 0.1, 0.4]  # a comparison that nobody made is left out of the mean
     assert wins(rows[1], "k") == [NAN, NAN, NAN]
     assert wins(rows[2], "h") == [NAN, NAN, NAN]
-    assert wins(rows[2], "k") == [1, 0, 0]
+    assert wins(rows[2], "k") == [1, 0.25, 0.25]  # the losers are on a par, so the mean is 1/2
 
 
 def test_an_objective_that_first_appears_late_is_unknown_before(tmp_path):

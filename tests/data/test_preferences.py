@@ -162,7 +162,7 @@ def test_every_stage_and_row_has_the_columns_of_all(tmp_path):
     data = Preferences(paths[0], val_path=paths[1])
     assert data.columns == {"responses", "wins/h", "wins/k"}
     (held_out,) = data.rows(Stage.TEST)
-    assert held_out["wins/k"] == [0, 1, 0]
+    assert held_out["wins/k"] == [0.25, 1, 0.25]
     assert len(held_out["wins/h"]) == 3
     assert all(map(math.isnan, held_out["wins/h"]))
 
