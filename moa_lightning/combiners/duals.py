@@ -35,11 +35,12 @@ class Lagrangian(DualUpdate):
 
     Args:
         lr: step size.
-        cap: largest multiplier; one that stays there belongs to a threshold that cannot be met.
+        cap: largest multiplier; one that stays there belongs to a threshold that cannot be met. The default weighs a
+            secondary objective ten times as much as the primary one.
     """
 
     lr: float = 0.05
-    cap: float = 100.0
+    cap: float = 10.0
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""

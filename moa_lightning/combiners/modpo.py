@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.weights import named_weights
+from moa_lightning.functional.preference import group_sum
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import State
 
@@ -70,7 +71,5 @@ class MODPO(Combiner):
 
 def _of_complete_prompts(values_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> Tensor:
     """The values, and 0 for all responses to a prompt where an objective lacks one: then it tells none apart."""
-    count = int(group_B.max()) + 1 if len(group_B) else 0
-    lacking_GN = torch.zeros(count, valid_BN.shape[1], device=valid_BN.device)
-    lacking_GN = lacking_GN.index_add(0, group_B, (~valid_BN).float())
+    lacking_GN = group_sum((~valid_BN).float(), group_B)
     return values_BN.where(lacking_GN[group_B] == 0, 0.0)

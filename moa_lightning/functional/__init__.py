@@ -14,7 +14,16 @@ from moa_lightning.functional.pairwise import (
 )
 from moa_lightning.functional.pama import pama
 from moa_lightning.functional.pareto import hypervolume, non_dominated
-from moa_lightning.functional.preference import bradley_terry_wins, group_sizes, group_softmax, mean_wins
+from moa_lightning.functional.preference import (
+    bradley_terry_wins,
+    fill_from_group,
+    group_count,
+    group_max,
+    group_sizes,
+    group_softmax,
+    group_sum,
+    mean_wins,
+)
 from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, squared_log_ratio, value_loss
 
 __all__ = [
@@ -24,10 +33,14 @@ __all__ = [
     "clipped_surrogate",
     "confidence_weights",
     "dpo_loss",
+    "fill_from_group",
     "gae",
+    "group_count",
+    "group_max",
     "group_relative",
     "group_sizes",
     "group_softmax",
+    "group_sum",
     "hypervolume",
     "ipo_loss",
     "masked_moments",

@@ -50,16 +50,43 @@ def group_softmax(logits_B: Tensor, group_B: Tensor) -> Tensor:
         group_B: int64, from 0.
 
     Returns:
-        probabilities_B, which add to 1 in each group.
+        probabilities_B, which add to 1 in each group; 0 throughout a group whose logits are all -inf.
     """
-    count = int(group_B.max()) + 1 if len(group_B) else 0
-    start_G = logits_B.new_full((count,), -torch.inf)
-    largest_G = start_G.scatter_reduce(0, group_B, logits_B, "amax")
+    largest_G = group_max(logits_B, group_B)
+    largest_G = largest_G.where(torch.isfinite(largest_G), 0.0)
     shifted_B = (logits_B - largest_G[group_B]).exp()
-    total_G = logits_B.new_zeros(count).index_add(0, group_B, shifted_B)
+    total_G = group_sum(shifted_B, group_B).clamp(min=torch.finfo(logits_B.dtype).tiny)
     return shifted_B / total_G[group_B]
+
+
+def group_max(values_B: Tensor, group_B: Tensor) -> Tensor:
+    """Largest value of each group, ``(G,)``; -inf for one without rows. Further dimensions behind B are kept."""
+    index = group_B.view(-1, *[1] * (values_B.ndim - 1)).expand_as(values_B)
+    start_G = values_B.new_full((group_count(group_B), *values_B.shape[1:]), -torch.inf)
+    return start_G.scatter_reduce(0, index, values_B, "amax")
+
+
+def group_sum(values_B: Tensor, group_B: Tensor) -> Tensor:
+    """Sum over each group, ``(G,)``. Further dimensions behind B are kept."""
+    return values_B.new_zeros(group_count(group_B), *values_B.shape[1:]).index_add(0, group_B, values_B)
+
+
+def group_count(group_B: Tensor) -> int:
+    """Number of groups: one more than the largest index."""
+    return int(group_B.max()) + 1 if len(group_B) else 0
 
 
 def group_sizes(group_B: Tensor) -> Tensor:
     """Number of rows in the group of each row."""
     return torch.bincount(group_B)[group_B]
+
+
+def fill_from_group(values_BN: Tensor, group_B: Tensor) -> Tensor:
+    """Values with each NaN replaced by the mean of its column over the group; 0 in a group that has none.
+
+    So a response that nobody judged is neither for nor against, whatever the others of its prompt have.
+    """
+    present_BN = torch.isfinite(values_BN)
+    totals_GN = group_sum(values_BN.where(present_BN, 0.0), group_B)
+    means_GN = totals_GN / group_sum(present_BN.to(values_BN.dtype), group_B).clamp(min=1)
+    return values_BN.where(present_BN, means_GN[group_B])

@@ -21,7 +21,7 @@ from moa_lightning.pretrained import open_pretrained, open_tokenizer
 
 
 def load_config(policy: PolicyConfig) -> PretrainedConfig:
-    """The model's config alone (an adapter's base model's): cheap, so that mistakes show before any weights are read."""
+    """The model's config alone (an adapter's base model's): cheap, so that mistakes show before weights are read."""
     if not policy.is_adapter:
         config: PretrainedConfig = _open(policy, AutoConfig, "model config")
         return config
