@@ -286,14 +286,15 @@ def test_labels_do_not_go_with_new_responses(folder: Path, capsys: pytest.Captur
         "--model.source.num_generations=2",
         "--model.source.max_new_tokens=6",
     )
-    assert line.startswith("FromLabels knows the responses of the data alone, not new ones; use source PreferenceRows")
+    assert "FromLabels knows the responses of the data alone, not new ones; use source PreferenceRows" in line
 
 
 def test_a_score_of_either_sign_does_not_go_with_weighted_likelihood(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = complaint(capsys, "fit", "--config", folder / "run.yaml", "--model.combiner=Linear")
-    assert line.startswith("loss WeightedLikelihood needs weights of at least 0, and this combiner's score is an adv")
+    assert line.startswith("loss WeightedLikelihood needs weights of at least 0, and ")
+    assert line.endswith(" is an advantage of either sign; use loss ClippedSurrogate with it")
 
 
 def test_bad_rows_by_their_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
