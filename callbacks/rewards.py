@@ -13,6 +13,8 @@ from moa_lightning.callbacks.evaluations import moments
 from moa_lightning.distributed import all_sum, world_size
 from moa_lightning.types import Experience, Minibatch, StepOutput
 
+_COUNTS = ("tokens", "sequences")  # of a collected batch; throughput is made of them
+
 
 class ObjectiveMetrics(Callback):
     """Logs what each objective does in training: rewards, advantages, value losses, weights, correlations.
@@ -20,7 +22,8 @@ class ObjectiveMetrics(Callback):
     On each collected batch, over all processes, responses that an objective could not score left out:
     ``rewards/<name>/mean`` and ``/std`` (the reward's own units), ``/standardized`` (mean in standard deviations from
     the first batch's mean), ``/missing`` (share without a score), ``advantages/<name>/mean`` and ``/std``,
-    ``correlation/<a>/<b>`` (Pearson), ``kl``, ``kl_coefficient``, ``completions/mean_length`` and ``/truncated``.
+    ``correlation/<a>/<b>`` (Pearson), ``completions/mean_length`` and ``/truncated``, and what the source measured
+    (``kl``, ``kl_coefficient``, ``prior_ess``, …).
     On each update: ``weights/<name>``, ``score/mean``, and the terms of the loss (``value_loss/<name>``, ``entropy``,
     ``clip_ratio``, …).
     """
@@ -72,9 +75,7 @@ class ObjectiveMetrics(Callback):
         ).tolist()
         metrics["completions/truncated"] = truncated / float(total)
         metrics["completions/mean_length"] = tokens / float(total)
-        return metrics | {
-            name: collected.metrics[name] for name in ("kl", "kl_coefficient") if name in collected.metrics
-        }
+        return metrics | {name: value for name, value in collected.metrics.items() if name not in _COUNTS}
 
     def state_dict(self) -> dict[str, Any]:
         """Where standardised rewards count from."""

@@ -16,12 +16,12 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.combiners import PAMA, Combiner
+from moa_lightning.compatibility import check_minibatches, check_pieces
 from moa_lightning.distributed import any_rank
 from moa_lightning.losses import ClippedSurrogate, KLPenalty, LossTerms, PolicyLoss, RewardKL
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_model, load_tokenizer
 from moa_lightning.rewards import Objective, RewardPanel
-from moa_lightning.signals import SIGNALS_OF_LOSSES
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.loader import PromptLoader
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
@@ -80,7 +80,7 @@ class AlignmentModule(LightningModule):
         self.seed = seed
 
         self.reference.check(has_adapter)
-        self._check_needs()
+        check_pieces(self.combiner, self.source, self.loss, self.kl, self.panel)
         # Memory of combiner and KL control: plain float32 tensors, since bf16-true would cast buffers.
         self.combiner_state: State = self.combiner.init(self.objective_names, self.panel.weights_N)
         self.kl_state: State = self.kl.init()
@@ -102,7 +102,8 @@ class AlignmentModule(LightningModule):
         """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self.panel.check(data.columns)
+            self.source.check(data.columns)
+            self.panel.check(data.columns - {"responses"} if self.source.reads_candidates else data.columns)
         config = load_config(self.policy_config)
         self.tokenizer = load_tokenizer(self.policy_config)
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -124,25 +125,16 @@ class AlignmentModule(LightningModule):
         self.reference.setup(self.policy)
         self.encoder = self.source.encoder(self.tokenizer, tuple(self.policy.end_ids), self.encoder.context_length)
 
-    def _check_needs(self) -> None:
-        needs = self.combiner.needs
-        for taker, wanted, giver, kind in (
-            (self.combiner, needs - SIGNALS_OF_LOSSES, self.source, "combiner or source"),
-            (self.combiner, needs & SIGNALS_OF_LOSSES, self.loss, "combiner or loss"),
-            (self.loss, self.loss.needs, self.source, "loss or source"),
-        ):
-            lacking = sorted(wanted - giver.provides)
-            if lacking:
-                raise ValueError(
-                    f"{type(taker).__name__} needs {', '.join(lacking)}, which {type(giver).__name__} does not "
-                    f"provide; choose another {kind}"
-                )
-
     # Data: called by the datamodule.
 
     def experience_loader(self, rows: Sequence[Row], batch_size: int, seed: int) -> ExperienceLoader:
-        """Minibatches of experience collected on these prompts."""
+        """Minibatches of experience collected on these prompts.
+
+        Raises:
+            ValueError: too few prompts, or minibatches that do not come out even.
+        """
         source = self.source
+        check_minibatches(self.combiner, self.loss, source, batch_size)
         return ExperienceLoader(
             rows,
             batch_size,
@@ -274,6 +266,7 @@ class AlignmentModule(LightningModule):
             "objectives": list(self.objective_names),
             "combiner_state": self.combiner_state,
             "kl_state": self.kl_state,
+            "reference_class": type(self.reference).__name__,
             "reference": self.reference.state_dict(),
         }
 
@@ -292,7 +285,13 @@ class AlignmentModule(LightningModule):
                 f"the checkpoint was trained with {saved['combiner']}, this run uses {type(self.combiner).__name__}; "
                 "use the run's own config.yaml, or start from its exported policy"
             )
-        self.combiner_state, self.kl_state = saved["combiner_state"], saved["kl_state"]
+        if saved["reference_class"] != type(self.reference).__name__:
+            raise ValueError(
+                f"the checkpoint was trained with reference {saved['reference_class']}, this run uses "
+                f"{type(self.reference).__name__}; use the run's own config.yaml"
+            )
+        self.combiner_state = self.combiner.resume(saved["combiner_state"], self.combiner_state)
+        self.kl_state = saved["kl_state"]
         self.reference.load_state_dict(saved["reference"])
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -282,9 +282,15 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path, folder):
             datamodule=FilmPrompts(batch_size=4),
             ckpt_path=tmp_path / "run.ckpt",
         )
-    with pytest.raises(ValueError, match="the checkpoint is of another model"):
+    with pytest.raises(ValueError, match="trained with reference AdapterOff, this run uses FrozenCopy"):
         trainer(tmp_path).fit(
             module(folder, source=Rollout(max_new_tokens=8)),
+            datamodule=FilmPrompts(batch_size=4),
+            ckpt_path=tmp_path / "run.ckpt",
+        )
+    with pytest.raises(ValueError, match="the checkpoint is of another model"):
+        trainer(tmp_path).fit(
+            module(folder, lora=True, source=Rollout(max_new_tokens=8, num_generations=2, advantages=GroupRelative())),
             datamodule=FilmPrompts(batch_size=4),
             ckpt_path=tmp_path / "run.ckpt",
         )

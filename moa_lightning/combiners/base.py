@@ -34,6 +34,11 @@ class Combiner(ABC):
 
     needs: ClassVar[frozenset[Signal]]
 
+    @property
+    def gives_weights(self) -> bool:
+        """Whether scores are never below 0, so that a loss may take them as importance weights."""
+        return False
+
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First state, for the trained objectives in order and the weights that the user gave them.
 
@@ -41,6 +46,13 @@ class Combiner(ABC):
             ValueError: the configuration does not fit the objectives.
         """
         return {}
+
+    def resume(self, saved: State, fresh: State) -> State:
+        """State to go on with, from a checkpoint's and from :meth:`init` under the present configuration.
+
+        What the configuration says is taken from ``fresh``: here nothing.
+        """
+        return saved
 
     def observe(self, experience: Experience, state: State) -> State:
         """State after a newly collected batch (duals, averages, ideal points). Called once per batch."""

@@ -36,6 +36,10 @@ class Linear(Combiner):
         """Check the weights against the objectives and normalise them."""
         return {"weights": named_weights(self.weights, objectives, weights_N)}
 
+    def resume(self, saved: State, fresh: State) -> State:
+        """The configuration's weights."""
+        return fresh
+
     def combine(self, signals: Signals, state: State) -> Combined:
         """``sum_i w_i A_i`` per token."""
         assert signals.advantages_BTN is not None

@@ -56,6 +56,10 @@ class MODPO(Combiner):
             raise ValueError(f"MODPO divides by the weight of the primary objective '{primary}'; give it one above 0")
         return {"weights": weights, "primary": is_primary_N}
 
+    def resume(self, saved: State, fresh: State) -> State:
+        """The configuration's weights."""
+        return fresh
+
     def combine(self, signals: Signals, state: State) -> Combined:
         """The primary objective's win probability as score, and the margin of the others."""
         assert signals.wins_BN is not None and signals.scores_BN is not None and signals.group_B is not None

@@ -118,6 +118,16 @@ class MOPO(Combiner):
             "reference_seen": torch.zeros(count),
         }
 
+    @property
+    def gives_weights(self) -> bool:
+        """True."""
+        return True
+
+    def resume(self, saved: State, fresh: State) -> State:
+        """All that was learnt, under the configuration's primary objective and, if they are fixed, thresholds."""
+        settings = ("primary", "thresholds") if self.thresholds is not None else ("primary",)
+        return saved | {name: fresh[name] for name in settings}
+
     def observe(self, experience: Experience, state: State) -> State:
         """One step of the multipliers on a collected batch, in the order of Algorithm 1: chi, then lambda."""
         assert experience.wins_BN is not None and experience.group_B is not None

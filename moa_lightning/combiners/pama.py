@@ -76,6 +76,11 @@ class PAMA(Combiner):
         if self.granularity not in _WEIGHTS:
             raise ValueError(f"PAMA.granularity must be one of {', '.join(_WEIGHTS)}; got '{self.granularity}'")
 
+    @property
+    def gives_weights(self) -> bool:
+        """With Noon."""
+        return self.noon
+
     def combine(self, signals: Signals, state: State) -> Combined:
         """``sum_i c_i A_i`` per token, with c from Theorem 1 on ``I(A)``."""
         assert signals.advantages_BTN is not None

@@ -23,6 +23,7 @@ from moa_lightning.functional.preference import (
     group_softmax,
     group_sum,
     mean_wins,
+    truncated_log_ratio,
 )
 from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, squared_log_ratio, value_loss
 
@@ -55,6 +56,7 @@ __all__ = [
     "robust_value",
     "squared_log_ratio",
     "token_logprobs",
+    "truncated_log_ratio",
     "value_loss",
     "virtual_reference",
 ]

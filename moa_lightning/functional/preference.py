@@ -90,3 +90,26 @@ def fill_from_group(values_BN: Tensor, group_B: Tensor) -> Tensor:
     totals_GN = group_sum(values_BN.where(present_BN, 0.0), group_B)
     means_GN = totals_GN / group_sum(present_BN.to(values_BN.dtype), group_B).clamp(min=1)
     return values_BN.where(present_BN, means_GN[group_B])
+
+
+def truncated_log_ratio(log_ratio_B: Tensor, group_B: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Importance weights of responses among those of their prompt, in logarithms, held within limits.
+
+    The log-ratio of whole responses grows with their length, and only its differences within a group matter: its mean
+    over the group is taken off first, so that a common drift is no reason to truncate.
+
+    Args:
+        log_ratio_B: logarithm of target over sampling probability.
+        group_B: int64, from 0.
+        limit: largest distance from the group's mean, in nats.
+
+    Returns:
+        ``(log_weights_B, ess_B, truncated_B)``: the effective sample size ``(sum w)^2 / sum w^2`` of a row's group as a
+        share of its rows, and bool, which were cut.
+    """
+    sizes_B = group_sizes(group_B).to(log_ratio_B.dtype)
+    centred_B = log_ratio_B - group_sum(log_ratio_B, group_B)[group_B] / sizes_B
+    weights_B = centred_B.clamp(-limit, limit)
+    shares_B = group_softmax(weights_B, group_B)
+    ess_B = 1 / group_sum(shares_B.square(), group_B)[group_B] / sizes_B
+    return weights_B, ess_B, centred_B.abs() > limit

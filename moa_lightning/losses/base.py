@@ -28,6 +28,8 @@ class PolicyLoss(ABC):
     """What combiners can have from this loss beside what the source provides."""
     needs: ClassVar[frozenset[Signal]] = frozenset()
     """What the source must provide for it."""
+    takes_advantages: ClassVar[bool] = True
+    """Whether a score may be of either sign."""
 
     @property
     @abstractmethod

@@ -4,6 +4,7 @@ Legend: B sequences, T tokens.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -23,8 +24,10 @@ class WeightedLikelihood(PolicyLoss):
     the loss unbounded below and are refused: combiners whose score is an advantage go with ``ClippedSurrogate``.
 
     Logged: ``ess``, the effective sample size ``(sum w)^2 / sum w^2`` as a share of the responses, and
-    ``capped_ratio``, the share whose weight was cut to ``max_weight``. The sum over tokens is divided by the number
-    of trained tokens that this many rows have on average, over all processes.
+    ``capped_ratio``, the share whose weight was cut to ``max_weight``.
+
+    The sum over a response's tokens is divided by the number of responses, not of tokens: the expectation is over whole
+    responses, and a divisor that follows the lengths of each batch would favour short ones.
 
     Source: Agnihotri et al., arXiv 2505.10892, the policy step of Algorithm 1.
 
@@ -34,9 +37,11 @@ class WeightedLikelihood(PolicyLoss):
 
     max_weight: float | None = None
 
+    takes_advantages: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if self.max_weight is not None and self.max_weight <= 0:
+        if self.max_weight is not None and not self.max_weight > 0:
             raise ValueError(f"WeightedLikelihood needs max_weight > 0 (or null), got {self.max_weight}")
 
     @property
@@ -52,18 +57,18 @@ class WeightedLikelihood(PolicyLoss):
                 "loss WeightedLikelihood needs weights of at least 0, and this combiner's score is an advantage of "
                 "either sign; use loss ClippedSurrogate with it"
             )
-        tokens = max(experience.tokens_per_row * len(experience), 1e-8)
+        rows, tokens = max(len(experience), 1), max(experience.tokens_per_row * len(experience), 1e-8)
         weights = score.detach()
         capped = weights if self.max_weight is None else weights.clamp(max=self.max_weight)
         weights_BT = capped if capped.ndim == 2 else capped.unsqueeze(1)
-        policy_loss = -(weights_BT * output.logprobs_BT).where(mask_BT, 0.0).sum() / tokens
-        kl_loss = kl.loss(output.logprobs_BT, experience.reference_logprobs_BT).where(mask_BT, 0.0).sum() / tokens
+        policy_loss = -(weights_BT * output.logprobs_BT).where(mask_BT, 0.0).sum() / rows
+        kl_loss = kl.loss(output.logprobs_BT, experience.reference_logprobs_BT).where(mask_BT, 0.0).sum() / rows
         entropy = output.entropy_BT.where(mask_BT, 0.0).sum() / tokens
         terms = {"policy_loss": policy_loss.detach(), "kl_loss": kl_loss.detach(), "entropy": entropy.detach()}
         with torch.no_grad():
             row_B = capped if capped.ndim == 1 else (capped * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
             total, squares = all_sum(torch.stack([row_B.sum(), row_B.square().sum()])).double()
-            rows = all_sum(torch.tensor(float(len(row_B)), device=row_B.device, dtype=torch.float64))
-            terms["ess"] = (total.square() / squares.clamp(min=1e-30) / rows).float()
+            all_rows = all_sum(torch.tensor(float(len(row_B)), device=row_B.device, dtype=torch.float64))
+            terms["ess"] = (total.square() / squares.clamp(min=1e-30) / all_rows).float()
             terms["capped_ratio"] = (weights > capped).float().mean()
         return LossTerms(policy_loss + kl_loss, terms)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.gramian import representation_gramian
+from moa_lightning.functional.preference import truncated_log_ratio
 from moa_lightning.functional.surrogate import probability_ratio
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.encoding import Encoder
@@ -40,6 +41,23 @@ class Source(ABC):
     @abstractmethod
     def provides(self) -> frozenset[Signal]:
         """The signals that combiners can have from it."""
+
+    @property
+    def reads_candidates(self) -> bool:
+        """Whether the responses are the data's own, so that their labels count."""
+        return False
+
+    @property
+    def charges_kl(self) -> bool:
+        """Whether a KL penalty in the reward reaches the advantages."""
+        return False
+
+    def check(self, columns: set[str]) -> None:
+        """Refuse data with these columns that it cannot work on, before any model is loaded.
+
+        Raises:
+            ValueError: one line that says what to write instead.
+        """
 
     @property
     @abstractmethod
@@ -77,6 +95,22 @@ class Source(ABC):
     @abstractmethod
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
         """Responses to a batch of prompts with their scores. Draws random numbers from ``seed`` alone."""
+
+    def log_prior(self, log_ratio_B: Tensor, group_B: Tensor, limit: float) -> tuple[Tensor, dict[str, float]]:
+        """Log-weight of each row under the reference among the rows of its prompt, truncated, and what to log of it.
+
+        Args:
+            log_ratio_B: log-probability under the reference less that under the policy that sampled.
+            group_B: the prompt of each row.
+            limit: of the truncation, in nats.
+
+        Returns:
+            The log-weights; ``prior_ess``, the effective sample size as a share of a prompt's rows, and
+            ``prior_truncated``, the share that was cut, over all processes.
+        """
+        weights_B, ess_B, cut_B = truncated_log_ratio(log_ratio_B.float(), group_B, limit)
+        ess, cut, rows = all_sum(torch.stack([ess_B.sum(), cut_B.float().sum(), ess_B.new_tensor(len(ess_B))])).tolist()
+        return weights_B, {"prior_ess": ess / rows, "prior_truncated": cut / rows}
 
     def signals(self, experience: Experience, output: PolicyOutput, clip_range: float) -> Signals:
         """Signals of some rows of experience, given the policy's present output on them."""

@@ -40,7 +40,7 @@ class PreferenceRows(Source):
         prior: what the candidates of a row are. ``sampled``: samples of the policy as it was loaded, so that
             with a lagged reference each carries the ratio of the two. ``listed``: all responses that there are, each
             carrying the reference's probability.
-        max_log_ratio: the logarithm of that ratio is held within plus and minus this, in nats.
+        max_log_ratio: the logarithm of that ratio is held within this of its mean over the prompt's candidates, nats.
     """
 
     max_response_length: int = 512
@@ -51,7 +51,7 @@ class PreferenceRows(Source):
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if self.max_response_length < 2 or self.win_scale <= 0 or self.max_log_ratio <= 0:
+        if self.max_response_length < 2 or not self.win_scale > 0 or not self.max_log_ratio > 0:
             raise ValueError(
                 "PreferenceRows needs max_response_length of at least 2, win_scale > 0 and max_log_ratio > 0"
             )
@@ -60,6 +60,19 @@ class PreferenceRows(Source):
     def provides(self) -> frozenset[Signal]:
         """Everything."""
         return frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.WINS})
+
+    @property
+    def reads_candidates(self) -> bool:
+        """True."""
+        return True
+
+    def check(self, columns: set[str]) -> None:
+        """Refuse data without candidates."""
+        if "responses" not in columns:
+            raise ValueError(
+                "source PreferenceRows reads prompts with candidate responses, which these data do not have; use data "
+                "class Preferences, or source Rollout"
+            )
 
     @property
     def needs_values(self) -> bool:
@@ -103,6 +116,7 @@ class PreferenceRows(Source):
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
         scored = time.perf_counter()
         logprobs_BT, reference_BT, loaded_BT = self._logprobs(responses, group_B, actors)
+        log_prior_B, of_prior = self._log_prior(reference_BT, loaded_BT, group_B)
         wins_BN = wins_BN[:, list(rewards.trained)]
         valid_BN = wins_BN.isfinite()
         mask_BT = responses.mask_BT & valid_BN.any(1, keepdim=True)
@@ -123,9 +137,9 @@ class PreferenceRows(Source):
             tokens_per_row=trained / rows,
             group_B=group_B,
             wins_BN=wins_BN,
-            log_prior_B=self._log_prior(reference_BT, loaded_BT),
+            log_prior_B=log_prior_B,
             seconds={"scoring": scored - started, "forward": time.perf_counter() - scored},
-            metrics={"tokens": tokens, "sequences": rows},
+            metrics={"tokens": tokens, "sequences": rows, **of_prior},
         )
 
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
@@ -189,10 +203,12 @@ class PreferenceRows(Source):
             loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
         return logprobs_BT, reference_BT, loaded_BT
 
-    def _log_prior(self, reference_BT: Tensor, loaded_BT: Tensor | None) -> Tensor | None:
+    def _log_prior(
+        self, reference_BT: Tensor, loaded_BT: Tensor | None, group_B: Tensor
+    ) -> tuple[Tensor | None, dict[str, float]]:
         """The log-weight of each candidate under the reference; ``None`` where the candidates are samples of it."""
         if self.prior == "listed":
-            return reference_BT.sum(1)
+            return reference_BT.sum(1), {}
         if loaded_BT is None:
-            return None
-        return (reference_BT - loaded_BT).sum(1).clamp(-self.max_log_ratio, self.max_log_ratio)
+            return None, {}
+        return self.log_prior((reference_BT - loaded_BT).sum(1), group_B, self.max_log_ratio)

@@ -42,6 +42,8 @@ class Rollout(Source):
         mask_truncated_completions: leave truncated responses out of the update.
         win_scale: difference in an objective's value at which the better response wins 73 % of the time; for combiners
             that read win probabilities (Bradley and Terry's model).
+        max_log_ratio: for the same combiners each response carries the ratio of the reference to the policy that
+            sampled it; its logarithm is held within this of its mean over the prompt's responses, in nats.
         max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
     """
 
@@ -57,6 +59,7 @@ class Rollout(Source):
     mask_truncated_completions: bool = False
     max_prompt_length: int | None = None
     win_scale: float = 1.0
+    max_log_ratio: float = 5.0
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -67,8 +70,11 @@ class Rollout(Source):
             raise ValueError(f"source.temperature must be above 0 (rollouts are sampled), got {self.temperature}")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"source.top_p must be in (0, 1] and top_k >= 0, got {self.top_p} and {self.top_k}")
-        if self.win_scale <= 0:
-            raise ValueError(f"source.win_scale must be above 0, got {self.win_scale}")
+        if not self.win_scale > 0 or not self.max_log_ratio > 0:
+            raise ValueError(
+                f"source.win_scale and source.max_log_ratio must be above 0, got {self.win_scale} and "
+                f"{self.max_log_ratio}"
+            )
         self.advantages.check(self.num_generations)
 
     @property
@@ -76,6 +82,11 @@ class Rollout(Source):
         """Win probabilities take several responses to a prompt."""
         always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN}
         return frozenset(always | ({Signal.WINS} if self.num_generations > 1 else set()))
+
+    @property
+    def charges_kl(self) -> bool:
+        """True."""
+        return True
 
     @property
     def needs_values(self) -> bool:
@@ -129,6 +140,7 @@ class Rollout(Source):
         advantages_BTN, returns_BTN = self.advantages.estimate(
             token_rewards_BTN, output.values_BTN, mask_BT, valid_BN, self.num_generations
         )
+        wins_BN, log_prior_B, of_prior = self._compared(responses, rewards, -kl_BT.sum(1), group_B)
         sums = all_sum(
             torch.stack([kl_BT.sum(), mask_BT.sum(), responses.lengths_B.sum(), torch.tensor(len(kl_BT)).to(kl_BT)])
         ).tolist()
@@ -144,7 +156,8 @@ class Rollout(Source):
             values_BTN=output.values_BTN,
             tokens_per_row=sums[1] / sums[3],
             group_B=group_B,
-            wins_BN=self._wins(rewards),
+            wins_BN=wins_BN,
+            log_prior_B=log_prior_B,
             seconds={
                 "generation": generated - started,
                 "scoring": scored - generated,
@@ -155,6 +168,7 @@ class Rollout(Source):
                 "kl_coefficient": actors.kl.reward_coefficient(actors.kl_state),
                 "tokens": sums[2],
                 "sequences": sums[3],
+                **of_prior,
             },
         )
 
@@ -166,19 +180,25 @@ class Rollout(Source):
         kl_B = (output.logprobs_BT - reference_logprobs_BT).sum(1)
         return Evaluation(responses, _to_device(rewards, kl_B.device), kl_B)
 
-    def _wins(self, rewards: RewardTable) -> Tensor | None:
+    def _compared(
+        self, responses: Responses, rewards: RewardTable, log_ratio_B: Tensor, group_B: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
+        """Win probabilities among a prompt's responses, and their log-weights under the reference."""
         if self.num_generations == 1:
-            return None
-        scores_BN = rewards.trained_BN
-        scores_PKN = scores_BN.unflatten(0, (-1, self.num_generations))
-        return bradley_terry_wins(scores_PKN, self.win_scale).flatten(0, 1)
+            return None, None, {}
+        scores_PKN = self._penalised(responses, rewards.trained_BN).unflatten(0, (-1, self.num_generations))
+        wins_BN = bradley_terry_wins(scores_PKN, self.win_scale).flatten(0, 1)
+        return wins_BN, *self.log_prior(log_ratio_B, group_B, self.max_log_ratio)
+
+    def _penalised(self, responses: Responses, value_BN: Tensor) -> Tensor:
+        if self.missing_eos_penalty is None:
+            return value_BN
+        return value_BN - self.missing_eos_penalty * responses.truncated_B.unsqueeze(1)
 
     def _token_rewards(
         self, responses: Responses, rewards: RewardTable, kl_BT: Tensor, kl_coefficient: float
     ) -> Tensor:
-        value_BN = rewards.trained_BN.where(rewards.valid_BN, 0.0)
-        if self.missing_eos_penalty is not None:
-            value_BN = value_BN - self.missing_eos_penalty * responses.truncated_B.unsqueeze(1)
+        value_BN = self._penalised(responses, rewards.trained_BN.where(rewards.valid_BN, 0.0))
         rewards_BTN = (-kl_coefficient * kl_BT).unsqueeze(-1).repeat(1, 1, value_BN.shape[1])
         last_B = (responses.lengths_B - 1).clamp(min=0)  # the end token, or the last token when cut off; never padding
         rewards_BTN[torch.arange(len(last_B), device=last_B.device), last_B] += value_BN

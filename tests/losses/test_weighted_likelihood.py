@@ -40,15 +40,14 @@ def case(per_token=False):
 
 
 def by_loop(experience, output, score, max_weight=None, beta=0.0):
-    total, tokens = 0.0, 0
+    total = 0.0
     for row, length in enumerate(LENGTHS):
         for t in range(length):
             weight = float((score[row] if score.ndim == 1 else score[row, t]).detach())
             weight = weight if max_weight is None else min(weight, max_weight)
             logprob = output.logprobs_BT[row, t]
             total = total - weight * logprob + beta / 2 * (logprob - experience.reference_logprobs_BT[row, t]) ** 2
-            tokens += 1
-    return total / tokens
+    return total / len(LENGTHS)
 
 
 def loss(score, experience, output, kl=None, **settings):
@@ -71,6 +70,20 @@ def test_value_and_gradient(per_token, max_weight, beta):
     with pytest.raises(RuntimeError, match="not have been used in the graph"):  # the weights carry no gradient
         torch.autograd.grad(result.loss, score)
     torch.testing.assert_close(result.terms["policy_loss"] + result.terms["kl_loss"], result.loss.detach())
+
+
+def test_long_responses_are_learnt_like_short_ones():
+    """In batches of different lengths the stationary policy is the weights' own distribution."""
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    lengths, gradient = [1, 1, 20], 0.0
+    for drawn in ([0, 1], [1, 2], [2, 0]):  # every response equally often, in batches of different lengths
+        mask_BT = torch.arange(20) < torch.tensor([lengths[i] for i in drawn]).unsqueeze(1)
+        experience = Rows(mask_BT=mask_BT, tokens_per_row=float(mask_BT.sum()) / 2)
+        experience.reference_logprobs_BT = torch.zeros(2, 20, dtype=torch.float64)
+        shared_B = logits.log_softmax(0)[drawn] / mask_BT.sum(1)
+        output = SimpleNamespace(logprobs_BT=shared_B.unsqueeze(1) * mask_BT, entropy_BT=torch.zeros(2, 20))
+        gradient = gradient + torch.autograd.grad(loss(torch.ones(2), experience, output).loss, logits)[0]
+    assert gradient.abs().max() < 1e-12
 
 
 def test_the_weighted_sample_is_the_minimiser():

@@ -146,3 +146,34 @@ def test_a_constant_objective_has_no_advantage():
     standard = standardize(values, mask)
     assert standard[..., 0].abs().max() < 0.01
     assert standard[..., 1].std(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+def test_wins_carry_the_ratio_of_the_reference_to_the_policy_that_sampled(actors):
+    source = Rollout(max_new_tokens=8, num_generations=4, win_scale=2.0, max_log_ratio=0.1)
+    batch = actors.encoder.encode(ROWS[:4])
+    experience = source.collect(batch, actors, seed=1)
+    ratio_PK = (experience.reference_logprobs_BT - experience.behaviour_logprobs_BT).sum(1).view(4, 4)
+    centred_PK = ratio_PK - ratio_PK.mean(1, keepdim=True)
+    torch.testing.assert_close(experience.log_prior_B.view(4, 4), centred_PK.clamp(-0.1, 0.1))
+    cut = float((centred_PK.abs() > 0.1).float().mean())
+    assert 0 < cut < 1
+    assert experience.metrics["prior_truncated"] == pytest.approx(cut)
+    weights_PK = centred_PK.clamp(-0.1, 0.1).softmax(1)
+    assert experience.metrics["prior_ess"] == pytest.approx(float((1 / weights_PK.square().sum(1) / 4).mean()))
+
+
+def test_a_truncated_response_is_penalised_in_its_wins_too(actors):
+    plain, penalised = (
+        Rollout(max_new_tokens=2, num_generations=4, missing_eos_penalty=p).collect(
+            actors.encoder.encode(ROWS), actors, seed=1
+        )
+        for p in (None, 1000.0)
+    )
+    truncated_B = penalised.responses.truncated_B
+    mixed_B = truncated_B.view(-1, 4).any(1).logical_and(~truncated_B.view(-1, 4).all(1)).repeat_interleave(4)
+    assert mixed_B.any()
+    assert not torch.equal(plain.wins_BN[mixed_B], penalised.wins_BN[mixed_B])
+    # A finished response wins against every truncated one.
+    finished_B = mixed_B & ~truncated_B
+    rivals_B = truncated_B.view(-1, 4).sum(1).repeat_interleave(4)
+    assert (penalised.wins_BN[finished_B].min(1).values >= rivals_B[finished_B] / 3 - 1e-6).all()

@@ -1,0 +1,68 @@
+"""Which pieces go together: checked before anything is loaded."""
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from moa_lightning.combiners import Combiner
+from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
+from moa_lightning.rewards import RewardPanel
+from moa_lightning.signals import SIGNALS_OF_LOSSES, Signal
+from moa_lightning.sources import Source
+
+
+def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPenalty, panel: RewardPanel) -> None:
+    """Refuse pieces that cannot work together, and warn of one that would have no effect.
+
+    Raises:
+        ValueError: one line that says what to choose instead.
+    """
+    _check_needs(combiner, source, loss)
+    if not loss.takes_advantages and not combiner.gives_weights:
+        raise ValueError(
+            f"loss {_name(loss)} needs weights of at least 0, and the score of {_name(combiner)} is an advantage of "
+            "either sign; use loss ClippedSurrogate with it"
+        )
+    for name, objective in panel.objectives.items():
+        if objective.reward.gives_wins and not source.reads_candidates:
+            raise ValueError(
+                f"objective '{name}': {_name(objective.reward)} knows the responses of the data alone, not new ones; "
+                "use source PreferenceRows, or a reward that can score any response"
+            )
+    heard = source.charges_kl and Signal.ADVANTAGES in combiner.needs
+    # The default is no choice of the user, so there is nothing to tell.
+    if not heard and kl != RewardKL() and kl.reward_coefficient(kl.init()) > 0:
+        rank_zero_warn(
+            f"kl {_name(kl)} has no effect: it charges the rewards that advantages are made of, and {_name(combiner)} "
+            f"on {_name(source)} reads none of them; use LossKL, or leave it out"
+        )
+
+
+def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batch_size: int) -> None:
+    """Refuse minibatches that would part the responses to a prompt where these are compared.
+
+    Raises:
+        ValueError: one line with both numbers.
+    """
+    if Signal.WINS in combiner.needs | loss.needs and batch_size % source.minibatches:
+        comparing = combiner if Signal.WINS in combiner.needs else loss
+        raise ValueError(
+            f"{_name(comparing)} compares the responses to a prompt, so they must stay in one minibatch: "
+            f"source.num_mini_batches {source.minibatches} must divide data.batch_size {batch_size}"
+        )
+
+
+def _check_needs(combiner: Combiner, source: Source, loss: PolicyLoss) -> None:
+    for taker, wanted, giver, kind in (
+        (combiner, combiner.needs - SIGNALS_OF_LOSSES, source, "combiner or source"),
+        (combiner, combiner.needs & SIGNALS_OF_LOSSES, loss, "combiner or loss"),
+        (loss, loss.needs, source, "loss or source"),
+    ):
+        lacking = sorted(wanted - giver.provides)
+        if lacking:
+            raise ValueError(
+                f"{_name(taker)} needs {', '.join(lacking)}, which {_name(giver)} does not provide; choose another "
+                f"{kind}"
+            )
+
+
+def _name(piece: object) -> str:
+    return type(piece).__name__

@@ -1,0 +1,82 @@
+"""Pieces that do not go together are refused, or named, before anything is loaded."""
+
+import pytest
+
+from moa_lightning.combiners import MODPO, MOPO, PAMA, Linear
+from moa_lightning.compatibility import check_minibatches, check_pieces
+from moa_lightning.losses import ClippedSurrogate, LossKL, PairwiseLogistic, RewardKL, WeightedLikelihood
+from moa_lightning.rewards import FromLabels, Length, Objective, RewardPanel
+from moa_lightning.sources import PreferenceRows, Rollout
+
+SCORED = {"a": Objective(Length()), "b": Objective(Length())}
+SEVERAL = Rollout(num_generations=2)
+
+
+def check(combiner, source, loss, kl=None, objectives=None):
+    check_pieces(combiner, source, loss, kl or RewardKL(), RewardPanel(objectives or SCORED))
+
+
+@pytest.mark.parametrize(
+    ("combiner", "source", "loss"),
+    [
+        (PAMA(), Rollout(), ClippedSurrogate()),
+        (PAMA(), PreferenceRows(), WeightedLikelihood()),
+        (Linear(), PreferenceRows(), PairwiseLogistic()),
+        (Linear(), SEVERAL, PairwiseLogistic()),
+        (MOPO(), SEVERAL, WeightedLikelihood()),
+        (MOPO(), PreferenceRows(), ClippedSurrogate()),
+        (MODPO(), PreferenceRows(), PairwiseLogistic()),
+    ],
+)
+def test_these_go_together(combiner, source, loss):
+    check(combiner, source, loss)
+
+
+@pytest.mark.parametrize(
+    ("combiner", "source", "loss", "says"),
+    [
+        (
+            MOPO(),
+            Rollout(),
+            WeightedLikelihood(),
+            "MOPO needs wins, which Rollout does not provide; .* combiner or source",
+        ),
+        (MODPO(), SEVERAL, ClippedSurrogate(), "MODPO needs pairs, which ClippedSurrogate .* combiner or loss"),
+        (PAMA(), Rollout(), PairwiseLogistic(), "PairwiseLogistic needs wins, which Rollout .* loss or source"),
+        (Linear(), SEVERAL, WeightedLikelihood(), "WeightedLikelihood needs weights .* the score of Linear is an adv"),
+        (PAMA(noon=False), SEVERAL, WeightedLikelihood(), "the score of PAMA is an advantage of either sign"),
+    ],
+)
+def test_these_do_not(combiner, source, loss, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        check(combiner, source, loss)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_of_the_data_say_nothing_of_new_responses():
+    labelled = {"a": Objective(FromLabels("a")), "b": Objective(Length())}
+    check(MOPO(), PreferenceRows(), WeightedLikelihood(), objectives=labelled)
+    with pytest.raises(ValueError, match="objective 'a': FromLabels knows the responses of the data alone"):
+        check(MOPO(), SEVERAL, WeightedLikelihood(), objectives=labelled)
+
+
+@pytest.mark.parametrize(("combiner", "source"), [(MOPO(), SEVERAL), (PAMA(), PreferenceRows())])
+def test_a_kl_penalty_that_nobody_reads_is_named(combiner, source, recwarn):
+    for silent in (RewardKL(), LossKL(0.1), RewardKL(0.0, target=None)):
+        check(combiner, source, ClippedSurrogate(), silent)
+    check(PAMA(), Rollout(), ClippedSurrogate(), RewardKL(0.1))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="kl RewardKL has no effect: .* use LossKL, or leave it out"):
+        check(combiner, source, ClippedSurrogate(), RewardKL(0.1))
+
+
+def test_responses_to_a_prompt_stay_in_one_minibatch():
+    source = Rollout(num_generations=4, num_mini_batches=4)
+    check_minibatches(PAMA(), ClippedSurrogate(), source, 3)
+    check_minibatches(MOPO(), WeightedLikelihood(), source, 8)
+    for combiner, loss, name in (
+        (MOPO(), WeightedLikelihood(), "MOPO"),
+        (PAMA(), PairwiseLogistic(), "PairwiseLogistic"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} compares .*num_mini_batches 4 must divide data.batch_size 3"):
+            check_minibatches(combiner, loss, source, 3)
