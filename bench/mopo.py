@@ -31,7 +31,8 @@ In the folder: ``exact.csv``, ``learned.csv``, ``ablations.csv``, ``front.png``,
 
 In the figure a panel is a structure, the constrained objective to the right, the maximised one upwards. Single
 responses can lie above the front, because the divergence from the reference is charged for. With three objectives a
-curve is a sweep of the first threshold at a fixed second one, seen along the third axis.
+curve is a sweep of the first threshold at a fixed second one, seen along the third axis. The strip below a panel shows
+how far the learned values lie from the exact ones, in thousandths of a win probability.
 
 Legend: M secondary objectives, N objectives, K responses.
 """

@@ -123,20 +123,44 @@ def write_csv(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def draw(sweeps: dict[str, list[Entry]], trained: dict[str, list[Entry]], file: Path) -> None:
-    """One panel for each structure: the exact front, MOPO's points on it, and what was learned, with error bars."""
+    """A panel for each structure: the exact front, MOPO's points on it and what was learned; below it the errors."""
     columns = 4
-    rows = -(-(len(sweeps) + 1) // columns)
-    figure = Figure(figsize=(4.1 * columns, 3.7 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = None
+    bands = -(-(len(sweeps) + 1) // columns)
+    figure = Figure(figsize=(4.1 * columns, 4.9 * bands), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it would choose a backend for the whole process
+    grid = figure.add_gridspec(2 * bands, columns, height_ratios=[3, 1] * bands)
+    handles: dict[str, Any] = {}
     for index, (name, entries) in enumerate(sweeps.items()):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _panel(axes, entries, trained.get(name, []))
-    legend = figure.add_subplot(rows, columns, len(sweeps) + 1)
+        band, column = divmod(index, columns)
+        above, below = figure.add_subplot(grid[2 * band, column]), figure.add_subplot(grid[2 * band + 1, column])
+        _panel(above, entries, trained.get(name, []))
+        _errors(below, trained.get(name, []))
+        for axes in (above, below):
+            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    band, column = divmod(len(sweeps), columns)
+    legend = figure.add_subplot(grid[2 * band, column])
     legend.axis("off")
-    handles, labels = axes.get_legend_handles_labels()
-    legend.legend(handles, labels, loc="center", frameon=False, fontsize=10)
+    legend.legend(handles.values(), handles.keys(), loc="center", frameon=False, fontsize=10)
     figure.savefig(file)
+
+
+def _errors(axes: Any, trained: list[Entry]) -> None:
+    """Learned less exact, by threshold and objective; the bars of the panel above are too short to see."""
+    axes.axhline(0, color=_OUT, linewidth=1)
+    colors = (_LEARNED, _FRONT, "#8d6a9f")
+    for i, entry in enumerate(trained):
+        difference_N = 1e3 * (entry.learned_SN.mean(0) - entry.exact.values_N)
+        for n, name in enumerate(entry.structure.wins):
+            axes.errorbar(
+                i + 0.16 * (n - 1), difference_N[n], 1e3 * entry.error_N[n], fmt="D", markersize=4, capsize=3,
+                color=colors[n], label=f"error in {name}, 95 % interval" if i == 0 else None,
+            )  # fmt: skip
+    axes.set_xticks(range(len(trained)), [", ".join(f"{b:.2f}" for b in entry.thresholds_M) for entry in trained])
+    axes.set_xlim(-0.6, max(len(trained), 1) - 0.4)
+    axes.set_xlabel("threshold", fontsize=9)
+    axes.set_ylabel("learned \N{MINUS SIGN} exact,\nthousandths", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _panel(axes: Any, sweep: list[Entry], trained: list[Entry]) -> None:
