@@ -25,7 +25,9 @@ How to read the tables.
   lagged reference and a tabular policy on exact preferences: ``primary`` and ``secondary`` are the values of the last
   policy, ``KL`` its divergence from the first, ``multiplier`` the last, ``largest`` the largest one on the way,
   ``threshold`` the last. ``t0`` is the number of steps between two refreshes, ``inf`` none at all.
-* **Cost** (``--cost``). The dual step and the weights, in milliseconds and as a share of a training step.
+* **Cost** (``--cost``). The dual step and the weights, in milliseconds and as a share of a training step, all in CPU
+  time of one thread. The step is a forward and a backward pass alone, so the share is an upper bound for one thread; on
+  several cores the step gets faster and the dual step, which is a few dozen operations on tiny tensors, does not.
 
 In the folder: ``exact.csv``, ``learned.csv``, ``ablations.csv``, ``front.png``, ``cost.csv``.
 

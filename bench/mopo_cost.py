@@ -1,5 +1,8 @@
 """The time of MOPO's dual step and combination, beside one training step of the policy on the same batch.
 
+CPU time of one thread, which other programs on the machine hardly change: on the wall, threads that wait for each other
+make a training step several times slower there, and a share of it looks better than it is.
+
 Legend: P prompts, K responses to each, B = P K sequences, T tokens, N objectives.
 """
 
@@ -83,7 +86,7 @@ def measure(case: Case, repeats: int) -> CostRow:
 
     with torch.no_grad():
         signals = source.signals(experience, policy(*inputs), loss.clip_range)
-    clocks = [Clock(time.perf_counter) for _ in range(3)]
+    clocks = [Clock(time.process_time) for _ in range(3)]
     for _ in range(1 + repeats):
         clocks[0](step)
         state = clocks[1](combiner.observe, experience, state)
@@ -98,10 +101,11 @@ def cost(quick: bool) -> list[CostRow]:
     print(
         f"\nThe dual step (MOPO.observe) and the weights (MOPO.combine) beside one training step (forward and backward "
         f"pass, no optimiser)\non the same batch, {RESPONSES} responses to each prompt, {OBJECTIVES} objectives. "
-        f"Medians, {torch.get_num_threads()} CPU thread(s).\n"
+        "Medians of the CPU time of one thread.\n"
     )
     print(f"{'policy':8}{'parameters':>13}{'batch':>10}{'step':>12}{'observe':>11}{'combine':>11}{'share':>9}")
-    rows = []
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
     for case in QUICK if quick else DEFAULT:
         row = measure(case, 3 if case.size is _GPT2 else 7)
         rows.append(row)
@@ -110,6 +114,7 @@ def cost(quick: bool) -> list[CostRow]:
             f"{row.observe * 1e3:>8.2f} ms{row.combine * 1e3:>8.2f} ms{row.share:>9.2%}",
             flush=True,
         )
+    torch.set_num_threads(threads)
     above = [f"{row.policy} with {row.sequences} x {row.tokens}" for row in rows if row.share >= 0.01]
     constant = median(row.observe + row.combine for row in rows)
     print(
