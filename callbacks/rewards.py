@@ -3,6 +3,7 @@
 Legend: B responses, T tokens, N trained objectives.
 """
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -24,6 +25,7 @@ class ObjectiveMetrics(Callback):
     the first batch's mean), ``/missing`` (share without a score), ``advantages/<name>/mean`` and ``/std``,
     ``correlation/<a>/<b>`` (Pearson), ``completions/mean_length`` and ``/truncated``, and what the source measured
     (``kl``, ``kl_coefficient``, ``prior_ess``, …).
+    What the combiner reports of its memory, such as ``duals/<name>``, ``thresholds/<name>`` and ``values/<name>``.
     On each update: ``weights/<name>``, ``score/mean``, and the terms of the loss (``value_loss/<name>``, ``entropy``,
     ``clip_ratio``, …).
     """
@@ -48,6 +50,11 @@ class ObjectiveMetrics(Callback):
         metrics |= {f"weights/{n}": w for n, w in zip(step.names, step.weights_N.tolist(), strict=True)}
         if batch.collected is not None:
             metrics |= self._of_collected(batch.collected)
+            metrics |= {
+                f"{key}/{name}": value
+                for key, values in combiner_report(pl_module).items()
+                for name, value in values.items()
+            }
         pl_module.log_dict(metrics, batch_size=len(batch.experience), rank_zero_only=True)
 
     def _of_collected(self, collected: Experience) -> dict[str, float]:
@@ -84,6 +91,16 @@ class ObjectiveMetrics(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from there."""
         self._origin = {name: (value[0], value[1]) for name, value in state_dict["origin"].items()}
+
+
+def combiner_report(pl_module: LightningModule) -> dict[str, dict[str, float]]:
+    """What the combiner reports, by objective; without what an objective does not have."""
+    module: Any = pl_module
+    found: dict[str, Any] = module.combiner.report(module.combiner_state)
+    return {
+        key: {name: v for name, v in zip(module.objective_names, values_N.tolist(), strict=True) if math.isfinite(v)}
+        for key, values_N in found.items()
+    }
 
 
 def _correlations(names: tuple[str, ...], values_BN: torch.Tensor) -> dict[str, float]:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
 from moa_lightning.callbacks.pareto_front import ParetoFront
+from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
 from moa_lightning.types import Evaluation
 
@@ -86,6 +87,7 @@ class RunFiles(EvaluationCallback):
                 for name, mean in self._last.items()
             },
             "hypervolume": _hypervolume(trainer),
+            **combiner_report(pl_module),
         }
         root = Path(trainer.default_root_dir)
         root.mkdir(parents=True, exist_ok=True)

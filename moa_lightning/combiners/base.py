@@ -58,6 +58,10 @@ class Combiner(ABC):
         """State after a newly collected batch (duals, averages, ideal points). Called once per batch."""
         return state
 
+    def report(self, state: State) -> dict[str, Tensor]:
+        """What of the state is worth a curve: by name one number per objective, ``(N,)``, NaN where there is none."""
+        return {}
+
     @abstractmethod
     def combine(self, signals: Signals, state: State) -> Combined:
         """One score from N signals. Pure; called once per optimiser step."""

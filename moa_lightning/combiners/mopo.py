@@ -150,6 +150,15 @@ class MOPO(Combiner):
         state["batches"] = state["batches"] + 1
         return state
 
+    def report(self, state: State) -> dict[str, Tensor]:
+        """Multipliers, thresholds, and the values that they are compared with."""
+        bound_N = (state["primary"] == 0) & state["thresholds"].isfinite()
+        return {
+            "duals": state["duals"].where(bound_N, torch.nan),
+            "thresholds": state["thresholds"],
+            "values": state["values"],
+        }
+
     def combine(self, signals: Signals, state: State) -> Combined:
         """The importance weight of each response: mean 1 over the batch, and each prompt as much as any other."""
         assert signals.wins_BN is not None and signals.group_B is not None

@@ -89,7 +89,10 @@ class Items:
 
 
 class Equal:
-    """Stands for a combiner; its name goes into the summary."""
+    """Stands for a combiner; its name goes into the summary, and what it reports into the metrics."""
+
+    def report(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
 
 
 class Scripted(LightningModule):
@@ -106,7 +109,7 @@ class Scripted(LightningModule):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.combiner = Equal()
+        self.combiner, self.combiner_state = Equal(), {}
         self.evaluations, self.collected, self.updates = list(evaluations), list(collected), updates
         self.weights, self.score_BT, self.terms = list(weights), score_BT, terms or {}
         table = (*self.evaluations, *self.collected)[0].rewards

@@ -1,5 +1,6 @@
 """What is logged while training: objectives, time, the progress bar."""
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -25,7 +26,12 @@ class Record(ObjectiveMetrics):
         self.logged = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        seen = SimpleNamespace(log_dict=lambda metrics, **options: self.logged.append(metrics))
+        seen = SimpleNamespace(
+            log_dict=lambda metrics, **options: self.logged.append(metrics),
+            combiner=pl_module.combiner,
+            combiner_state=pl_module.combiner_state,
+            objective_names=pl_module.objective_names,
+        )
         super().on_train_batch_end(trainer, seen, outputs, batch, batch_idx)
 
 
@@ -67,6 +73,15 @@ def test_rewards_and_advantages_of_a_batch(tmp_path):
     assert expected["rewards/good/mean"] == 2.5
     assert expected["correlation/good/short"] < -0.1
     assert logged == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_the_combiner_reports_is_logged_by_objective(tmp_path):
+    callback = Record()
+    moa = Scripted(collected=[batch(FIRST_BN)])
+    moa.combiner_state = {"duals": torch.tensor([math.nan, 2.5]), "values": torch.tensor([0.5, 0.25])}
+    trainer(tmp_path, callback, max_steps=1, limit_val_batches=0).fit(moa)
+    reported = {k: v for k, v in callback.logged[0].items() if k.startswith(("duals", "values"))}
+    assert reported == {"duals/short": 2.5, "values/good": 0.5, "values/short": 0.25}
 
 
 def test_a_silent_objective_leaves_no_number_but_its_missing_share(tmp_path):
