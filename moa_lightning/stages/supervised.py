@@ -50,7 +50,7 @@ class Texts:
 
     Args:
         path: JSONL, JSON, CSV or Parquet file (``.gz`` too), or hub id.
-        column: the text; the part that is learnt.
+        column: the text; the part that is learnt. Several columns give several texts of each row.
         prompt_column: text before it that is read but not learnt; ``None`` if there is none.
         split: of a data set on the hub.
         val_size: rows held out to measure the loss.
@@ -58,7 +58,7 @@ class Texts:
     """
 
     path: str
-    column: str = "text"
+    column: str | list[str] = "text"
     prompt_column: str | None = None
     split: str | None = None
     val_size: int = 64
@@ -236,11 +236,13 @@ def _mean_loss(module: NextToken, batches: Sequence[dict[str, Tensor]]) -> float
 
 def _read(data: Texts) -> tuple[list[str], list[str]]:
     rows = load_rows(data.path, data.split)
-    require_columns(rows, [c for c in (data.column, data.prompt_column) if c], data.path)
+    columns = [data.column] if isinstance(data.column, str) else data.column
+    require_columns(rows, [*columns, *([data.prompt_column] if data.prompt_column else [])], data.path)
     if data.limit is not None:
         rows = rows.select(range(min(data.limit, len(rows))))
-    texts = [str(text) for text in rows[data.column]]
-    prompts = [str(p) for p in rows[data.prompt_column]] if data.prompt_column else [""] * len(texts)
+    texts = [str(text) for row in zip(*(rows[c] for c in columns), strict=True) for text in row]
+    read = rows[data.prompt_column] if data.prompt_column else [""] * len(rows)
+    prompts = [str(p) for p in read for _ in columns]
     if len(texts) <= data.val_size:
         raise ValueError(
             f"{data.path} has {len(texts)} rows, no more than the {data.val_size} to hold out; lower val_size"

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_lightning.stages.fitting import Fitting, SimilarLengths
-from moa_lightning.stages.supervised import Example, NewModel, Texts, collate_examples, encode, supervised
+from moa_lightning.stages.supervised import Example, NewModel, Texts, _read, collate_examples, encode, supervised
 from tests import tiny
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -46,6 +46,15 @@ def test_going_on_from_a_policy_changes_it_and_leaves_the_base_alone(texts, tmp_
     old, new = (AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight for name in ("base", "out"))
     assert (base / "model.safetensors").read_bytes() == was
     assert not torch.equal(old, new)
+
+
+def test_several_columns_are_several_texts_of_each_row(tmp_path):
+    rows = [{"chosen": f"good {i}", "rejected": f"bad {i}", "q": f"film {i}"} for i in range(3)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, texts = _read(Texts(str(path), ["chosen", "rejected"], "q", val_size=2))
+    assert texts == ["good 0", "bad 0", "good 1", "bad 1", "good 2", "bad 2"]
+    assert prompts == [f"film {i}" for i in (0, 0, 1, 1, 2, 2)]
 
 
 def test_only_the_text_behind_the_prompt_is_learnt():
