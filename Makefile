@@ -8,10 +8,10 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-mopo clean
 
 help:  ## Show this list.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 install: $(STAMP)  ## Create .venv and install the pinned dependencies (about two minutes, once).
 
@@ -42,6 +42,10 @@ format: install  ## Format the code and mend what ruff can mend.
 
 bench: install  ## Time the combiners: one solve of each, over N objectives and policy sizes.
 	@$(BIN)/python -m bench.combine
+
+bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; then the cost of its dual step.
+	@$(BIN)/python -m bench.mopo
+	@$(BIN)/python -m bench.mopo --cost
 
 clean:  ## Remove the environment, the caches and what was built (runs/ stays).
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

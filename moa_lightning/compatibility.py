@@ -22,7 +22,7 @@ def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPen
             "either sign; use loss ClippedSurrogate with it"
         )
     for name, objective in panel.objectives.items():
-        if objective.reward.gives_wins and not source.reads_candidates:
+        if objective.reward.of_data_alone and not source.reads_candidates:
             raise ValueError(
                 f"objective '{name}': {_name(objective.reward)} knows the responses of the data alone, not new ones; "
                 "use source PreferenceRows, or a reward that can score any response"

@@ -21,7 +21,9 @@ def has_label(wins: Wins | None) -> bool:
 def to_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison as the object of its line: each label as a whole matrix, null where nobody compared."""
     labels = {name: _matrix(wins) if has_label(wins) else None for name, wins in comparison.wins.items()}
-    return {"prompt": comparison.prompt, "responses": comparison.responses, "preferences": labels}
+    record = {"prompt": comparison.prompt, "responses": comparison.responses, "preferences": labels}
+    scores = {name: [s if math.isfinite(s) else None for s in values] for name, values in comparison.scores.items()}
+    return record | ({"scores": scores} if scores else {})
 
 
 def _matrix(wins: Wins | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A format turns a row of a file into a :class:`Comparison`: a prompt, its candida
 objective, which of them wins against which.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from moa_lightning.data.preference_labels import (
     from_scores,
     from_winner,
     is_missing,
+    numbers,
 )
 
 __all__ = [
@@ -45,6 +47,7 @@ class Comparison:
     responses: list[str]
     wins: dict[str, Wins | None]  # None: the row has no label for that objective
     fields: tuple[str, ...] = ()  # where the row has each response, for messages
+    scores: dict[str, list[float]] = field(default_factory=dict)  # by name a number for each response, NaN: none
 
 
 class PreferenceFormat(ABC):
@@ -67,7 +70,7 @@ class Candidates(PreferenceFormat):
     0.7}, "humor": {"wins": [[0.5, 1.0], [0.0, 0.5]]}}}``: for each objective the index of the winner (the others
     are on a par), the probability that the first of two responses is better, or the matrix of win probabilities; null
     or absent where nobody was asked. Without ``preferences`` the row has no labels at all. The prompt is text or chat
-    messages.
+    messages. ``"scores": {"length": [12, 40]}`` may hold numbers for each response, for reward ``FromScores``.
     """
 
     def read(self, row: Mapping[str, Any]) -> Comparison:
@@ -91,7 +94,9 @@ class Candidates(PreferenceFormat):
             readers = {"winner": from_winner, "probability": from_probability, "wins": from_matrix}
             where = f"preferences.{name}"
             wins[name] = next((readers[key](value, count, where) for key, value in found.items()), None)
-        return Comparison(prompt, responses, wins, tuple(f"responses[{i}]" for i in range(count)))
+        scored = _field(row, "scores", dict) if row.get("scores") is not None else {}
+        scores = {name: _scores(values, count, f"scores.{name}") for name, values in scored.items()}
+        return Comparison(prompt, responses, wins, tuple(f"responses[{i}]" for i in range(count)), scores)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class ChosenRejected(PreferenceFormat):
     Args:
         objective: name of what the pair was judged by.
         scores: further objectives from pairs of score columns, by name: ``helpful: [score_chosen, score_rejected]``;
-            the higher score wins.
+            the higher score wins. Reward ``FromScores`` reads the numbers themselves.
     """
 
     objective: str = "preference"
@@ -137,9 +142,10 @@ class ChosenRejected(PreferenceFormat):
         else:
             raise BadRowError("'chosen' and 'rejected' must both be text or both be messages")
         wins: dict[str, Wins | None] = {self.objective: from_winner(0, 2, self.objective)}
-        for name, columns in self.scores.items():
-            wins[name] = from_scores([_present(row, column) for column in columns], name)
-        return Comparison(prompt, [first, second], wins, ("chosen", "rejected"))
+        given = {name: [_present(row, column) for column in columns] for name, columns in self.scores.items()}
+        wins |= {name: from_scores(values, name) for name, values in given.items()}
+        scores = {name: numbers(values, name) for name, values in given.items()}
+        return Comparison(prompt, [first, second], wins, ("chosen", "rejected"), scores)
 
 
 @dataclass(frozen=True)
@@ -190,12 +196,10 @@ class Ratings(PreferenceFormat):
         if not all(isinstance(completion, Mapping) for completion in completions):
             raise BadRowError("'completions' must hold objects with 'response' and 'annotations'")
         responses = [completion.get("response") for completion in completions]
-        wins = {
-            name: from_scores([self._rating(completion, key) for completion in completions], name)
-            for name, key in self.aspects.items()
-        }
+        ratings = {name: [self._rating(c, key) for c in completions] for name, key in self.aspects.items()}
+        wins = {name: from_scores(values, name) for name, values in ratings.items()}
         fields = tuple(f"completions[{i}].response" for i in range(len(responses)))
-        return Comparison(prompt, responses, wins, fields)
+        return Comparison(prompt, responses, wins, fields, {n: numbers(values, n) for n, values in ratings.items()})
 
     def _rating(self, completion: Mapping[str, Any], key: str) -> Any:
         annotations = completion.get("annotations")
@@ -215,6 +219,14 @@ def _field(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> 
 
 
 _KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+
+
+def _scores(values: Any, count: int, name: str) -> list[float]:
+    if values is None:
+        return [math.nan] * count
+    if not isinstance(values, list) or len(values) != count:
+        raise BadRowError(f"'{name}' must hold one number for each of the {count} responses, got {values!r:.40}")
+    return numbers(values, name)
 
 
 def _several(found: list[Any], name: str) -> list[Any]:

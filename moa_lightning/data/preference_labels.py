@@ -63,17 +63,20 @@ def from_scores(scores: Sequence[Any], name: str, scale: float | None = None) ->
         name: of the objective, for messages.
         scale: with it, Bradley and Terry's ``sigmoid((s_i - s_j) / scale)``.
     """
-    if any(score is None for score in scores):
-        return None
-    try:
-        values = [float(score) for score in scores]
-    except (TypeError, ValueError) as error:
-        raise BadRowError(f"'{name}': scores must be numbers, got {list(scores)!r}") from error
+    values = numbers(scores, name)
     if not all(math.isfinite(value) for value in values):
         return None
     if scale is None:
         return [[0.5 if a == b else float(a > b) for b in values] for a in values]
     return [[1 / (1 + math.exp(min(max((b - a) / scale, -500.0), 500.0))) for b in values] for a in values]
+
+
+def numbers(scores: Sequence[Any], name: str) -> list[float]:
+    """Scores as numbers, NaN where one is missing."""
+    try:
+        return [math.nan if score is None else float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise BadRowError(f"'{name}': scores must be numbers, got {list(scores)!r}") from error
 
 
 def _probability(value: Any, name: str) -> float:

@@ -21,6 +21,8 @@ from moa_lightning.rows import load_rows, place
 
 WINS = "wins/"
 """Prefix of the columns with each candidate's mean win probability, such as ``wins/harmless``."""
+SCORES = "scores/"
+"""Prefix of the columns with a number for each candidate, such as ``scores/length``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Preferences(PromptData):
     """Rows with a prompt, two or more responses and, for each named objective, who wins.
 
     Each row becomes ``prompt``, ``responses`` and one column ``wins/<objective>`` with each response's mean probability
-    to win against the others, NaN where nobody was asked.
+    to win against the others, NaN where nobody was asked; and ``scores/<name>`` where the format has numbers.
 
     Args:
         path: JSONL, JSON, CSV or Parquet file (``.gz`` too), or hub id.
@@ -166,7 +168,8 @@ def to_row(comparison: Comparison) -> Row:
         WINS + name: unknown if matrix is None else mean_wins(torch.tensor(matrix)).tolist()
         for name, matrix in checked.wins.items()
     }
-    return {"prompt": checked.prompt, "responses": checked.responses, **wins}
+    scores = {SCORES + name: values for name, values in checked.scores.items()}
+    return {"prompt": checked.prompt, "responses": checked.responses, **wins, **scores}
 
 
 def _checked(comparison: Comparison) -> Comparison:
@@ -197,7 +200,7 @@ def _has_label(row: Row) -> bool:
 
 def _same_columns(rows: list[Row]) -> None:
     """Give every row every objective's column: what one row lacks is unknown there."""
-    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith(WINS)))
+    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith((WINS, SCORES))))
     for row in rows:
         for name in names:
             row.setdefault(name, [float("nan")] * len(row["responses"]))

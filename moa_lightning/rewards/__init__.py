@@ -4,7 +4,7 @@ from moa_lightning.rewards.base import Objective, Reward
 from moa_lightning.rewards.classifier import ClassifierOutput, Logit, Probability, TextClassifier
 from moa_lightning.rewards.function import FunctionReward
 from moa_lightning.rewards.implicit import ImplicitReward
-from moa_lightning.rewards.labels import FromLabels
+from moa_lightning.rewards.labels import FromLabels, FromScores
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.rewards.scored_text import Chat, CompletionOnly, PromptAndCompletion, ScoredText, TextPair
 from moa_lightning.rewards.text import Characters, Length, LengthUnit, Tokens, Words
@@ -15,6 +15,7 @@ __all__ = [
     "ClassifierOutput",
     "CompletionOnly",
     "FromLabels",
+    "FromScores",
     "FunctionReward",
     "ImplicitReward",
     "Length",

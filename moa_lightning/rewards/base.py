@@ -19,6 +19,7 @@ class Reward(ABC):
     """
 
     gives_wins: ClassVar[bool] = False  # the score is a mean win probability among the responses to a prompt already
+    of_data_alone: ClassVar[bool] = False  # knows the responses of the data, not new ones
 
     @property
     def title(self) -> str:

@@ -1,40 +1,65 @@
-"""Objectives that people, not models, have judged."""
+"""Objectives that the data bring along: labels of people, or numbers."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moa_lightning.rewards.base import Reward
 
-_WINS = "wins/"
+
+@dataclass
+class _OfCandidates(Reward):
+    """Reads the data's own column for each candidate.
+
+    Args:
+        label: name in the data.
+    """
+
+    label: str
+
+    prefix: ClassVar[str]
+    what: ClassVar[str]
+    of_data_alone: ClassVar[bool] = True
+
+    def check(self, columns: set[str]) -> None:
+        """Refuse data without it."""
+        known = sorted(name.removeprefix(self.prefix) for name in columns if name.startswith(self.prefix))
+        if self.label not in known:
+            raise ValueError(
+                f"the data have no {self.what} '{self.label}'"
+                + (f"; they have {', '.join(known)}" if known else f"; {self.title} goes with data class Preferences")
+            )
+
+    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        """What the data say of the candidates."""
+        values = columns[self.prefix + self.label]
+        if any(isinstance(value, list) for value in values):
+            raise ValueError(
+                f"{self.title} knows the responses of the data alone, not new ones; use source PreferenceRows, or a "
+                "reward that can score any response"
+            )
+        return [None if value != value else float(value) for value in values]
 
 
 @dataclass
-class FromLabels(Reward):
+class FromLabels(_OfCandidates):
     """The data's own preference labels: each candidate's mean win probability. For preference data.
 
     Args:
         label: name of the objective in the data.
     """
 
-    label: str
-
+    prefix: ClassVar[str] = "wins/"
+    what: ClassVar[str] = "label"
     gives_wins: ClassVar[bool] = True
 
-    def check(self, columns: set[str]) -> None:
-        """Refuse data without that label."""
-        known = sorted(name.removeprefix(_WINS) for name in columns if name.startswith(_WINS))
-        if self.label not in known:
-            raise ValueError(
-                f"the data have no label '{self.label}'"
-                + (f"; they have {', '.join(known)}" if known else "; FromLabels goes with data class Preferences")
-            )
 
-    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """The labels of the candidates."""
-        labels = columns[_WINS + self.label]
-        if any(isinstance(label, list) for label in labels):
-            raise ValueError(
-                "FromLabels knows the responses of the data alone, not new ones; use source PreferenceRows, or a "
-                "reward that can score any response"
-            )
-        return [None if label != label else float(label) for label in labels]
+@dataclass
+class FromScores(_OfCandidates):
+    """Numbers that the data hold for each candidate, such as ratings: a margin for MODPO, or an objective.
+
+    Args:
+        label: name of the scores in the data.
+    """
+
+    prefix: ClassVar[str] = "scores/"
+    what: ClassVar[str] = "scores"

@@ -18,7 +18,7 @@ from moa_lightning.sources.base import Actors, Source
 from moa_lightning.sources.rollout import evaluating
 from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
 
-_WINS = "wins/"
+_OF_CANDIDATES = ("wins/", "scores/")  # columns with an entry for each of a row's candidates
 
 
 @dataclass
@@ -175,7 +175,7 @@ class PreferenceRows(Source):
         # What a row holds for each candidate is spread out over them; the rest is repeated.
         spread = {
             name: [value for values in column for value in values]
-            if name.startswith(_WINS)
+            if name.startswith(_OF_CANDIDATES)
             else [column[i] for i in group_B.tolist()]
             for name, column in batch.columns.items()
             if name != "responses"
