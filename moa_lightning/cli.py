@@ -19,6 +19,7 @@ COMMANDS = {
     "sft": "build or fine-tune a policy on text (the supervised stage)",
     "reward": "train a reward model on chosen/rejected pairs",
     "label": "fill in preference labels that are missing, from rewards",
+    "compare": "put the objectives and thresholds of several runs side by side",
     "export": "write a run's policy as a plain Hugging Face folder",
     "demo": "the embedded task: warm start, PAMA, before/after table",
 }

@@ -32,6 +32,10 @@ def run(command: str, args: list[str]) -> None:
         from moa_lightning.commands.label import LabelParser, label
 
         _call(label, args, LabelParser)
+    elif command == "compare":
+        from moa_lightning.commands.compare import compare
+
+        _call(compare, args)
     else:
         from moa_lightning.commands.export import export
 

@@ -22,6 +22,7 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
+from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.module import AlignmentModule
 
@@ -160,9 +161,11 @@ class AlignmentCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
 
     def after_fit(self) -> None:
-        """Evaluate the policy that the run ends with, unless the last evaluation was of it already."""
+        """Evaluate the policy that the run ends with, unless the last evaluation was of it already; tell of the run."""
         if self.trainer.global_step and self.model.evaluated_at != self.trainer.global_step:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
+            tell(Path(self.trainer.default_root_dir))
 
 
 class RunConfig(SaveConfigCallback):

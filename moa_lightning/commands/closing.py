@@ -1,0 +1,69 @@
+"""What a finished run tells: each objective before and after, and where its files are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+FILES = {
+    "front.png": "the Pareto front of the run, as a picture",
+    "front.csv": "the same as numbers",
+    "samples.jsonl": "prompts, responses and their scores at each evaluation",
+    "metrics.csv": "every metric at every step",
+    "policy": "the aligned policy, in Hugging Face format",
+    "config.yaml": "the record of the run: moa fit --config it to run it again",
+}
+
+
+def tell(root: Path) -> None:
+    """Print what a run in this folder reached; nothing where no evaluation was made."""
+    if not (root / "summary.json").is_file():
+        return
+    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    console = Console()
+    console.print()
+    console.print(before_and_after(summary))
+    if summary["hypervolume"] is not None:
+        volume = summary["hypervolume"]
+        reference = ", ".join(f"{name} {value:g}" for name, value in volume["reference"].items())
+        console.print(f"hypervolume {volume['start']:.3f} -> {volume['end']:.3f} (reference point {reference})")
+    speed = summary["tokens_per_second"]
+    console.print(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s"
+        + (f", {speed:.0f} tokens/s" if speed is not None else "")
+        + "\n"
+    )
+    for name, what in FILES.items():
+        if (root / name).exists():
+            console.print(f"  {root / name}  [dim]{what}[/dim]", soft_wrap=True)
+
+
+def before_and_after(summary: dict[str, Any]) -> Table:
+    """Each objective's mean before and after, with the difference in standard errors, and thresholds if there are."""
+    thresholds = summary.get("thresholds", {})
+    table = Table(box=box.SIMPLE_HEAD, title=f"{summary['combiner']}: mean reward on held-out prompts")
+    for heading in (
+        "objective",
+        "before",
+        "after",
+        "change",
+        "standard errors",
+        *(["threshold"] if thresholds else []),
+    ):
+        table.add_column(heading, justify="left" if heading == "objective" else "right")
+    for name, numbers in summary["objectives"].items():
+        change = numbers["end"] - numbers["start"]
+        errors = [numbers.get(key) or 0.0 for key in ("std_error", "start_std_error")]
+        error = sum(e**2 for e in errors) ** 0.5
+        cells = [
+            name,
+            f"{numbers['start']:.3f}",
+            f"{numbers['end']:.3f}",
+            f"{change:+.3f}",
+            f"{change / error:+.1f}" if error > 0 else "-",
+        ]
+        table.add_row(*cells, *([f"{thresholds[name]:.3g}" if name in thresholds else ""] if thresholds else []))
+    return table
