@@ -4,6 +4,7 @@ from moa_lightning.rewards.base import Objective, Reward
 from moa_lightning.rewards.classifier import ClassifierOutput, Logit, Probability, TextClassifier
 from moa_lightning.rewards.function import FunctionReward
 from moa_lightning.rewards.implicit import ImplicitReward
+from moa_lightning.rewards.judge import PairwisePreference
 from moa_lightning.rewards.labels import FromLabels, FromScores
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.rewards.scored_text import Chat, CompletionOnly, PromptAndCompletion, ScoredText, TextPair
@@ -22,6 +23,7 @@ __all__ = [
     "LengthUnit",
     "Logit",
     "Objective",
+    "PairwisePreference",
     "Probability",
     "PromptAndCompletion",
     "Reward",

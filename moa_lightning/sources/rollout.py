@@ -16,6 +16,7 @@ from moa_lightning.distributed import all_sum, rank
 from moa_lightning.functional.preference import bradley_terry_wins
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
+from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.signals import Signal
 from moa_lightning.sources.advantages import GAE, AdvantageEstimator
 from moa_lightning.sources.base import Actors, Source
@@ -140,7 +141,7 @@ class Rollout(Source):
         advantages_BTN, returns_BTN = self.advantages.estimate(
             token_rewards_BTN, output.values_BTN, mask_BT, valid_BN, self.num_generations
         )
-        wins_BN, log_prior_B, of_prior = self._compared(responses, rewards, -kl_BT.sum(1), group_B)
+        wins_BN, log_prior_B, of_prior = self._compared(responses, rewards, -kl_BT.sum(1), group_B, actors.panel)
         sums = all_sum(
             torch.stack([kl_BT.sum(), mask_BT.sum(), responses.lengths_B.sum(), torch.tensor(len(kl_BT)).to(kl_BT)])
         ).tolist()
@@ -181,13 +182,15 @@ class Rollout(Source):
         return Evaluation(responses, _to_device(rewards, kl_B.device), kl_B)
 
     def _compared(
-        self, responses: Responses, rewards: RewardTable, log_ratio_B: Tensor, group_B: Tensor
+        self, responses: Responses, rewards: RewardTable, log_ratio_B: Tensor, group_B: Tensor, panel: RewardPanel
     ) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
         """Win probabilities among a prompt's responses, and their log-weights under the reference."""
         if self.num_generations == 1:
             return None, None, {}
         scores_PKN = self._penalised(responses, rewards.trained_BN).unflatten(0, (-1, self.num_generations))
         wins_BN = bradley_terry_wins(scores_PKN, self.win_scale).flatten(0, 1)
+        compared = [panel.objectives[name].reward.gives_wins for name in rewards.trained_names]
+        wins_BN = torch.where(torch.tensor(compared, device=wins_BN.device), rewards.trained_BN, wins_BN)
         return wins_BN, *self.log_prior(log_ratio_B, group_B, self.max_log_ratio)
 
     def _penalised(self, responses: Responses, value_BN: Tensor) -> Tensor:

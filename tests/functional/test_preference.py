@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from moa_lightning.functional import bradley_terry_wins, group_sizes, group_softmax, mean_wins
+from moa_lightning.functional import (
+    bradley_terry_wins,
+    fill_from_group,
+    group_count,
+    group_max,
+    group_sizes,
+    group_softmax,
+    group_sum,
+    mean_wins,
+    truncated_log_ratio,
+)
 
 NAN = math.nan
 
@@ -109,3 +119,55 @@ def test_group_softmax_has_the_gradient_of_softmax():
 
 def test_group_sizes():
     assert group_sizes(torch.tensor([2, 0, 2, 3, 2, 0])).tolist() == [3, 2, 3, 1, 3, 2]
+
+
+def interleaved(seed=0, rows=11, groups=4):
+    generator = torch.Generator().manual_seed(seed)
+    group_B = torch.randint(0, groups, (rows,), generator=generator)
+    return generator, torch.cat([group_B, torch.arange(groups)])  # every group has a row
+
+
+def test_group_reductions_against_loops():
+    generator, group_B = interleaved()
+    values_BN = torch.randn(len(group_B), 3, generator=generator)
+    for group in range(4):
+        rows = [i for i, g in enumerate(group_B.tolist()) if g == group]
+        torch.testing.assert_close(group_sum(values_BN, group_B)[group], values_BN[rows].sum(0))
+        torch.testing.assert_close(group_max(values_BN, group_B)[group], values_BN[rows].amax(0))
+        torch.testing.assert_close(group_max(values_BN[:, 0], group_B)[group], values_BN[rows, 0].max())
+    assert group_count(group_B) == 4
+    assert group_count(group_B[:0]) == 0
+
+
+def test_a_group_without_any_mass_has_probability_zero():
+    logits_B = torch.tensor([1.0, -torch.inf, -torch.inf, 2.0, -torch.inf])
+    found_B = group_softmax(logits_B, torch.tensor([0, 0, 1, 2, 2]))
+    assert found_B.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_what_is_unknown_becomes_the_mean_of_its_group():
+    nan = torch.nan
+    values_BN = torch.tensor([[0.2, nan], [nan, nan], [0.8, 0.5], [nan, 0.1], [0.6, 0.3]])
+    found_BN = fill_from_group(values_BN, torch.tensor([0, 0, 0, 1, 1]))
+    expected_BN = torch.tensor([[0.2, 0.5], [0.5, 0.5], [0.8, 0.5], [0.6, 0.1], [0.6, 0.3]])
+    torch.testing.assert_close(found_BN, expected_BN)
+    assert fill_from_group(torch.full((2, 1), nan), torch.zeros(2).long()).tolist() == [[0.0], [0.0]]
+
+
+def test_only_differences_within_a_prompt_are_truncated():
+    log_ratio_B = torch.tensor([8.0, 12.0, -9.0, -6.0])
+    group_B = torch.tensor([0, 0, 1, 1])
+    weights_B, ess_B, cut_B = truncated_log_ratio(log_ratio_B, group_B, 5.0)
+    torch.testing.assert_close(group_softmax(weights_B, group_B), group_softmax(log_ratio_B, group_B))
+    assert not cut_B.any()
+    shares = torch.tensor([8.0, 12.0]).softmax(0)
+    assert float(ess_B[0]) == pytest.approx(float(1 / shares.square().sum() / 2))
+    weights_B, ess_B, cut_B = truncated_log_ratio(log_ratio_B, group_B, 1.8)
+    assert weights_B.tolist() == pytest.approx([-1.8, 1.8, -1.5, 1.5])
+    assert cut_B.tolist() == [True, True, False, False]
+    assert ((ess_B > 0.5) & (ess_B <= 1)).all()
+
+
+def test_equal_ratios_have_the_whole_effective_sample_size():
+    _, ess_B, _ = truncated_log_ratio(torch.full((5,), 700.0), torch.tensor([0, 1, 0, 1, 0]), 5.0)
+    torch.testing.assert_close(ess_B, torch.ones(5))

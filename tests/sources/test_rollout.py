@@ -1,13 +1,16 @@
 """What a rollout puts where, checked on a policy whose responses are known."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from moa_lightning.combiners import Combined
+from moa_lightning.functional import bradley_terry_wins
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.models import Encoder, FrozenCopy, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
-from moa_lightning.rewards import FunctionReward, Objective, RewardPanel
+from moa_lightning.rewards import FunctionReward, Objective, PairwisePreference, RewardPanel
 from moa_lightning.sources import GAE, Actors, GroupRelative, Rollout
 from moa_lightning.sources.advantages import standardize
 from tests import tiny
@@ -177,3 +180,20 @@ def test_a_truncated_response_is_penalised_in_its_wins_too(actors):
     finished_B = mixed_B & ~truncated_B
     rivals_B = truncated_B.view(-1, 4).sum(1).repeat_interleave(4)
     assert (penalised.wins_BN[finished_B].min(1).values >= rivals_B[finished_B] / 3 - 1e-6).all()
+
+
+def test_a_preference_models_probabilities_are_the_wins(actors):
+    def longer(prompts, completions):
+        return [0.5 + 0.25 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in completions]
+
+    panel = RewardPanel({"judged": Objective(PairwisePreference(longer)), "up": Objective(FunctionReward(words))})
+    those = dataclasses.replace(actors, panel=panel)
+    experience = Rollout(max_new_tokens=8, num_generations=3).collect(actors.encoder.encode(ROWS[:2]), those, seed=1)
+    for prompt in range(2):
+        texts = experience.responses.completions[3 * prompt : 3 * prompt + 3]
+        for i in range(3):
+            beaten = [0.5 + 0.25 * ((len(texts[i]) > len(o)) - (len(texts[i]) < len(o))) for o in texts]
+            expected = (sum(beaten) - 0.5) / 2
+            assert float(experience.wins_BN[3 * prompt + i, 0]) == pytest.approx(expected)
+    scores_PKN = experience.rewards.trained_BN[:, 1:].view(2, 3, 1)
+    torch.testing.assert_close(experience.wins_BN[:, 1], bradley_terry_wins(scores_PKN).flatten())

@@ -1,0 +1,101 @@
+"""Preference models: what wins when two responses to a prompt are put side by side."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from moa_lightning.rewards.base import Reward
+from moa_lightning.rewards.function import FunctionReward
+
+
+@dataclass
+class PairwisePreference(Reward):
+    """A function that compares two responses to a prompt; the score is the mean probability to win.
+
+    ``f(prompts, completions, **columns) -> list[float | None]`` gets pairs ``[first, second]`` as completions and
+    returns the probability that the first one wins. It may ask a model, or people. Each response is compared with
+    every other one to the same prompt, in one order, or with the text of a column.
+
+    A response without anything to compare it with has no score: without ``baseline``, evaluations of one response a
+    prompt show none for this objective.
+
+    Args:
+        function: dotted path, such as ``judges.prefer`` for ``def prefer`` in ``judges.py``; in Python, the function
+            itself.
+        baseline: name of a column with a response to each prompt that the others are compared with; ``None`` compares
+            them among themselves.
+    """
+
+    function: str | Callable[..., Any]
+    baseline: str | None = None
+    _judge: FunctionReward = field(init=False, repr=False, compare=False)
+
+    gives_wins: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Take the function."""
+        self._judge = FunctionReward(self.function)
+
+    @property
+    def title(self) -> str:
+        """The function's."""
+        return self._judge.title
+
+    def check(self, columns: set[str]) -> None:
+        """Import the function, and compare its parameters and the baseline with the columns."""
+        self._judge.check(columns)
+        if self.baseline is not None and self.baseline not in columns:
+            raise ValueError(
+                f"baseline: the data have no column '{self.baseline}'; they have "
+                f"{', '.join(sorted(columns)) or 'none beside the prompt'}"
+            )
+
+    def setup(self, device: torch.device) -> None:
+        """Import the function, for those who did not check."""
+        self._judge.setup(device)
+
+    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        """Mean probability of each completion to win."""
+        pairs = self._pairs(prompts, completions, columns)
+        if not pairs:
+            return [None] * len(completions)
+        answers: Any = self._judge.score(
+            [prompts[i] for i, _, _ in pairs],
+            [[completions[i], other] for i, _, other in pairs],  # type: ignore[misc]  # pairs, not texts
+            **{name: [values[i] for i, _, _ in pairs] for name, values in columns.items()},
+        )
+        if len(answers) != len(pairs):
+            raise ValueError(
+                f"{self.title} returned {len(answers)} probabilities for {len(pairs)} pairs; return one each"
+            )
+        wins: list[list[float]] = [[] for _ in completions]
+        for (i, j, _), answer in zip(pairs, answers, strict=True):
+            if answer is None or math.isnan(answer):
+                continue
+            if not 0 <= answer <= 1:
+                raise ValueError(
+                    f"{self.title} returned {answer!r}; return the probability that the first of a pair wins, in [0, 1]"
+                )
+            wins[i].append(float(answer))
+            if j is not None:
+                wins[j].append(1 - float(answer))
+        return [sum(found) / len(found) if found else None for found in wins]
+
+    def _pairs(
+        self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]
+    ) -> list[tuple[int, int | None, str]]:
+        """Which completion is compared with which: their indices, None for the baseline, and the other's text."""
+        if self.baseline is not None:
+            return [(i, None, str(other)) for i, other in enumerate(columns[self.baseline])]
+        # The responses to a prompt stand together. A prompt that comes twice in a row is one prompt here: its
+        # responses are as comparable.
+        pairs: list[tuple[int, int | None, str]] = []
+        start = 0
+        for i, prompt in enumerate(prompts):
+            if prompt != prompts[start]:
+                start = i
+            pairs += [(j, i, completions[i]) for j in range(start, i)]
+        return pairs
