@@ -44,7 +44,7 @@ class Lagrangian(DualUpdate):
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if self.lr <= 0 or self.cap <= 0:
+        if not self.lr > 0 or not self.cap > 0:
             raise ValueError(f"Lagrangian needs lr > 0 and cap > 0, got {self.lr} and {self.cap}")
 
     @property
@@ -77,7 +77,7 @@ class LogBarrier(DualUpdate):
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if self.sigma <= 0 or self.margin <= 0 or not 0 < self.rate <= 1:
+        if not self.sigma > 0 or not self.margin > 0 or not 0 < self.rate <= 1:
             raise ValueError(
                 f"LogBarrier needs sigma > 0, margin > 0 and rate in (0, 1], got {self.sigma}, {self.margin} and "
                 f"{self.rate}"

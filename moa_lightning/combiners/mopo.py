@@ -3,6 +3,7 @@
 Legend: B sequences, N objectives; the primary one among them has multiplier 1.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -68,7 +69,7 @@ class MOPO(Combiner):
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if self.tau <= 0 or self.radius < 0 or not 0 < self.beta <= 1:
+        if not self.tau > 0 or not 0 <= self.radius < math.inf or not 0 < self.beta <= 1:
             raise ValueError(
                 f"MOPO needs tau > 0, radius >= 0 and beta in (0, 1], got {self.tau}, {self.radius} and {self.beta}"
             )

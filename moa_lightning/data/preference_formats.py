@@ -139,6 +139,8 @@ class ChosenRejected(PreferenceFormat):
             first, second = chosen, rejected
             if prompt is None:
                 prompt, first, second = _split_pair(chosen, rejected)
+            elif isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt):
+                first, second = chosen.removeprefix(prompt), rejected.removeprefix(prompt)  # some data repeat it
         else:
             raise BadRowError("'chosen' and 'rejected' must both be text or both be messages")
         wins: dict[str, Wins | None] = {self.objective: from_winner(0, 2, self.objective)}
@@ -247,7 +249,9 @@ def clean_messages(messages: list[Any], name: str) -> list[dict[str, Any]]:
     Raises:
         BadRowError: the list is empty, or holds something else.
     """
-    if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+    if not messages or not all(
+        isinstance(m, Mapping) and all(isinstance(m.get(key), str) for key in ("role", "content")) for m in messages
+    ):
         raise BadRowError(f"'{name}' must be text or a list of messages with 'role' and 'content'")
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

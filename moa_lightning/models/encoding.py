@@ -73,8 +73,14 @@ class Encoder:
             return "the prompt has no tokens; remove the row"
         room = self.max_new_tokens
         if self.with_candidates:
-            lengths = [len(self.response_tokens(response)) for response in row["responses"]]
+            encoded = [self.response_tokens(response) for response in row["responses"]]
+            lengths = [len(ids) for ids in encoded]
             for i, tokens in enumerate(lengths):
+                if encoded[i] in encoded[:i]:
+                    return (
+                        f"responses {encoded.index(encoded[i])} and {i} have the same tokens, so the policy cannot "
+                        "tell them apart; remove the row"
+                    )
                 if tokens <= 1:
                     return f"response {i} has no tokens; remove the row"
                 if tokens > self.max_new_tokens:

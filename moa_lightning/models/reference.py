@@ -206,7 +206,9 @@ def _weights(policy: Policy, weights: list[Tensor]) -> Iterator[None]:
     try:
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data = weight.to(parameter.device)
+        torch.clear_autocast_cache()  # it knows a parameter by its object, not by its data
         yield
     finally:
         for parameter, own in zip(parameters, present, strict=True):
             parameter.data = own
+        torch.clear_autocast_cache()

@@ -153,7 +153,7 @@ class PreferenceRows(Source):
         weighted_BN = (weight_B.unsqueeze(1) * wins_BN).where(present_BN, 0.0)
         mass_BN = weight_B.unsqueeze(1).expand_as(wins_BN).where(present_BN, 0.0)
         nothing_PN = wins_BN.new_zeros(count, wins_BN.shape[1])
-        wins_PN = (nothing_PN.index_add(0, group_B, weighted_BN) / nothing_PN.index_add(0, group_B, mass_BN)).cpu()
+        wins_PN = nothing_PN.index_add(0, group_B, weighted_BN) / nothing_PN.index_add(0, group_B, mass_BN)
         kl_P = ratio_B.new_zeros(count).index_add(0, group_B, weight_B * ratio_B)
         rows = [(group_B == p).nonzero().flatten() for p in range(count)]
         best = [int(candidates[weight_B[candidates].argmax()]) for candidates in rows]

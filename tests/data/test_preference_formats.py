@@ -347,3 +347,16 @@ def test_a_missing_label_may_be_nan_as_tables_write_it():
     assert wins(to_row(Candidates().read(labelled({"winner": NAN}))), "h") == [NAN, NAN]
     assert wins(to_row(SafeRLHF().read({**SAFE, "better_response_id": NAN})), "helpful") == [NAN, NAN]
     assert wins(to_row(Candidates().read(labelled({"wins": [[NAN, 1.0], [0.0, NAN]]}))), "h") == [1, 0]
+
+
+def test_a_prompt_that_chosen_and_rejected_repeat_is_taken_once() -> None:
+    row = {"prompt": "Why? ", "chosen": "Why? Because.", "rejected": "Why? No."}
+    read = ChosenRejected().read(row)
+    assert (read.prompt, read.responses) == ("Why? ", ["Because.", "No."])
+    kept = ChosenRejected().read({**row, "rejected": "No."})  # only one of them: then it is part of the response
+    assert kept.responses == ["Why? Because.", "No."]
+
+
+def test_messages_need_a_role() -> None:
+    with pytest.raises(BadRowError, match="messages with 'role' and 'content'"):
+        to_row(Candidates().read({"prompt": [{"content": "hi"}], "responses": ["a", "b"]}))

@@ -104,6 +104,11 @@ EIGHT = (
     ("changes", "settings", "reason"),
     [
         ({"responses": ["good", "<eos>"]}, {}, "response 1 has no tokens; remove the row"),
+        (
+            {"responses": ["bad", "good", "good "]},
+            {},
+            "responses 1 and 2 have the same tokens, so the policy cannot tell them apart; remove the row",
+        ),
         ({"responses": ["\u200b\u200b", "good"]}, {}, "response 0 has no tokens; remove the row"),
         (
             {"responses": ["good", CUT]},
