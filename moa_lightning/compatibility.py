@@ -8,6 +8,9 @@ from moa_lightning.rewards import RewardPanel
 from moa_lightning.signals import SIGNALS_OF_LOSSES, Signal
 from moa_lightning.sources import Source
 
+# Scores are compared too: their baseline is the mean over a prompt's responses.
+_COMPARING = frozenset({Signal.WINS, Signal.GROUPS, Signal.SCORES})
+
 
 def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPenalty, panel: RewardPanel) -> None:
     """Refuse pieces that cannot work together, and warn of one that would have no effect.
@@ -27,11 +30,11 @@ def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPen
                 f"objective '{name}': {_name(objective.reward)} knows the responses of the data alone, not new ones; "
                 "use source PreferenceRows, or a reward that can score any response"
             )
-    heard = source.charges_kl and Signal.ADVANTAGES in combiner.needs
+    heard = source.charges_kl and combiner.charged_kl
     # The default is no choice of the user, so there is nothing to tell.
     if not heard and kl != RewardKL() and kl.reward_coefficient(kl.init()) > 0:
         rank_zero_warn(
-            f"kl {_name(kl)} has no effect: it charges the rewards that advantages are made of, and {_name(combiner)} "
+            f"kl {_name(kl)} has no effect: it charges the rewards of rollouts, and {_name(combiner)} "
             f"on {_name(source)} reads none of them; use LossKL, or leave it out"
         )
 
@@ -42,8 +45,8 @@ def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batc
     Raises:
         ValueError: one line with both numbers.
     """
-    if Signal.WINS in combiner.needs | loss.needs and batch_size % source.minibatches:
-        comparing = combiner if Signal.WINS in combiner.needs else loss
+    if _COMPARING & (combiner.needs | loss.needs) and batch_size % source.minibatches:
+        comparing = combiner if _COMPARING & combiner.needs else loss
         raise ValueError(
             f"{_name(comparing)} compares the responses to a prompt, so they must stay in one minibatch: "
             f"source.num_mini_batches {source.minibatches} must divide data.batch_size {batch_size}"

@@ -17,6 +17,7 @@ class Signal(StrEnum):
     SCORES = "scores"  # one number per sequence and objective
     RATIO = "ratio"  # policy over behaviour policy, per token
     WINS = "wins"  # mean probability to win against the other responses to the prompt, per sequence and objective
+    GROUPS = "groups"  # several responses to each prompt; no tensor of its own: group_B is always given
     PAIRS = "pairs"  # a loss that compares the responses to a prompt in pairs; no tensor of its own
     GRAMIAN = "gramian"  # inner products of the objectives' gradients
 
@@ -32,10 +33,11 @@ class Signals:
     mask_BT: Tensor  # bool, tokens that count
     valid_BN: Tensor  # bool, objectives that could score the row
     advantages_BTN: Tensor | None = None  # float32
-    scores_BN: Tensor | None = None  # float32, in the objectives' units after their transform; 0 where invalid
+    scores_BN: Tensor | None = None  # float32, in the objectives' units after transform and penalties; 0 where invalid
     ratio_BT: Tensor | None = None  # float32, detached
     wins_BN: Tensor | None = None  # float32, in [0, 1]; NaN where unknown
-    group_B: Tensor | None = None  # int64, which prompt a row belongs to; given with the wins
+    group_B: Tensor | None = None  # int64, which prompt a row belongs to; None: each to one of its own
+    charge_B: Tensor | None = None  # float32, what a KL penalty in the reward takes off a response; None is nothing
     log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
     clip_range: float = float("inf")  # the epsilon of the clipped surrogate that follows
     gramian: Callable[[Tensor], Tensor] | None = (

@@ -100,12 +100,22 @@ class Experience:
     group_B: Tensor | None = None  # int64, which prompt of the batch a row belongs to
     wins_BN: Tensor | None = None  # mean probability to win against the other responses to the prompt; NaN: unknown
     log_prior_B: Tensor | None = None  # log-weight of a row among those of its prompt; None is equal weights
+    penalty_B: Tensor | None = None  # taken off each objective's score of a row (cut-off responses); None is nothing
+    charge_B: Tensor | None = None  # what the KL penalty takes off a row, summed over its tokens; None is nothing
     seconds: dict[str, float] = field(default_factory=dict)  # generation, scoring, forward
     metrics: dict[str, float] = field(default_factory=dict)  # scalars of the collection (kl, kl_coefficient, …)
 
     def __len__(self) -> int:
         """B, the number of rows."""
         return self.mask_BT.shape[0]
+
+    @property
+    def scores_BN(self) -> Tensor:
+        """Scores of the trained objectives as they count: less the row's penalty, 0 where invalid."""
+        scores_BN = self.rewards.trained_BN
+        if self.penalty_B is not None:
+            scores_BN = scores_BN - self.penalty_B.unsqueeze(1)
+        return scores_BN.where(self.valid_BN, 0.0)
 
     def select(self, rows: Tensor) -> "Experience":
         """The given rows, in the given order."""

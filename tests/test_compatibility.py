@@ -2,7 +2,7 @@
 
 import pytest
 
-from moa_lightning.combiners import MODPO, MOPO, PAMA, Linear
+from moa_lightning.combiners import GDPO, MODPO, MOPO, PAMA, Linear
 from moa_lightning.compatibility import check_minibatches, check_pieces
 from moa_lightning.losses import ClippedSurrogate, LossKL, PairwiseLogistic, RewardKL, WeightedLikelihood
 from moa_lightning.rewards import FromLabels, Length, Objective, RewardPanel
@@ -26,6 +26,8 @@ def check(combiner, source, loss, kl=None, objectives=None):
         (MOPO(), SEVERAL, WeightedLikelihood()),
         (MOPO(), PreferenceRows(), ClippedSurrogate()),
         (MODPO(), PreferenceRows(), PairwiseLogistic()),
+        (GDPO(), SEVERAL, ClippedSurrogate()),
+        (GDPO(), PreferenceRows(), PairwiseLogistic()),
     ],
 )
 def test_these_go_together(combiner, source, loss):
@@ -41,6 +43,7 @@ def test_these_go_together(combiner, source, loss):
             WeightedLikelihood(),
             "MOPO needs wins, which Rollout does not provide; .* combiner or source",
         ),
+        (GDPO(), Rollout(), ClippedSurrogate(), "GDPO needs groups, which Rollout .* combiner or source"),
         (MODPO(), SEVERAL, ClippedSurrogate(), "MODPO needs pairs, which ClippedSurrogate .* combiner or loss"),
         (PAMA(), Rollout(), PairwiseLogistic(), "PairwiseLogistic needs wins, which Rollout .* loss or source"),
         (Linear(), SEVERAL, WeightedLikelihood(), "WeightedLikelihood needs weights .* the score of Linear is an adv"),
@@ -65,6 +68,7 @@ def test_a_kl_penalty_that_nobody_reads_is_named(combiner, source, recwarn):
     for silent in (RewardKL(), LossKL(0.1), RewardKL(0.0, target=None)):
         check(combiner, source, ClippedSurrogate(), silent)
     check(PAMA(), Rollout(), ClippedSurrogate(), RewardKL(0.1))
+    check(GDPO(), SEVERAL, ClippedSurrogate(), RewardKL(0.1))  # it takes the charge off its score
     assert not recwarn.list
     with pytest.warns(UserWarning, match="kl RewardKL has no effect: .* use LossKL, or leave it out"):
         check(combiner, source, ClippedSurrogate(), RewardKL(0.1))
@@ -76,6 +80,7 @@ def test_responses_to_a_prompt_stay_in_one_minibatch():
     check_minibatches(MOPO(), WeightedLikelihood(), source, 8)
     for combiner, loss, name in (
         (MOPO(), WeightedLikelihood(), "MOPO"),
+        (GDPO(), ClippedSurrogate(), "GDPO"),
         (PAMA(), PairwiseLogistic(), "PairwiseLogistic"),
     ):
         with pytest.raises(ValueError, match=f"{name} compares .*num_mini_batches 4 must divide data.batch_size 3"):

@@ -43,6 +43,7 @@ FITTING = {
     "MGDAUB": "ClippedSurrogate",
     "MOPO": "WeightedLikelihood",
     "MODPO": "PairwiseLogistic",
+    "GDPO": "ClippedSurrogate",
 }
 
 

@@ -2,6 +2,7 @@
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.duals import DualUpdate, Lagrangian, LogBarrier
+from moa_lightning.combiners.gdpo import GDPO
 from moa_lightning.combiners.linear import Linear
 from moa_lightning.combiners.mgda_ub import MGDAUB
 from moa_lightning.combiners.modpo import MODPO
@@ -9,6 +10,7 @@ from moa_lightning.combiners.mopo import MOPO
 from moa_lightning.combiners.pama import PAMA
 
 __all__ = [
+    "GDPO",
     "MGDAUB",
     "MODPO",
     "MOPO",

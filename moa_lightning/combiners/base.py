@@ -39,6 +39,11 @@ class Combiner(ABC):
         """Whether scores are never below 0, so that a loss may take them as importance weights."""
         return False
 
+    @property
+    def charged_kl(self) -> bool:
+        """Whether a KL penalty in the reward reaches the score, through advantages that it is in or of itself."""
+        return Signal.ADVANTAGES in self.needs
+
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First state, for the trained objectives in order and the weights that the user gave them.
 

@@ -25,6 +25,13 @@ from moa_lightning.functional.preference import (
     mean_wins,
     truncated_log_ratio,
 )
+from moa_lightning.functional.scalarize import (
+    group_standardize,
+    smooth_tchebycheff,
+    soft_minimum,
+    tchebycheff,
+    weighted_sum,
+)
 from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, squared_log_ratio, value_loss
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "group_relative",
     "group_sizes",
     "group_softmax",
+    "group_standardize",
     "group_sum",
     "hypervolume",
     "ipo_loss",
@@ -54,9 +62,13 @@ __all__ = [
     "probability_ratio",
     "representation_gramian",
     "robust_value",
+    "smooth_tchebycheff",
+    "soft_minimum",
     "squared_log_ratio",
+    "tchebycheff",
     "token_logprobs",
     "truncated_log_ratio",
     "value_loss",
     "virtual_reference",
+    "weighted_sum",
 ]

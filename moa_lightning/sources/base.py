@@ -129,11 +129,12 @@ class Source(ABC):
             mask_BT=mask_BT,
             valid_BN=experience.valid_BN,
             advantages_BTN=experience.advantages_BTN,
-            scores_BN=experience.rewards.trained_BN.where(experience.valid_BN, 0.0),
+            scores_BN=experience.scores_BN,
             ratio_BT=ratio_BT,
             wins_BN=experience.wins_BN,
             group_B=experience.group_B,
             log_prior_B=experience.log_prior_B,
+            charge_B=experience.charge_B,
             clip_range=clip_range,
             gramian=gramian,
         )

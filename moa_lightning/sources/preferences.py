@@ -59,7 +59,7 @@ class PreferenceRows(Source):
     @property
     def provides(self) -> frozenset[Signal]:
         """Everything."""
-        return frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.WINS})
+        return frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.WINS, Signal.GROUPS})
 
     @property
     def reads_candidates(self) -> bool:

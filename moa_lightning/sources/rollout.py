@@ -82,9 +82,9 @@ class Rollout(Source):
 
     @property
     def provides(self) -> frozenset[Signal]:
-        """Win probabilities take several responses to a prompt."""
+        """Groups and win probabilities take several responses to a prompt."""
         always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN}
-        return frozenset(always | ({Signal.WINS} if self.num_generations > 1 else set()))
+        return frozenset(always | ({Signal.WINS, Signal.GROUPS} if self.num_generations > 1 else set()))
 
     @property
     def charges_kl(self) -> bool:
@@ -137,9 +137,8 @@ class Rollout(Source):
         mask_BT = responses.mask_BT & valid_BN.any(1, keepdim=True)
         if self.mask_truncated_completions:
             mask_BT = mask_BT & ~responses.truncated_B.unsqueeze(1)
-        token_rewards_BTN = self._token_rewards(
-            responses, rewards, kl_BT, actors.kl.reward_coefficient(actors.kl_state)
-        )
+        kl_coefficient = actors.kl.reward_coefficient(actors.kl_state)
+        token_rewards_BTN = self._token_rewards(responses, rewards, kl_BT, kl_coefficient)
         advantages_BTN, returns_BTN = self.advantages.estimate(
             token_rewards_BTN, output.values_BTN, mask_BT, valid_BN, self.num_generations
         )
@@ -161,6 +160,8 @@ class Rollout(Source):
             group_B=group_B,
             wins_BN=wins_BN,
             log_prior_B=log_prior_B,
+            penalty_B=self._penalty(responses),
+            charge_B=kl_coefficient * kl_BT.sum(1),
             seconds={
                 "generation": generated - started,
                 "scoring": scored - generated,
@@ -168,7 +169,7 @@ class Rollout(Source):
             },
             metrics={
                 "kl": sums[0] / sums[3],
-                "kl_coefficient": actors.kl.reward_coefficient(actors.kl_state),
+                "kl_coefficient": kl_coefficient,
                 "tokens": sums[2],
                 "sequences": sums[3],
                 **of_prior,
@@ -195,10 +196,12 @@ class Rollout(Source):
         wins_BN = torch.where(torch.tensor(compared, device=wins_BN.device), rewards.trained_BN, wins_BN)
         return wins_BN, *self.log_prior(log_ratio_B, group_B, self.max_log_ratio)
 
+    def _penalty(self, responses: Responses) -> Tensor | None:
+        return None if self.missing_eos_penalty is None else self.missing_eos_penalty * responses.truncated_B
+
     def _penalised(self, responses: Responses, value_BN: Tensor) -> Tensor:
-        if self.missing_eos_penalty is None:
-            return value_BN
-        return value_BN - self.missing_eos_penalty * responses.truncated_B.unsqueeze(1)
+        penalty_B = self._penalty(responses)
+        return value_BN if penalty_B is None else value_BN - penalty_B.unsqueeze(1)
 
     def _token_rewards(
         self, responses: Responses, rewards: RewardTable, kl_BT: Tensor, kl_coefficient: float

@@ -43,13 +43,13 @@ def signals(objectives=3, seed=0, scale=1.0, missing=False, only=None):
         Signal.SCORES: {"scores_BN": torch.randn(4, objectives, generator=generator) * scale},
         Signal.WINS: {
             "wins_BN": torch.rand(4, objectives, generator=generator).masked_fill(~valid_BN, torch.nan),
-            "group_B": torch.tensor([0, 0, 1, 1]),
         },
         Signal.RATIO: {"ratio_BT": 1 + 0.3 * torch.randn(4, 4, generator=generator)},
         Signal.GRAMIAN: {"gramian": lambda slopes_BTN: representation_gramian(slopes_BTN, norms_BT)},
     }
     chosen = {k: v for name, f in fields.items() if only is None or name in only for k, v in f.items()}
-    return Signals(mask_BT=mask_BT, valid_BN=valid_BN, clip_range=0.2, **chosen)
+    group_B = torch.tensor([0, 0, 1, 1])  # always given: signal GROUPS says that prompts have several responses
+    return Signals(mask_BT=mask_BT, valid_BN=valid_BN, group_B=group_B, clip_range=0.2, **chosen)
 
 
 def permuted(given, order):
@@ -97,7 +97,9 @@ def test_missing_scores_do_not_poison_the_rest(combiner):
     # Whatever stands where an objective is missing must not matter.
     changed = given.advantages_BTN.clone()
     changed[1, :, 0] = 1e6
-    other = combiner.combine(dataclasses.replace(given, advantages_BTN=changed), start(combiner))
+    scores_BN = given.scores_BN.clone()
+    scores_BN[1, 0] = -1e6
+    other = combiner.combine(dataclasses.replace(given, advantages_BTN=changed, scores_BN=scores_BN), start(combiner))
     assert torch.equal(other.score, combined.score)
     assert torch.equal(other.weights_N, combined.weights_N)
 

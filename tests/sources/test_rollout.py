@@ -182,6 +182,25 @@ def test_a_truncated_response_is_penalised_in_its_wins_too(actors):
     assert (penalised.wins_BN[finished_B].min(1).values >= rivals_B[finished_B] / 3 - 1e-6).all()
 
 
+def test_scores_of_whole_responses_know_the_penalty_and_the_kl_charge(actors):
+    source = Rollout(max_new_tokens=4, num_generations=2, missing_eos_penalty=0.25, advantages=GroupRelative())
+    experience = source.collect(actors.encoder.encode(ROWS), actors, seed=1)
+    truncated_B = experience.responses.truncated_B
+    assert truncated_B.any()
+    assert not truncated_B.all()
+    expected_BN = experience.rewards.trained_BN - 0.25 * truncated_B.unsqueeze(1)
+    torch.testing.assert_close(experience.scores_BN, expected_BN)
+    kl_BT = experience.behaviour_logprobs_BT - experience.reference_logprobs_BT
+    torch.testing.assert_close(experience.charge_B, 0.5 * kl_BT.sum(1))
+    # Together they are what each objective's advantages are made of.
+    total_BN = experience.scores_BN - experience.charge_B.unsqueeze(1)
+    plain_BN = GroupRelative().estimate(
+        total_BN.unsqueeze(1), None, torch.ones(len(total_BN), 1, dtype=torch.bool), experience.valid_BN, 2
+    )[0][:, 0]
+    torch.testing.assert_close(experience.advantages_BTN[:, 0], plain_BN, rtol=1e-4, atol=1e-5)
+    assert torch.equal(experience.select(torch.tensor([3])).scores_BN, experience.scores_BN[[3]])
+
+
 def test_a_preference_models_probabilities_are_the_wins(actors):
     def longer(prompts, completions):
         return [0.5 + 0.25 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in completions]

@@ -1,0 +1,44 @@
+"""GDPO: each objective is standardised among the responses to a prompt before they are added.
+
+Legend: B sequences, N objectives.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from moa_lightning.combiners.scores import ScoreCombiner, ScoredResponses
+from moa_lightning.functional.scalarize import group_standardize, weighted_sum
+from moa_lightning.signals import Signal
+from moa_lightning.types import State
+
+
+@dataclass(frozen=True)
+class GDPO(ScoreCombiner):
+    """Train on the weighted sum of the objectives, each standardised within its prompt, brought to the batch's scale.
+
+    If the sum were standardised, as in GRPO, winning one objective would be as good as winning two; and an objective
+    of large spread would drown the others. Standardised first, each counts in proportion to its weight.
+
+    The sum has mean 0 over the responses to each prompt, which is the baseline; the batch step divides it by its
+    standard deviation over the collected batch, over all processes. A KL charge (``RewardKL``) is in units of the sum,
+    so of standard deviations.
+
+    Source: Liu et al. 2026, "GDPO: Group reward-Decoupled Normalization Policy Optimization", arXiv 2601.05242.
+    Deviations: no constant is added to the standard deviations, and an objective that all responses to a prompt share
+    adds 0; one that could not score a response adds 0 there.
+
+    Args:
+        weights: weight of each objective by name, non-negative, not all 0; divided by their sum. ``None`` takes
+            the ``weight`` of each objective.
+    """
+
+    weights: dict[str, float] | None = None
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES, Signal.GROUPS})
+
+    def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """``sum_i w_i Z_i``."""
+        z_BN = group_standardize(responses.scores_BN, responses.valid_BN, responses.group_B)
+        return weighted_sum(z_BN, weights_N, responses.valid_BN)

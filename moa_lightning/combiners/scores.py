@@ -1,0 +1,131 @@
+"""What the combiners of whole responses' scores share: a baseline, and the scale of the batch.
+
+Legend: B sequences, N objectives.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.weights import named_weights
+from moa_lightning.distributed import all_sum
+from moa_lightning.functional.preference import fill_from_group, group_sum
+from moa_lightning.functional.scalarize import NO_SPREAD
+from moa_lightning.signals import Signal, Signals
+from moa_lightning.types import Experience, State
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """Responses with their scores."""
+
+    scores_BN: Tensor  # float64, in the objectives' units
+    valid_BN: Tensor  # bool, scores that count
+    group_B: Tensor  # which prompt a row belongs to
+    charge_B: Tensor | None  # what the KL penalty takes off the combined score
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then.
+
+        So a response that nobody scored is neither good nor bad at it; an objective that scored no response to
+        a prompt is left out of all of them.
+        """
+        filled_BN = fill_from_group(self.scores_BN.where(self.valid_BN, torch.nan), self.group_B)
+        known_GN = group_sum(self.valid_BN.double(), self.group_B) > 0
+        return filled_BN, known_GN[self.group_B] & self.valid_BN.any(1, keepdim=True)
+
+
+class ScoreCombiner(Combiner):
+    """One score for each whole response, turned into an advantage. There is no such thing as its score of a token.
+
+    A constant on all scores would add noise to the policy gradient and nothing else, so a baseline is taken off: the
+    mean over the responses to the same prompt, because prompts differ in how well they can be answered at all; for a
+    response that is the only one of its prompt, the mean over the batch. What is left is divided by its standard
+    deviation over the collected batch, one positive number over all processes and minibatches, which changes no
+    direction.
+    """
+
+    weights: dict[str, float] | None
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES})
+
+    @property
+    def charged_kl(self) -> bool:
+        """True: off the combined score."""
+        return True
+
+    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
+        """Weights by name; no baseline, and a scale of 1."""
+        weights_N = named_weights(self.weights, objectives, weights_N)
+        return {"weights": weights_N, "mean": weights_N.new_zeros(()), "spread": weights_N.new_ones(())}
+
+    def resume(self, saved: State, fresh: State) -> State:
+        """The configuration's weights, and what was learnt."""
+        return saved | {"weights": fresh["weights"]}
+
+    def observe(self, experience: Experience, state: State) -> State:
+        """Mean and spread of the collected batch, over all processes."""
+        responses = _responses(
+            experience.scores_BN, experience.valid_BN, experience.mask_BT, experience.group_B, experience.charge_B
+        )
+        state = self.learn(responses, state)
+        score_B, shares_BN = self._charged(responses, state)
+        counted_B = shares_BN.sum(1) > 0
+        total, squares, count = all_sum(
+            torch.stack([score_B.sum(), score_B.square().sum(), counted_B.double().sum()])
+        ).tolist()
+        if count == 0:
+            return state
+        mean = total / count
+        squared = float(all_sum(_centred(score_B, counted_B, responses.group_B, mean).square().sum()))
+        varies = squared > NO_SPREAD**2 * squares
+        spread = (squared / count) ** 0.5 if varies else torch.inf  # infinite: there is nothing to tell apart
+        like = state["mean"]
+        return state | {"mean": torch.full_like(like, mean), "spread": torch.full_like(like, spread)}
+
+    def learn(self, responses: ScoredResponses, state: State) -> State:
+        """State after a collected batch, for what a subclass remembers of it."""
+        return state
+
+    @abstractmethod
+    def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """``(score_B, shares_BN)``; the shares of a response add to 1, or are all 0 where it does not count."""
+
+    def combine(self, signals: Signals, state: State) -> Combined:
+        """The combined score less its baseline, in standard deviations of the batch."""
+        assert signals.scores_BN is not None
+        responses = _responses(signals.scores_BN, signals.valid_BN, signals.mask_BT, signals.group_B, signals.charge_B)
+        score_B, shares_BN = self._charged(responses, state)
+        centred_B = _centred(score_B, shares_BN.sum(1) > 0, responses.group_B, float(state["mean"]))
+        total_N = all_sum(shares_BN.sum(0)).float()
+        weights_N = total_N / total_N.sum() if total_N.any() else state["weights"].to(total_N.device)
+        return Combined((centred_B / float(state["spread"])).float(), weights_N)
+
+    def _charged(self, responses: ScoredResponses, state: State) -> tuple[Tensor, Tensor]:
+        weights_N = state["weights"].to(responses.scores_BN)
+        score_B, shares_BN = self.scalarize(responses, weights_N, state)
+        if responses.charge_B is not None:
+            score_B = score_B - responses.charge_B
+        return score_B.where(shares_BN.sum(1) > 0, 0.0), shares_BN
+
+
+def _responses(
+    scores_BN: Tensor, valid_BN: Tensor, mask_BT: Tensor, group_B: Tensor | None, charge_B: Tensor | None
+) -> ScoredResponses:
+    counted_BN = valid_BN & mask_BT.any(1, keepdim=True)
+    if group_B is None:
+        group_B = torch.arange(len(scores_BN), device=scores_BN.device)
+    charge_B = None if charge_B is None else charge_B.double()
+    return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, charge_B)
+
+
+def _centred(score_B: Tensor, counted_B: Tensor, group_B: Tensor, mean: float) -> Tensor:
+    """Scores less the mean of their prompt, or less ``mean`` where there is no other; 0 for those that do not count."""
+    count_G = group_sum(counted_B.double(), group_B)
+    mean_G = (group_sum(score_B.where(counted_B, 0.0), group_B) / count_G.clamp(min=1)).where(count_G > 1, mean)
+    return (score_B - mean_G[group_B]).where(counted_B, 0.0)

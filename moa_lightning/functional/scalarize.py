@@ -1,0 +1,146 @@
+"""From the N scores of a response to one: sums, minima and smooth minima.
+
+Legend: B responses, N objectives. ``present_BN`` says which objectives take part in a response's problem; ``None`` is
+all of them. Objectives of weight 0 never do. Each function of several objectives returns ``(score_B, shares_BN)``: the
+shares add to 1, and are all 0, like the score, where no objective takes part.
+"""
+
+import torch
+from torch import Tensor
+
+from moa_lightning.functional.preference import group_sum
+
+# Relative to the scores' size; of a spread below it, float32 scores hold little but rounding errors.
+NO_SPREAD = 1e-6
+
+
+def group_standardize(scores_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> Tensor:
+    """Each objective less its mean over the prompt's responses, divided by their sample standard deviation.
+
+    Args:
+        scores_BN: floating point, in any unit; ignored where ``valid_BN`` is False, NaN included.
+        valid_BN: bool.
+        group_B: int64, from 0: which prompt a response belongs to.
+
+    Returns:
+        Values without unit; 0 where invalid, alone, or where all responses to the prompt score the same.
+
+    Source: the first step of GDPO, Liu et al. 2026, arXiv 2601.05242. Deviation: no constant is added to the standard
+    deviation, so the unit of an objective does not matter.
+
+    Example: responses that win one objective and two, each against one that wins none. Of the plain sums, both
+    standardised are 0.7071.
+        >>> one, both = torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> valid, prompt = torch.ones(2, 2, dtype=torch.bool), torch.tensor([0, 0])
+        >>> [round(group_standardize(s, valid, prompt).sum(1)[1].item(), 4) for s in (one, both)]
+        [0.7071, 1.4142]
+    """
+    kept_BN = scores_BN.double().where(valid_BN, 0.0)
+    # In units of each column's largest score nothing overflows or underflows.
+    kept_BN = kept_BN / kept_BN.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
+    count_GN = group_sum(valid_BN.double(), group_B)
+    mean_GN = group_sum(kept_BN, group_B) / count_GN.clamp(min=1)
+    centred_BN = (kept_BN - mean_GN[group_B]).where(valid_BN, 0.0)
+    spread_GN = (group_sum(centred_BN.square(), group_B) / (count_GN - 1).clamp(min=1)).sqrt()
+    size_GN = (group_sum(kept_BN.square(), group_B) / count_GN.clamp(min=1)).sqrt()
+    varies_GN = spread_GN > NO_SPREAD * size_GN
+    return (centred_BN / spread_GN.where(varies_GN, torch.inf)[group_B]).to(scores_BN.dtype)
+
+
+def weighted_sum(scores_BN: Tensor, weights_N: Tensor, present_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``sum_i w_i s_i``; an objective that takes no part adds 0, and the other weights stay as they are."""
+    shares_BN = _taking_part(scores_BN, weights_N, present_BN) * weights_N
+    score_B = (scores_BN.where(shares_BN > 0, 0.0) * shares_BN).sum(1)
+    return score_B, _normalized(shares_BN)
+
+
+def tchebycheff(
+    scores_BN: Tensor, ideal_N: Tensor, weights_N: Tensor, present_BN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``min_i w_i (s_i - z_i)``: the weighted distance of the objective that is furthest from the ideal point.
+
+    Objectives tied at the minimum share equally.
+
+    Args:
+        scores_BN: in the objectives' units.
+        ideal_N: z, in the same units.
+        weights_N: at least 0, in inverse units.
+        present_BN: bool.
+
+    Source: Miettinen, "Nonlinear Multiobjective Optimization", 1999, section 3.4, with its sign turned.
+
+    Example:
+        >>> tchebycheff(torch.tensor([[0.5, 0.2]]), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]))[0].item()
+        -0.4000000059604645
+    """
+    taking_BN = _taking_part(scores_BN, weights_N, present_BN)
+    terms_BN = (weights_N * (scores_BN - ideal_N)).masked_fill(~taking_BN, torch.inf)
+    score_B = terms_BN.amin(1)
+    at_least_BN = (terms_BN == score_B.unsqueeze(1)) & taking_BN
+    return score_B.where(taking_BN.any(1), 0.0), _normalized(at_least_BN.to(scores_BN.dtype))
+
+
+def smooth_tchebycheff(
+    scores_BN: Tensor, ideal_N: Tensor, weights_N: Tensor, mu: float, present_BN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``-mu log sum_i exp(w_i (z_i - s_i) / mu)``: below :func:`tchebycheff`, by at most ``mu log N``.
+
+    Args:
+        scores_BN: in the objectives' units.
+        ideal_N: z, in the same units.
+        weights_N: at least 0, in inverse units.
+        mu: above 0: how far from the largest distance another one still counts.
+        present_BN: bool.
+
+    Source: Lin et al. 2024, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", arXiv 2402.19078.
+
+    Example:
+        >>> one, z, w = torch.tensor([[0.5, 0.2]]), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5])
+        >>> round(smooth_tchebycheff(one, z, w, 0.1)[0].item(), 6)
+        -0.420141
+    """
+    taking_BN = _taking_part(scores_BN, weights_N, present_BN)
+    distances_BN = (weights_N * (ideal_N - scores_BN)).masked_fill(~taking_BN, -torch.inf)
+    largest_B1 = distances_BN.amax(1, keepdim=True)
+    largest_B1 = largest_B1.where(largest_B1.isfinite(), 0.0)
+    powers_BN = ((distances_BN - largest_B1) / mu).exp()  # the difference first: neither can then overflow to infinity
+    total_B = powers_BN.sum(1)
+    score_B = -largest_B1.squeeze(1) - mu * total_B.clamp(min=1.0).log()
+    return score_B.where(taking_BN.any(1), 0.0), _normalized(powers_BN)
+
+
+def soft_minimum(
+    scores_BN: Tensor, weights_N: Tensor, k: float, present_BN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``-(1/k) log sum_i w_i exp(-k s_i)``: the weighted mean where k is small, the minimum where it is large.
+
+    Args:
+        scores_BN: on one common scale.
+        weights_N: at least 0; divided by the sum of those that take part.
+        k: above 0, in inverse units of the scores.
+        present_BN: bool.
+
+    Source: RVPO, Montero et al. 2026, arXiv 2605.05750, where the weights are equal.
+
+    Example:
+        >>> round(soft_minimum(torch.tensor([[1.0, -2.0, 0.5]]).double(), torch.ones(3).double(), 1.0)[0].item(), 6)
+        -1.025261
+    """
+    taking_BN = _taking_part(scores_BN, weights_N, present_BN)
+    weights_BN = _normalized(taking_BN * weights_N)
+    smallest_B1 = scores_BN.masked_fill(~taking_BN, torch.inf).amin(1, keepdim=True)
+    smallest_B1 = smallest_B1.where(smallest_B1.isfinite(), 0.0)
+    above_BN = k * (scores_BN.where(taking_BN, smallest_B1) - smallest_B1)
+    # exp - 1 and log(1 + x) keep their digits where k is tiny and the sum next to 1.
+    score_B = smallest_B1.squeeze(1) - torch.log1p((weights_BN * torch.expm1(-above_BN)).sum(1)) / k
+    return score_B.where(taking_BN.any(1), 0.0), _normalized(weights_BN * torch.exp(-above_BN))
+
+
+def _taking_part(scores_BN: Tensor, weights_N: Tensor, present_BN: Tensor | None) -> Tensor:
+    weighted_BN = (weights_N > 0).expand_as(scores_BN)
+    return weighted_BN if present_BN is None else weighted_BN & present_BN
+
+
+def _normalized(shares_BN: Tensor) -> Tensor:
+    total_B1 = shares_BN.sum(1, keepdim=True)
+    return shares_BN / total_B1.where(total_B1 > 0, 1.0)
