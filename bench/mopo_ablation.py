@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.mopo_structures import Array, Structure, divergence
-from moa_lightning.combiners import MOPO, Lagrangian
+from moa_lightning.combiners import MOPO, Projected
 from moa_lightning.losses import RewardKL, WeightedLikelihood
 from moa_lightning.models import LaggedCopy
 from moa_lightning.models.policy import PolicyOutput
@@ -72,9 +72,7 @@ def ablate(structure: Structure, prior_K: Array, setting: Setting) -> Outcome:
     policy: Any = TabularPolicy(prior_K)
     reference, loss, kl = LaggedCopy(interval), WeightedLikelihood(), RewardKL()
     reference.setup(policy)
-    combiner = MOPO(
-        beta=setting.beta, refresh_interval=interval, tau=setting.tau, dual=Lagrangian(lr=setting.dual_rate)
-    )
+    combiner = MOPO(beta=setting.beta, refresh_interval=interval, tau=setting.tau, dual=Projected(lr=setting.dual_rate))
     state = combiner.init(list(structure.wins), torch.ones(wins_KN.shape[1]))
     optimizer = torch.optim.SGD(policy.parameters(), lr=setting.learning_rate)
     largest_N = torch.zeros(wins_KN.shape[1])

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from bench.mopo_structures import OTHER_PROMPTS, PROMPT, RESPONSES, Array, Structure, write_comparisons
-from moa_lightning.combiners import MOPO, Lagrangian
+from moa_lightning.combiners import MOPO, Projected
 from moa_lightning.data import Preferences
 from moa_lightning.losses import WeightedLikelihood
 from moa_lightning.models import Encoder, FrozenCopy, Policy, PolicyConfig
@@ -103,7 +103,7 @@ def learn(
     module = AlignmentModule(
         PolicyConfig(str(folder)),
         objectives={name: Objective(FromLabels(name)) for name in names},
-        combiner=MOPO(thresholds=thresholds, tau=recipe.tau, dual=Lagrangian(lr=recipe.dual_rate)),
+        combiner=MOPO(thresholds=thresholds, tau=recipe.tau, dual=Projected(lr=recipe.dual_rate)),
         source=PreferenceRows(max_response_length=8, prior="listed"),
         loss=WeightedLikelihood(),
         reference=FrozenCopy(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from moa_lightning.combiners import MOPO, Lagrangian, LogBarrier
+from moa_lightning.combiners import MOPO, PID, LogBarrier, Projected
 from moa_lightning.losses import WeightedLikelihood
 from moa_lightning.models import LaggedCopy
 from tests import pairs, tiny
@@ -25,8 +25,9 @@ class Recorder(Callback):
 
 
 MODES = {
-    "fixed": {"thresholds": {"kind": 0.6, "short": 0.4}, "dual": Lagrangian(lr=2.0), "dual_delay": 1},
-    "adaptive": {"beta": 0.99, "refresh_interval": 2, "dual": Lagrangian(lr=2.0)},
+    "fixed": {"thresholds": {"kind": 0.6, "short": 0.4}, "dual": Projected(lr=2.0), "dual_delay": 1},
+    "adaptive": {"beta": 0.99, "refresh_interval": 2, "dual": Projected(lr=2.0)},
+    "controller": {"thresholds": {"kind": 0.6}, "dual": PID(kp=1.0, ki=1.0, kd=1.0)},
     "robust barrier": {"thresholds": {"kind": 0.2}, "dual": LogBarrier(rate=0.3), "radius": 0.01, "patience": 3},
 }
 

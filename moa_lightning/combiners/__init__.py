@@ -1,7 +1,7 @@
 """Combiners: the ways N objectives become one update. One file each."""
 
 from moa_lightning.combiners.base import Combined, Combiner
-from moa_lightning.combiners.duals import DualUpdate, Lagrangian, LogBarrier
+from moa_lightning.combiners.duals import PID, DualUpdate, Exponential, LogBarrier, Optimistic, Projected
 from moa_lightning.combiners.gdpo import GDPO
 from moa_lightning.combiners.linear import Linear
 from moa_lightning.combiners.mgda_ub import MGDAUB
@@ -15,10 +15,13 @@ __all__ = [
     "MODPO",
     "MOPO",
     "PAMA",
+    "PID",
     "Combined",
     "Combiner",
     "DualUpdate",
-    "Lagrangian",
+    "Exponential",
     "Linear",
     "LogBarrier",
+    "Optimistic",
+    "Projected",
 ]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
-from moa_lightning.combiners.duals import DualUpdate, Lagrangian
+from moa_lightning.combiners.duals import DualUpdate, Projected
 from moa_lightning.distributed import all_rows, all_sum
 from moa_lightning.functional.mopo import robust_value
 from moa_lightning.functional.preference import fill_from_group, group_max, group_softmax
@@ -46,7 +46,7 @@ class MOPO(Combiner):
             optimiser steps, times ``accumulate_grad_batches``.
         tau: strength of the KL regularisation towards the reference, in units of win probability.
         radius: of the KL ball of the robust value, in nats; 0 is the plain mean.
-        dual: how the multipliers move: ``Lagrangian`` or ``LogBarrier``.
+        dual: how the multipliers move: ``Projected``, ``Optimistic``, ``PID``, ``Exponential`` or ``LogBarrier``.
         dual_delay: batches before the multipliers move.
         normalize: the responses that share one normalisation: those to a ``prompt``, or of the ``batch``.
         patience: batches that values are averaged over to judge a threshold. A warning names one that even the best
@@ -60,7 +60,7 @@ class MOPO(Combiner):
     refresh_interval: int = 500
     tau: float = 0.08
     radius: float = 0.0
-    dual: DualUpdate = field(default_factory=Lagrangian)
+    dual: DualUpdate = field(default_factory=Projected)
     dual_delay: int = 0
     normalize: Literal["prompt", "batch"] = "prompt"
     patience: int = 200
@@ -99,9 +99,12 @@ class MOPO(Combiner):
         count = len(objectives)
         is_primary_N = torch.tensor([float(name == primary) for name in objectives])
         thresholds = self.thresholds or {}
+        bound = set(objectives) - {primary} if self.thresholds is None else set(thresholds)
+        bound_N = torch.tensor([float(name in bound) for name in objectives])
         return {
             "primary": is_primary_N,
-            "duals": torch.zeros(count),
+            "duals": bound_N * self.dual.start,
+            **self.dual.init(count),
             "thresholds": torch.tensor([thresholds.get(name, torch.nan) for name in objectives]),  # NaN: none (yet)
             "values": torch.full((count,), torch.nan),  # E_rho of each objective, robust where asked for
             "chi": torch.full((count,), torch.inf),
@@ -127,7 +130,8 @@ class MOPO(Combiner):
     def resume(self, saved: State, fresh: State) -> State:
         """All that was learnt, under the configuration's primary objective and, if they are fixed, thresholds."""
         settings = ("primary", "thresholds") if self.thresholds is not None else ("primary",)
-        return saved | {name: fresh[name] for name in settings}
+        # Another dual step than the checkpoint's begins with its own memory.
+        return {name: saved.get(name, value) for name, value in fresh.items()} | {n: fresh[n] for n in settings}
 
     def observe(self, experience: Experience, state: State) -> State:
         """One step of the multipliers on a collected batch, in the order of Algorithm 1: chi, then lambda."""
@@ -145,8 +149,8 @@ class MOPO(Combiner):
         slack_N = values_N - state["thresholds"]
         bound_N = secondary_N & slack_N.isfinite()
         if state["batches"] >= self.dual_delay:
-            duals_N = self.dual(state["duals"], slack_N.where(bound_N, 0.0))
-            state["duals"] = duals_N.where(bound_N, state["duals"])
+            state["duals"], memory = self.dual.update(state["duals"], slack_N.where(bound_N, torch.nan), state)
+            state |= memory
         self._watch(state, self._attainable(batch), bound_N, experience.rewards.trained_names)
         state["batches"] = state["batches"] + 1
         return state
@@ -234,8 +238,7 @@ class MOPO(Combiner):
         settled_N = bound_N & (state["seen"] >= self.patience)
         state["best"] = state["mean_values"].where(settled_N & (state["mean_values"] > state["best"]), state["best"])
         violated_N = settled_N & (state["mean_values"] < state["thresholds"])
-        at_most_N = state["duals"] >= 0.99 * self.dual.largest
-        state["stuck"] = torch.where(violated_N & at_most_N, state["stuck"] + 1, 0.0)
+        state["stuck"] = self.dual.stuck(state["duals"], violated_N, state["stuck"])
         impossible_N = settled_N & (state["mean_attainable"] < state["thresholds"])
         named_N = (impossible_N | (state["stuck"] >= self.patience)) & (state["warned"] == 0)
         state["warned"] = state["warned"].masked_fill(named_N, 1.0)

@@ -54,7 +54,7 @@ def settings(folder: Path) -> dict[str, Any]:
                 "init_args": {
                     "primary": "good",
                     "thresholds": {"kind": 0.6, "short": 0.45},
-                    "dual": {"class_path": "Lagrangian", "init_args": {"lr": 1.0}},
+                    "dual": {"class_path": "Projected", "init_args": {"lr": 1.0}},
                 },
             },
             "loss": {"class_path": "WeightedLikelihood", "init_args": {"max_weight": 4.0}},

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from moa_lightning.combiners import MOPO, Lagrangian, LogBarrier
+from moa_lightning.combiners import MOPO, LogBarrier, Projected
 from moa_lightning.functional import mopo_dual, mopo_ratio, robust_value
 from moa_lightning.signals import Signals
 from moa_lightning.types import Experience, Responses, RewardTable
@@ -63,7 +63,7 @@ def test_converges_to_the_exact_multipliers_and_weights(seed, with_prior):
     exact = mopo_dual(wins_BN[:, 0], wins_BN[:, 1:], thresholds_M, 0.1, log_prior_B)
     assert exact.feasible
     named = dict(zip("bc", thresholds_M.tolist(), strict=True))
-    combiner = MOPO(thresholds=named, tau=0.1, dual=Lagrangian(lr=0.5))
+    combiner = MOPO(thresholds=named, tau=0.1, dual=Projected(lr=0.5))
     state, combined = run(combiner, wins_BN, group_B, 4000, log_prior_B)
     torch.testing.assert_close(state["duals"][1:], exact.duals, atol=2e-3, rtol=2e-3)
     prior_B = torch.full((6,), 1 / 6) if log_prior_B is None else log_prior_B.exp()
@@ -179,7 +179,7 @@ def test_adaptive_thresholds_bind_where_the_objectives_conflict():
     """Thresholds below what the optimum has without constraints would leave every multiplier at 0, for ever."""
     wins_BN, group_B = problem(prompts=1, objectives=2)
     wins_BN[:, 1] = 1 - wins_BN[:, 0]
-    state, _ = run(MOPO(beta=0.95, dual=Lagrangian(lr=0.5)), wins_BN, group_B, 2000)
+    state, _ = run(MOPO(beta=0.95, dual=Projected(lr=0.5)), wins_BN, group_B, 2000)
     assert state["duals"][1] > 0.1
     torch.testing.assert_close(state["values"][1], 0.95 * wins_BN[:, 1].mean(), atol=1e-4, rtol=0)
 
@@ -206,7 +206,7 @@ def noisy(seed, q):
         yield batch(torch.stack([1 - wins_B, wins_B], 1), torch.arange(8).repeat_interleave(2), names=("a", "b"))
 
 
-@pytest.mark.parametrize("dual", [Lagrangian(), LogBarrier()])
+@pytest.mark.parametrize("dual", [Projected(), LogBarrier()])
 def test_thresholds_out_of_reach_are_named_once(dual):
     combiner = MOPO(thresholds={"b": 0.75}, dual=dual, patience=50)
     state, batches = combiner.init(["a", "b"], torch.ones(2)), noisy(0, 0.5)
@@ -227,7 +227,7 @@ def test_thresholds_out_of_reach_are_named_once(dual):
 
 def test_thresholds_that_exclude_each_other_are_named():
     wins_BN = torch.tensor([[0.5, 0.9, 0.1], [0.5, 0.1, 0.9]])
-    combiner = MOPO(thresholds={"b": 0.7, "c": 0.7}, dual=Lagrangian(lr=1.0, cap=5.0), patience=20)
+    combiner = MOPO(thresholds={"b": 0.7, "c": 0.7}, dual=Projected(lr=1.0, cap=5.0), patience=20)
     with pytest.warns(UserWarning, match="multiplier has been at its largest for 20 batches") as found:
         state, _ = run(combiner, wins_BN, torch.zeros(2).long(), 400)
     assert sorted("'b'" in str(w.message) for w in found) == [False, True]
@@ -259,7 +259,7 @@ def test_the_delay_holds_the_multipliers():
         ),
         (lambda: MOPO(thresholds={"a": 0.5}).init(["a", "b"], torch.ones(2)), "names 'a', the primary objective"),
         (lambda: MOPO(primary="x").init(["a", "b"], torch.ones(2)), "MOPO.primary 'x' is no trained objective"),
-        (lambda: Lagrangian(lr=0.0), "lr > 0"),
+        (lambda: Projected(lr=0.0), "lr > 0"),
         (lambda: LogBarrier(rate=2.0), "rate in"),
     ],
 )

@@ -1,0 +1,112 @@
+"""Dual steps: worked numbers, the exact multipliers, and what each remembers."""
+
+import pytest
+import torch
+
+from moa_lightning.combiners import PID, Exponential, LogBarrier, Optimistic, Projected
+from moa_lightning.functional import mopo_dual, mopo_ratio
+
+EXACT = [Projected(lr=0.3), Optimistic(lr=0.3), PID(kp=0.3, ki=0.3, kd=0.1), Exponential(lr=1.0)]
+
+
+def multipliers(dual, slacks, start=None):
+    """After each slack of one constraint."""
+    duals_M, state, seen = torch.tensor([dual.start if start is None else start]), dual.init(1), []
+    for slack in slacks:
+        duals_M, state = dual.update(duals_M, torch.tensor([slack]), state)
+        seen.append(float(duals_M))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("dual", "start", "expected"),
+    [  # violations 2, 1, -4
+        (Projected(lr=0.1), 0.5, [0.7, 0.8, 0.4]),
+        (Optimistic(lr=0.1), 0.5, [0.7, 0.7, 0.0]),  # 2 * 1 - 2 = 0; 2 * -4 - 1 = -9
+        (Optimistic(lr=0.1, cap=0.6), 0.5, [0.6, 0.6, 0.0]),
+        (PID(kp=0.2, ki=0.1), 0.5, [0.4 + 0.7, 0.2 + 0.8, 0.0]),  # -.8 + .4
+        (PID(kp=0.0, ki=0.1, kd=1.0), 0.0, [0.2, 0.3, 0.0]),  # only an increase of the violation is charged
+        (Exponential(lr=0.1), 1.0, [1.221403, 1.380078, 0.794620]),
+        (Exponential(lr=0.1, cap=1.1), 1.0, [1.1, 1.1, 1.1 * 2.718282**-0.44]),
+        (LogBarrier(sigma=1.0, margin=0.5, rate=0.5), 0.0, [1.0, 1.5, 0.75 + 0.125]),
+    ],
+)
+def test_worked_numbers(dual, start, expected):
+    for found, number in zip(multipliers(dual, [-2.0, -1.0, 4.0], start), expected, strict=True):
+        assert found == pytest.approx(number, abs=1e-6)
+
+
+def test_a_rising_violation_is_charged_by_its_derivative():
+    assert multipliers(PID(kp=0.0, ki=0.1, kd=1.0), [-1.0, -3.0]) == pytest.approx([0.1, 0.4 + 2.0])
+
+
+@pytest.mark.parametrize("dual", EXACT)
+@pytest.mark.parametrize(("seed", "active"), [(0, 0), (5, 1), (2, 2)])
+def test_converges_to_the_exact_multipliers(dual, seed, active):
+    """Of ``max E[p] - tau KL, E[q] >= b``: with the optimal policy for the multipliers of the moment."""
+    generator = torch.Generator().manual_seed(seed)
+    p_B, q_BM = torch.rand(6, generator=generator), torch.rand(6, 2, generator=generator)
+    b_M = (4 * torch.randn(6, generator=generator)).softmax(0) @ q_BM - 0.005  # that policy shows that they can be met
+    exact = mopo_dual(p_B, q_BM, b_M, tau=0.2)
+    assert exact.feasible
+    assert int((exact.duals > 0.1).sum()) == active
+    duals_M, state = torch.full((2,), dual.start), dual.init(2)
+    for _ in range(4000):
+        values_M = mopo_ratio(p_B, q_BM, duals_M, 0.2) @ q_BM / 6
+        duals_M, state = dual.update(duals_M, values_M - b_M, state)
+    torch.testing.assert_close(duals_M, exact.duals, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("dual", "settles"),
+    [(Projected(lr=0.1), False), (Optimistic(lr=0.1), True), (PID(kp=0.1, ki=0.1), True)],
+)
+def test_where_plain_steps_circle_the_others_settle(dual, settles):
+    """The bilinear game ``x lambda - x``, solution (0, 1); as in training, each plays upon the other's last move."""
+    x, duals_M, state, distances = 0.3, torch.tensor([1.0]), dual.init(1), []
+    for _ in range(1000):
+        duals_M, state = dual.update(duals_M, torch.tensor([x]), state)
+        x += 0.1 * (float(duals_M) - 1)
+        distances.append(max(abs(x), abs(float(duals_M) - 1)))
+    assert max(distances[:100]) > 0.25
+    assert (max(distances[-100:]) < 0.01) == settles
+    assert settles or max(distances[-100:]) > 0.25
+
+
+def test_an_unknown_slack_leaves_multiplier_and_memory_alone():
+    for dual in (*EXACT, LogBarrier()):
+        state, duals_M = dual.init(2), torch.full((2,), 1.0)
+        for slack in (-0.2, 0.1):
+            duals_M, state = dual.update(duals_M, torch.tensor([slack, slack]), state)
+        after_M, memory = dual.update(duals_M, torch.tensor([torch.nan, -0.3]), state)
+        assert float(after_M[0]) == float(duals_M[0])
+        assert float(after_M[1]) != float(duals_M[1])
+        assert all(torch.equal(memory[name][0], state[name][0]) for name in state)
+        assert set(memory) == set(dual.init(2))
+
+
+def test_the_controllers_sum_does_not_wind_up():
+    held = multipliers(PID(kp=0.0, ki=0.1, cap=2.0), [-1.0] * 500 + [1.0])
+    assert held[-2:] == pytest.approx([2.0, 1.9])
+
+
+def test_how_long_a_threshold_is_stuck():
+    dual, batches_M = Projected(cap=2.0), torch.tensor([3.0, 3.0, 3.0])
+    violated_M = torch.tensor([True, True, False])
+    assert dual.stuck(torch.tensor([2.0, 1.9, 2.0]), violated_M, batches_M).tolist() == [4.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Projected(lr=0.0), "Projected needs lr > 0 and cap > 0, got 0.0 and 10.0"),
+        (lambda: Optimistic(cap=-1.0), "Optimistic needs lr > 0"),
+        (lambda: PID(ki=0.0), "PID needs ki > 0"),
+        (lambda: PID(kp=-0.1), "kp >= 0"),
+        (lambda: Exponential(lr=float("nan")), "Exponential needs lr > 0"),
+        (lambda: Exponential(start=0.0), "floor <= start <= cap, .*; Projected starts at 0"),
+    ],
+)
+def test_refuses_settings_without_meaning(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
