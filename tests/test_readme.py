@@ -1,7 +1,8 @@
 """Every command block of the README runs as it stands, in the order of the text.
 
 The blocks of one section share a working folder that holds ``configs/``, as a clone does. To keep the runs short, the
-``moa`` that they find ends each training after two steps; it changes nothing else.
+``moa`` that they find ends each training after two steps and evaluates one batch, and a loop takes its first and last
+value; nothing else is changed.
 """
 
 import gzip
@@ -18,10 +19,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = "<!-- not run by the tests: "
 BLOCK = re.compile(r"^(?P<above>[^\n]*)\n```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LOOP = re.compile(r"for (\w+) in (\S+) .* (\S+); do")
 MOA = """#!/usr/bin/env bash
 extra=()
 case "$1" in
-    fit) extra=(--trainer.max_steps=2) ;;
+    fit) extra=(--trainer.max_steps=2 --trainer.limit_val_batches=1) ;;
     sft | reward) extra=(--fit.max_steps=2) ;;
 esac
 exec "{moa}" "$@" "${{extra[@]}}"
@@ -89,7 +91,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("section", SECTIONS, ids=[section.title for section in SECTIONS])
 def test_section_runs(section: Section, environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for language, code in section.blocks:
+    for language, text in section.blocks:
+        code = LOOP.sub(r"for \1 in \2 \3; do", text)
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
