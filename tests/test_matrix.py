@@ -44,6 +44,9 @@ FITTING = {
     "MOPO": "WeightedLikelihood",
     "MODPO": "PairwiseLogistic",
     "GDPO": "ClippedSurrogate",
+    "Tchebycheff": "ClippedSurrogate",
+    "SmoothTchebycheff": "ClippedSurrogate",
+    "RVPO": "ClippedSurrogate",
 }
 
 

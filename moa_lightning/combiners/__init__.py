@@ -8,6 +8,9 @@ from moa_lightning.combiners.mgda_ub import MGDAUB
 from moa_lightning.combiners.modpo import MODPO
 from moa_lightning.combiners.mopo import MOPO
 from moa_lightning.combiners.pama import PAMA
+from moa_lightning.combiners.rvpo import RVPO
+from moa_lightning.combiners.smooth_tchebycheff import SmoothTchebycheff
+from moa_lightning.combiners.tchebycheff import Tchebycheff
 
 __all__ = [
     "GDPO",
@@ -16,6 +19,7 @@ __all__ = [
     "MOPO",
     "PAMA",
     "PID",
+    "RVPO",
     "Combined",
     "Combiner",
     "DualUpdate",
@@ -24,4 +28,6 @@ __all__ = [
     "LogBarrier",
     "Optimistic",
     "Projected",
+    "SmoothTchebycheff",
+    "Tchebycheff",
 ]

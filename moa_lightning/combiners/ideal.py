@@ -1,0 +1,68 @@
+"""The point that distances are measured from: given, or the best that was seen.
+
+Legend: N objectives.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moa_lightning.combiners.scores import ScoreCombiner, ScoredResponses
+from moa_lightning.distributed import all_rows
+from moa_lightning.types import State
+
+
+class DistanceToIdeal(ScoreCombiner):
+    """A combiner whose score is a distance from an ideal point, in the objectives' units."""
+
+    ideal: dict[str, float] | None
+
+    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
+        """The point so far: -inf where it is still to be seen.
+
+        Raises:
+            ValueError: ``ideal`` names something that is no trained objective, or is not finite.
+        """
+        given = self.ideal or {}
+        for name, value in given.items():
+            if name not in objectives:
+                raise ValueError(
+                    f"{type(self).__name__}.ideal names '{name}', which is no trained objective; they are "
+                    f"{', '.join(objectives)}"
+                )
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{type(self).__name__}.ideal.{name} must be a finite number, got {value}; leave the objective out "
+                    "to take the best score seen so far"
+                )
+        ideal = [float(given.get(name, -math.inf)) for name in objectives]
+        fixed = [float(name in given) for name in objectives]
+        more = {
+            "ideal": torch.tensor(ideal, dtype=torch.float32),
+            "ideal_given": torch.tensor(fixed, dtype=torch.float32),
+        }
+        return super().init(objectives, weights_N) | more
+
+    def resume(self, saved: State, fresh: State) -> State:
+        """The configuration's weights and given coordinates; a coordinate that was given before is not a score seen."""
+        seen_N = torch.where(saved["ideal_given"] > 0, -torch.inf, saved["ideal"])
+        ideal_N = torch.where(fresh["ideal_given"] > 0, fresh["ideal"], seen_N)
+        return super().resume(saved, fresh) | {"ideal": ideal_N, "ideal_given": fresh["ideal_given"]}
+
+    def learn(self, responses: ScoredResponses, state: State) -> State:
+        """The best score of each objective over all batches and processes, where none was given."""
+        best_1N = responses.scores_BN.new_full((1, responses.scores_BN.shape[1]), -torch.inf)
+        seen_BN = torch.cat([best_1N, responses.scores_BN.where(responses.valid_BN, -torch.inf)])
+        best_N = all_rows(seen_BN.amax(0, keepdim=True)).amax(0).to(state["ideal"])
+        ideal_N = torch.where(state["ideal_given"] > 0, state["ideal"], torch.maximum(state["ideal"], best_N))
+        return state | {"ideal": ideal_N}
+
+    def report(self, state: State) -> dict[str, Tensor]:
+        """The ideal point."""
+        return {"ideal": state["ideal"].where(state["ideal"].isfinite(), torch.nan)}
+
+    def point(self, state: State, like: Tensor) -> Tensor:
+        """The ideal point; 0 for an objective that has not been seen yet and so has no distance either."""
+        return state["ideal"].where(state["ideal"].isfinite(), 0.0).to(like)

@@ -1,0 +1,46 @@
+"""Tchebycheff scalarisation: the objective that is furthest from its ideal decides.
+
+Legend: B sequences, N objectives.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moa_lightning.combiners.ideal import DistanceToIdeal
+from moa_lightning.combiners.scores import ScoredResponses
+from moa_lightning.functional.scalarize import tchebycheff
+from moa_lightning.types import State
+
+
+@dataclass(frozen=True)
+class Tchebycheff(DistanceToIdeal):
+    """Train on ``min_i w_i (s_i - z_i)``: how far the worst objective of a response is from the ideal point z.
+
+    Its optima reach all of the front, concave parts included, which no weighted sum does: a balanced response beats
+    two specialists whose mean is better. It is a minimum over the scores of whole responses, in which what is worst may
+    differ from one response to the next; asked per token it would have no meaning, and there is no such option (PAMA
+    has weights per token). Baseline and scale: the mean over the responses to the prompt (over the batch where a
+    response is alone) is taken off, because a constant would be noise to the policy gradient, and what is left is
+    divided by its standard deviation over the batch.
+
+    The distances are in the objectives' units: give objectives one range (``scale``, ``shift``), or weights that undo
+    their ranges. A KL charge (``RewardKL``) is taken off the combined score, in the units of the weighted distance.
+
+    Source: Miettinen, "Nonlinear Multiobjective Optimization", 1999, section 3.4. Deviations: an objective that could
+    not score a response counts as the mean of the prompt's others; one that scored none of them is left out there.
+
+    Args:
+        weights: weight of each objective by name, non-negative, not all 0; divided by their sum. ``None`` takes
+            the ``weight`` of each objective. A larger one draws the policy nearer to that objective's ideal.
+        ideal: the ideal score by name. An objective that is not named, or all with ``None``, takes the best score that
+            any response has had so far; one outlier moves it for good, so name the ideal of a reward without bounds.
+    """
+
+    weights: dict[str, float] | None = None
+    ideal: dict[str, float] | None = None
+
+    def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """``min_i w_i (s_i - z_i)``."""
+        scores_BN, present_BN = responses.filled()
+        return tchebycheff(scores_BN, self.point(state, scores_BN), weights_N, present_BN)
