@@ -15,7 +15,7 @@ from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.weights import named_weights
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.preference import fill_from_group, group_sum
-from moa_lightning.functional.scalarize import NO_SPREAD
+from moa_lightning.functional.scalarize import NO_SPREAD, group_centered
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -82,7 +82,7 @@ class ScoreCombiner(Combiner):
         if count == 0:
             return state
         mean = total / count
-        squared = float(all_sum(_centred(score_B, counted_B, responses.group_B, mean).square().sum()))
+        squared = float(all_sum(group_centered(score_B, counted_B, responses.group_B, mean).square().sum()))
         varies = squared > NO_SPREAD**2 * squares
         spread = (squared / count) ** 0.5 if varies else torch.inf  # infinite: there is nothing to tell apart
         like = state["mean"]
@@ -101,7 +101,7 @@ class ScoreCombiner(Combiner):
         assert signals.scores_BN is not None
         responses = _responses(signals.scores_BN, signals.valid_BN, signals.mask_BT, signals.group_B, signals.charge_B)
         score_B, shares_BN = self._charged(responses, state)
-        centred_B = _centred(score_B, shares_BN.sum(1) > 0, responses.group_B, float(state["mean"]))
+        centred_B = group_centered(score_B, shares_BN.sum(1) > 0, responses.group_B, float(state["mean"]))
         total_N = all_sum(shares_BN.sum(0)).float()
         weights_N = total_N / total_N.sum() if total_N.any() else state["weights"].to(total_N.device)
         return Combined((centred_B / float(state["spread"])).float(), weights_N)
@@ -122,10 +122,3 @@ def _responses(
         group_B = torch.arange(len(scores_BN), device=scores_BN.device)
     charge_B = None if charge_B is None else charge_B.double()
     return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, charge_B)
-
-
-def _centred(score_B: Tensor, counted_B: Tensor, group_B: Tensor, mean: float) -> Tensor:
-    """Scores less the mean of their prompt, or less ``mean`` where there is no other; 0 for those that do not count."""
-    count_G = group_sum(counted_B.double(), group_B)
-    mean_G = (group_sum(score_B.where(counted_B, 0.0), group_B) / count_G.clamp(min=1)).where(count_G > 1, mean)
-    return (score_B - mean_G[group_B]).where(counted_B, 0.0)

@@ -26,6 +26,7 @@ from moa_lightning.functional.preference import (
     truncated_log_ratio,
 )
 from moa_lightning.functional.scalarize import (
+    group_centered,
     group_standardize,
     smooth_tchebycheff,
     soft_minimum,
@@ -43,6 +44,7 @@ __all__ = [
     "dpo_loss",
     "fill_from_group",
     "gae",
+    "group_centered",
     "group_count",
     "group_max",
     "group_relative",

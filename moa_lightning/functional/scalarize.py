@@ -47,6 +47,25 @@ def group_standardize(scores_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> T
     return (centred_BN / spread_GN.where(varies_GN, torch.inf)[group_B]).to(scores_BN.dtype)
 
 
+def group_centered(score_B: Tensor, counted_B: Tensor, group_B: Tensor, mean: float) -> Tensor:
+    """Each score less the mean of its prompt's, or less ``mean`` where it is the only one; 0 where it does not count.
+
+    Args:
+        score_B: one for each response.
+        counted_B: bool; the others are ignored.
+        group_B: int64, from 0: which prompt a response belongs to.
+        mean: for a response without another one to compare it with.
+
+    Example:
+        >>> counted = torch.tensor([True, True, True, False])
+        >>> group_centered(torch.tensor([1.0, 3.0, 5.0, 9.0]), counted, torch.tensor([0, 0, 1, 1]), 2.0).tolist()
+        [-1.0, 1.0, 3.0, 0.0]
+    """
+    count_G = group_sum(counted_B.to(score_B.dtype), group_B)
+    mean_G = (group_sum(score_B.where(counted_B, 0.0), group_B) / count_G.clamp(min=1)).where(count_G > 1, mean)
+    return (score_B - mean_G[group_B]).where(counted_B, 0.0)
+
+
 def weighted_sum(scores_BN: Tensor, weights_N: Tensor, present_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``sum_i w_i s_i``; an objective that takes no part adds 0, and the other weights stay as they are."""
     shares_BN = _taking_part(scores_BN, weights_N, present_BN) * weights_N
