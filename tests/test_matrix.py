@@ -47,6 +47,7 @@ FITTING = {
     "Tchebycheff": "ClippedSurrogate",
     "SmoothTchebycheff": "ClippedSurrogate",
     "RVPO": "ClippedSurrogate",
+    "CTWA": "ClippedSurrogate",
 }
 
 

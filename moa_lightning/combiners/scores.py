@@ -70,9 +70,7 @@ class ScoreCombiner(Combiner):
 
     def observe(self, experience: Experience, state: State) -> State:
         """Mean and spread of the collected batch, over all processes."""
-        responses = _responses(
-            experience.scores_BN, experience.valid_BN, experience.mask_BT, experience.group_B, experience.charge_B
-        )
+        responses = collected_responses(experience)
         state = self.learn(responses, state)
         score_B, shares_BN = self._charged(responses, state)
         counted_B = shares_BN.sum(1) > 0
@@ -100,11 +98,16 @@ class ScoreCombiner(Combiner):
         """The combined score less its baseline, in standard deviations of the batch."""
         assert signals.scores_BN is not None
         responses = _responses(signals.scores_BN, signals.valid_BN, signals.mask_BT, signals.group_B, signals.charge_B)
-        score_B, shares_BN = self._charged(responses, state)
-        centred_B = group_centered(score_B, shares_BN.sum(1) > 0, responses.group_B, float(state["mean"]))
+        advantages_B, shares_BN = self.advantages(responses, state)
         total_N = all_sum(shares_BN.sum(0)).float()
         weights_N = total_N / total_N.sum() if total_N.any() else state["weights"].to(total_N.device)
-        return Combined((centred_B / float(state["spread"])).float(), weights_N)
+        return Combined(advantages_B.float(), weights_N)
+
+    def advantages(self, responses: ScoredResponses, state: State) -> tuple[Tensor, Tensor]:
+        """``(advantages_B, shares_BN)``: the signal that is trained on, float64."""
+        score_B, shares_BN = self._charged(responses, state)
+        centred_B = group_centered(score_B, shares_BN.sum(1) > 0, responses.group_B, float(state["mean"]))
+        return centred_B / float(state["spread"]), shares_BN
 
     def _charged(self, responses: ScoredResponses, state: State) -> tuple[Tensor, Tensor]:
         weights_N = state["weights"].to(responses.scores_BN)
@@ -112,6 +115,13 @@ class ScoreCombiner(Combiner):
         if responses.charge_B is not None:
             score_B = score_B - responses.charge_B
         return score_B.where(shares_BN.sum(1) > 0, 0.0), shares_BN
+
+
+def collected_responses(experience: Experience) -> ScoredResponses:
+    """The responses of a collected batch."""
+    return _responses(
+        experience.scores_BN, experience.valid_BN, experience.mask_BT, experience.group_B, experience.charge_B
+    )
 
 
 def _responses(

@@ -27,6 +27,7 @@ from moa_lightning.functional.preference import (
 )
 from moa_lightning.functional.scalarize import (
     group_centered,
+    group_covariance,
     group_standardize,
     smooth_tchebycheff,
     soft_minimum,
@@ -46,6 +47,7 @@ __all__ = [
     "gae",
     "group_centered",
     "group_count",
+    "group_covariance",
     "group_max",
     "group_relative",
     "group_sizes",

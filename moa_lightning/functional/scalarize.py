@@ -66,6 +66,36 @@ def group_centered(score_B: Tensor, counted_B: Tensor, group_B: Tensor, mean: fl
     return (score_B - mean_G[group_B]).where(counted_B, 0.0)
 
 
+def group_covariance(scores_BN: Tensor, signal_B: Tensor, valid_BN: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance of each objective with one signal over the responses to a prompt.
+
+    Args:
+        scores_BN: in the objectives' units; ignored where ``valid_BN`` is False.
+        signal_B: what is trained on.
+        valid_BN: bool.
+        group_B: int64, from 0: which prompt a response belongs to.
+
+    Returns:
+        ``(covariance_GN, known_GN)``: the mean product of the deviations from the means, and bool, whether
+        the prompt has two responses with this objective; 0 where it has not.
+
+    Example:
+        >>> scores, signal = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([-1.0, 1.0])
+        >>> valid, prompt = torch.ones(2, 2, dtype=torch.bool), torch.tensor([0, 0])
+        >>> group_covariance(scores, signal, valid, prompt)[0].tolist()
+        [[0.5, -0.5]]
+    """
+    count_GN = group_sum(valid_BN.to(scores_BN.dtype), group_B)
+
+    def centred(values_BN: Tensor) -> Tensor:
+        kept_BN = values_BN.where(valid_BN, 0.0)
+        return (kept_BN - (group_sum(kept_BN, group_B) / count_GN.clamp(min=1))[group_B]).where(valid_BN, 0.0)
+
+    products_BN = centred(scores_BN) * centred(signal_B.unsqueeze(1).expand_as(scores_BN))
+    known_GN = count_GN > 1
+    return (group_sum(products_BN, group_B) / count_GN.clamp(min=1)).where(known_GN, 0.0), known_GN
+
+
 def weighted_sum(scores_BN: Tensor, weights_N: Tensor, present_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``sum_i w_i s_i``; an objective that takes no part adds 0, and the other weights stay as they are."""
     shares_BN = _taking_part(scores_BN, weights_N, present_BN) * weights_N
