@@ -19,6 +19,7 @@ class Signal(StrEnum):
     WINS = "wins"  # mean probability to win against the other responses to the prompt, per sequence and objective
     GROUPS = "groups"  # several responses to each prompt; no tensor of its own: group_B is always given
     PAIRS = "pairs"  # a loss that compares the responses to a prompt in pairs; no tensor of its own
+    SAMPLES = "samples"  # responses of the policy itself: their mean scores are its values; no tensor of its own
     GRAMIAN = "gramian"  # inner products of the objectives' gradients
 
 

@@ -4,6 +4,7 @@ from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.ctwa import CTWA
 from moa_lightning.combiners.duals import PID, DualUpdate, Exponential, LogBarrier, Optimistic, Projected
 from moa_lightning.combiners.gdpo import GDPO
+from moa_lightning.combiners.lagrangian import Lagrangian
 from moa_lightning.combiners.linear import Linear
 from moa_lightning.combiners.mgda_ub import MGDAUB
 from moa_lightning.combiners.modpo import MODPO
@@ -26,6 +27,7 @@ __all__ = [
     "Combiner",
     "DualUpdate",
     "Exponential",
+    "Lagrangian",
     "Linear",
     "LogBarrier",
     "Optimistic",

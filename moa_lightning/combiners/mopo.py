@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.duals import DualUpdate, Projected
+from moa_lightning.combiners.weights import primary_and_thresholds
 from moa_lightning.distributed import all_rows, all_sum
 from moa_lightning.functional.mopo import robust_value
 from moa_lightning.functional.preference import fill_from_group, group_max, group_softmax
@@ -85,27 +86,14 @@ class MOPO(Combiner):
         Raises:
             ValueError: a name is no objective, or the primary objective has a threshold.
         """
-        known = ", ".join(objectives)
-        primary = objectives[0] if self.primary is None else self.primary
-        if primary not in objectives:
-            raise ValueError(f"MOPO.primary '{primary}' is no trained objective; they are {known}")
-        for name in self.thresholds or {}:
-            if name not in objectives:
-                raise ValueError(f"MOPO.thresholds names '{name}', which is no trained objective; they are {known}")
-            if name == primary:
-                raise ValueError(
-                    f"MOPO.thresholds names '{name}', the primary objective, which is maximised; remove it"
-                )
+        primary_N, thresholds_N = primary_and_thresholds(self, self.primary, self.thresholds, objectives)
+        bound_N = primary_N == 0 if self.thresholds is None else thresholds_N.isfinite()
         count = len(objectives)
-        is_primary_N = torch.tensor([float(name == primary) for name in objectives])
-        thresholds = self.thresholds or {}
-        bound = set(objectives) - {primary} if self.thresholds is None else set(thresholds)
-        bound_N = torch.tensor([float(name in bound) for name in objectives])
         return {
-            "primary": is_primary_N,
+            "primary": primary_N,
             "duals": bound_N * self.dual.start,
             **self.dual.init(count),
-            "thresholds": torch.tensor([thresholds.get(name, torch.nan) for name in objectives]),  # NaN: none (yet)
+            "thresholds": thresholds_N,  # NaN: none (yet)
             "values": torch.full((count,), torch.nan),  # E_rho of each objective, robust where asked for
             "chi": torch.full((count,), torch.inf),
             "batches": torch.zeros(()),

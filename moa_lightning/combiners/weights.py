@@ -1,10 +1,12 @@
-"""Weights that a user gives by name."""
+"""Weights and thresholds that a user gives by name."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from moa_lightning.combiners.base import Combiner
 
 
 def named_weights(weights: Mapping[str, float] | None, objectives: Sequence[str], default_N: Tensor) -> Tensor:
@@ -36,3 +38,34 @@ def named_weights(weights: Mapping[str, float] | None, objectives: Sequence[str]
     if total == 0:
         raise ValueError("at least one objective needs a weight above 0; all are 0")
     return torch.tensor([value / total for value in values], dtype=torch.float32)
+
+
+def primary_and_thresholds(
+    combiner: Combiner, primary: str | None, thresholds: Mapping[str, float] | None, objectives: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Which objective is maximised (1, the others 0), and the others' thresholds (NaN: none), in their order.
+
+    Args:
+        combiner: whose settings they are.
+        primary: name; ``None`` is the first objective.
+        thresholds: by name.
+        objectives: names of the trained objectives, in order.
+
+    Raises:
+        ValueError: a name is no objective, the primary objective has a threshold, or a threshold is not finite.
+    """
+    title, known = type(combiner).__name__, ", ".join(objectives)
+    primary, thresholds = objectives[0] if primary is None else primary, thresholds or {}
+    if primary not in objectives:
+        raise ValueError(f"{title}.primary '{primary}' is no trained objective; they are {known}")
+    for name, threshold in thresholds.items():
+        if name not in objectives:
+            raise ValueError(f"{title}.thresholds names '{name}', which is no trained objective; they are {known}")
+        if name == primary:
+            raise ValueError(f"{title}.thresholds names '{name}', the primary objective, which is maximised; remove it")
+        if not math.isfinite(threshold):
+            raise ValueError(f"{title}.thresholds.{name} must be a finite number, got {threshold}")
+    return (
+        torch.tensor([float(name == primary) for name in objectives]),
+        torch.tensor([thresholds.get(name, torch.nan) for name in objectives]),
+    )

@@ -83,7 +83,7 @@ class Rollout(Source):
     @property
     def provides(self) -> frozenset[Signal]:
         """Groups and win probabilities take several responses to a prompt."""
-        always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN}
+        always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.SAMPLES}
         return frozenset(always | ({Signal.WINS, Signal.GROUPS} if self.num_generations > 1 else set()))
 
     @property

@@ -1,0 +1,120 @@
+"""Lagrangian: the primary objective as high as it goes while the others stay above thresholds (PPO-Lag).
+
+Legend: B sequences, T tokens, N objectives, W batches of a window; the primary objective has multiplier 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.duals import DualUpdate, Exponential
+from moa_lightning.combiners.weights import primary_and_thresholds
+from moa_lightning.distributed import all_sum
+from moa_lightning.signals import Signal, Signals
+from moa_lightning.types import Experience, State
+
+
+@dataclass(frozen=True)
+class Lagrangian(Combiner):
+    """Maximise the primary objective, subject to a least mean value of each of the others.
+
+    Trains on ``(A_1 + sum_j lambda_j A_j) / (1 + sum_j lambda_j)``; a multiplier grows while its objective's mean lies
+    below its threshold. The weights sum to 1, so the KL charge is as strong whatever the multipliers are: where they
+    settle, no policy that meets the thresholds and is no further from the reference has a higher primary value. This
+    is exact with ``LossKL`` or ``standardize: false``: standardising divides the charge in each objective too.
+
+    Source: Dai et al., "Safe RLHF", ICLR 2024, arXiv 2310.12773 (PPO-Lag), a cost being an objective of scale -1.
+    Deviations: any number of constraints; an objective that could not score a response adds 0 there.
+
+    Args:
+        thresholds: least mean value by name, in the objective's own units (after its transform, without penalties and
+            KL); objectives not named are only watched. ``None`` asks of each what it had in the first ``window``.
+        primary: name of the objective to maximise; ``None`` is the first.
+        dual: how the multipliers move, once per collected batch.
+        window: batches that values are averaged over, each response alike.
+        dual_delay: batches before the multipliers move.
+        patience: batches violated, with the multiplier at its largest, until a warning names the threshold.
+    """
+
+    thresholds: dict[str, float] | None = None
+    primary: str | None = None
+    dual: DualUpdate = field(default_factory=Exponential)
+    window: int = 8
+    dual_delay: int = 0
+    patience: int = 200
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.SAMPLES})
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if min(self.window, self.patience, self.dual_delay + 1) < 1:
+            raise ValueError("Lagrangian needs window and patience of at least 1, and dual_delay of at least 0")
+
+    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
+        """First multipliers, thresholds by name."""
+        primary_N, thresholds_N = primary_and_thresholds(self, self.primary, self.thresholds, objectives)
+        bound_N = primary_N == 0 if self.thresholds is None else thresholds_N.isfinite()
+        return {
+            "primary": primary_N,
+            "duals": bound_N * self.dual.start,
+            **self.dual.init(len(objectives)),
+            "thresholds": thresholds_N,  # NaN: none (yet)
+            "values": torch.full_like(primary_N, torch.nan),
+            "best": torch.full_like(primary_N, -torch.inf),  # of the values
+            "window": torch.zeros(self.window, 2, len(objectives)),  # sums of scores, numbers of responses, per batch
+            "batches": torch.zeros(()),
+            **{name: torch.zeros_like(primary_N) for name in ("stuck", "warned")},
+        }
+
+    def resume(self, saved: State, fresh: State) -> State:
+        """All that was learnt of what still is constrained, under the configuration's thresholds."""
+        settings = ("primary",) if self.thresholds is None else ("primary", "thresholds")
+        same = {k: saved[k] for k in saved.keys() & fresh.keys() - {*settings} if saved[k].shape == fresh[k].shape}
+        bound_N = saved["thresholds"].isfinite() & (fresh["thresholds"].isfinite() | (self.thresholds is None))
+        return fresh | same | {"duals": saved["duals"].where(bound_N, fresh["duals"])}
+
+    def observe(self, experience: Experience, state: State) -> State:
+        """One step of the multipliers on the values of the window that a collected batch completes."""
+        scores_BN, valid_BN = experience.rewards.trained_BN, experience.valid_BN
+        sums_2N = all_sum(torch.stack([scores_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(scores_BN).sum(0)]))
+        window_W2N = torch.cat([state["window"][1:], sums_2N.cpu().unsqueeze(0)])
+        values_N = torch.div(*window_W2N.sum(0))  # NaN where nobody was scored
+        state = state | {"window": window_W2N, "values": values_N, "batches": state["batches"] + 1}
+        if self.thresholds is None and state["batches"] <= self.window:
+            state["thresholds"] = values_N.where(state["primary"] == 0, torch.nan)
+        elif state["batches"] > self.dual_delay:
+            state["duals"], memory = self.dual.update(state["duals"], values_N - state["thresholds"], state)
+            state |= memory
+        return self._watch(state, experience.rewards.trained_names)
+
+    def report(self, state: State) -> dict[str, Tensor]:
+        """Multipliers, thresholds, and the values that they are compared with."""
+        duals_N = state["duals"].where(state["thresholds"].isfinite(), torch.nan)
+        return {"duals": duals_N, "thresholds": state["thresholds"], "values": state["values"]}
+
+    def combine(self, signals: Signals, state: State) -> Combined:
+        """The weighted advantage per token."""
+        assert signals.advantages_BTN is not None
+        shares_N = (state["primary"] + state["duals"]).to(signals.advantages_BTN.device)
+        weights_N = shares_N / shares_N.sum()
+        return Combined((signals.advantages_BTN.where(signals.present_BTN(), 0.0) * weights_N).sum(-1), weights_N)
+
+    def _watch(self, state: State, names: Sequence[str]) -> State:
+        """Warn once of each threshold that stays violated with its multiplier at its largest."""
+        if state["batches"] < self.window:
+            return state  # a few batches are too noisy to judge by
+        best_N = torch.fmax(state["best"], state["values"])
+        stuck_N = self.dual.stuck(state["duals"], state["values"] < state["thresholds"], state["stuck"])
+        named_N = (stuck_N >= self.patience) & (state["warned"] == 0)
+        for i in named_N.nonzero().flatten().tolist():
+            rank_zero_warn(
+                f"Lagrangian's threshold {state['thresholds'][i]:.3g} for '{names[i]}' is not met: its multiplier has "
+                f"been {self.dual.largest:g}, its largest, for {self.patience} batches; the best mean of {self.window} "
+                f"is {best_N[i]:.3g}. Lower the threshold, or let the dual step's multiplier grow larger"
+            )
+        return state | {"stuck": stuck_N, "best": best_N, "warned": state["warned"].masked_fill(named_N, 1.0)}
