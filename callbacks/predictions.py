@@ -30,15 +30,18 @@ class PredictionWriter(Callback):
         path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
         return path.with_suffix(f".{rank()}{path.suffix}") if world_size() > 1 else path
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the file.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a file that is there, before any model is loaded.
 
         Raises:
             ValueError: it exists already.
         """
-        file = self.file(trainer)
-        if file.exists():
+        if stage == "predict" and (file := self.file(trainer)).exists():
             raise ValueError(f"{file} exists already; remove it, or set --predictions.path to another file")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the file."""
+        file = self.file(trainer)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
 

@@ -12,6 +12,7 @@ from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
+from moa_lightning.signals import Signal
 from moa_lightning.types import Evaluation
 
 
@@ -87,7 +88,7 @@ class RunFiles(EvaluationCallback):
                 for name, mean in self._last.items()
             },
             "hypervolume": _hypervolume(trainer),
-            **combiner_report(pl_module),
+            **_report(pl_module),
         }
         root = Path(trainer.default_root_dir)
         root.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,15 @@ class RunFiles(EvaluationCallback):
         """Go on from there."""
         self._first, self._last = state_dict["first"], state_dict["last"]
         self._seconds_before = state_dict["seconds"]
+
+
+def _report(pl_module: LightningModule) -> dict[str, Any]:
+    """What the combiner reports; thresholds under another name where evaluations are in another unit."""
+    module: Any = pl_module
+    report: dict[str, Any] = combiner_report(pl_module)
+    if "thresholds" in report and Signal.WINS in module.combiner.needs and not module.evaluates_wins:
+        report["training_thresholds"] = report.pop("thresholds")
+    return report
 
 
 def _tokens_per_second(trainer: Trainer) -> float | None:

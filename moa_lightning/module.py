@@ -96,6 +96,11 @@ class AlignmentModule(LightningModule):
         """The trained objectives, in order."""
         return tuple(self.panel.trained_names)
 
+    @property
+    def evaluates_wins(self) -> bool:
+        """Whether evaluations are in win probabilities, which thresholds of some combiners are in."""
+        return self.source.reads_candidates
+
     # Setting up: cheap checks first, weights last.
 
     def setup(self, stage: str) -> None:

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 # Own, empty caches: a test must not pass because of a model or a log-in that this machine happens to have.
@@ -24,6 +25,18 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
 import torch  # noqa: E402 - only now may it read the environment
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_open_wandb_run() -> Iterator[None]:
+    """A run that one test leaves open would be reused by the next one in the same process."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()

@@ -30,6 +30,12 @@ def tell(root: Path) -> None:
         volume = summary["hypervolume"]
         reference = ", ".join(f"{name} {value:g}" for name, value in volume["reference"].items())
         console.print(f"hypervolume {volume['start']:.3f} -> {volume['end']:.3f} (reference point {reference})")
+    for name, threshold in summary.get("training_thresholds", {}).items():
+        value = summary.get("values", {}).get(name)
+        console.print(
+            f"{name}: threshold {threshold:.3g} on the win probability among the responses to a prompt"
+            + (f"; {value:.3g} in the last batch" if value is not None else "")
+        )
     speed = summary["tokens_per_second"]
     console.print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s"
@@ -44,15 +50,8 @@ def tell(root: Path) -> None:
 def before_and_after(summary: dict[str, Any]) -> Table:
     """Each objective's mean before and after, with the difference in standard errors, and thresholds if there are."""
     thresholds = summary.get("thresholds", {})
-    table = Table(box=box.SIMPLE_HEAD, title=f"{summary['combiner']}: mean reward on held-out prompts")
-    for heading in (
-        "objective",
-        "before",
-        "after",
-        "change",
-        "standard errors",
-        *(["threshold"] if thresholds else []),
-    ):
+    table = Table(box=box.SIMPLE_HEAD, title=f"{summary['combiner']}: means on held-out prompts")
+    for heading in ("objective", "before", "after", "change", "change / s.e.", *(["threshold"] if thresholds else [])):
         table.add_column(heading, justify="left" if heading == "objective" else "right")
     for name, numbers in summary["objectives"].items():
         change = numbers["end"] - numbers["start"]

@@ -47,7 +47,7 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
         ValueError: a folder holds no summary, or the runs have other objectives.
     """
     patterns = [runs] if isinstance(runs, str) else runs
-    found = [_read(run) for pattern in patterns for run in sorted(glob(pattern)) or [pattern]]
+    found = [_read(run) for pattern in patterns for run in _matching(pattern)]
     if len(found) < 2:
         raise ValueError(f"--runs needs two or more runs, got {len(found)}; such as --runs='runs/mopo-*'")
     names = list(found[0].mean)
@@ -63,6 +63,14 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
     if output is not None:
         _write(found, names, on_front, Path(output))
         print(f"written to {output}: comparison.csv, comparison.png")
+
+
+def _matching(pattern: str) -> list[str]:
+    """The runs that a pattern means; other folders that it matches are passed over, one that is named is not."""
+    matches = sorted(glob(pattern))
+    if matches == [pattern]:
+        return matches
+    return [m for m in matches if not Path(m).is_dir() or (Path(m) / "summary.json").is_file()] or [pattern]
 
 
 def _read(run: str) -> Reached:
@@ -92,7 +100,7 @@ def _on_front(found: list[Reached], names: list[str]) -> list[bool]:
 
 
 def _table(found: list[Reached], names: list[str], on_front: list[bool]) -> list[str]:
-    head = ["run", "combiner", "steps", *names, "front", "thresholds"]
+    head = ["run", "combiner", "steps", *(f"{name} (95 %)" for name in names), "front", "thresholds"]
     lines = [head]
     for run, keep in zip(found, on_front, strict=True):
         values = [f"{run.mean[n]:.3f} ± {run.interval[n]:.3f}" for n in names]

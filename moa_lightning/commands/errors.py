@@ -54,7 +54,9 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
     """
     path = ".".join(_KEY.findall(message))
     if found := _REQUIRED.search(message):
-        return f"{found[1]} is missing; give it as --{found[1]}=..., or in the config file"
+        name = found[1].strip(",")
+        start = "; configs/demo.yaml is a whole one to start from" if name.startswith("model.") else ""
+        return f"{name} is missing; give it as --{name}=..., or in a config file (--config){start}"
     if found := _UNKNOWN_FLAG.search(message):
         given = found[1] or found[2]
         if found[1] and not given.startswith("-"):
@@ -115,8 +117,9 @@ def _values_of(types: Sequence[str]) -> str:
 
 
 def _closest(given: str, known: Iterable[str], prefix: str = "") -> str:
-    best = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{best[0]}'?" if best else ""
+    written = {name.lower(): name for name in known}  # 'pama' is as near to 'PAMA' as can be
+    best = difflib.get_close_matches(given.lower(), list(written), n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{written[best[0]]}'?" if best else ""
 
 
 def check_config_files(args: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """LightningCLI for ``moa fit | validate | test | predict``."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,8 +159,16 @@ class AlignmentCLI(LightningCLI):
         """Build module, data and Trainer."""
         self.config_init = self.parser.instantiate(self.config)  # the name that Lightning calls is deprecated
         self.datamodule = self._get(self.config_init, "data")
+        if self.datamodule.one_thread and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+
+    def after_predict(self) -> None:
+        """Say where the responses are."""
+        writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
+        if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
+            print(f"responses written to {writer.file(self.trainer)}")
 
     def after_fit(self) -> None:
         """Evaluate the policy that the run ends with, unless the last evaluation was of it already; tell of the run."""
@@ -182,6 +192,19 @@ class RunConfig(SaveConfigCallback):
         self.config = self.config.clone()
         self.config.ckpt_path = None
         super().setup(trainer, pl_module, "fit")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on after Ctrl-C."""
+        if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        last = root / "checkpoints" / "last.ckpt"
+        goes_on = (
+            f"go on with: moa fit --config {root / 'config.yaml'} --ckpt_path={last}"
+            if last.exists()
+            else "no checkpoint had been written yet; they are at each evaluation (trainer.val_check_interval)"
+        )
+        print(f"\nstopped at step {trainer.global_step}; {goes_on}", file=sys.stderr)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, for ``moa validate``."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
 
@@ -37,6 +37,8 @@ class PromptData(LightningDataModule, ABC):
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
         seed: of the order in which training prompts are drawn.
     """
+
+    one_thread: ClassVar[bool] = False  # the task's model is so small that threads would only wait for each other
 
     def __init__(self, batch_size: int = 64, val_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()

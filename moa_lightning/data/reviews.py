@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -133,6 +133,8 @@ class Reviews(PromptData):
         self._held_out: list[Row] = [{"prompt": text} for text in openings[:val_size]] * val_repeats
         self._train: list[Row] = [{"prompt": text} for text in openings[val_size:]]
 
+    one_thread: ClassVar[bool] = True
+
     def rows(self, stage: Stage) -> Sequence[Row]:
         """The openings of a stage."""
         return self._train if stage == Stage.TRAIN else self._held_out
@@ -162,6 +164,11 @@ def warm_start(path: str, seed: int = 0) -> None:
     recipe = {"seed": seed, "texts": _TEXTS, "batch": _BATCH, "lr": _LEARNING_RATE, **_SHAPE, "words": [*VOCABULARY]}
     if (folder / _MARK).is_file() and json.loads((folder / _MARK).read_text(encoding="utf-8")) == recipe:
         return
+    if not path.startswith((".", "/", "~")) and path.count("/") < 2:
+        raise ValueError(
+            f"policy.path '{path}' is no folder, and reads like a model on the hub; data class Reviews works with the "
+            "policy that it builds in a folder such as .cache/moa/reviews, data class Prompts with any"
+        )
     # A policy that an older recipe of ours built here, or an aligned one, must not be lost.
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(

@@ -87,6 +87,6 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert line == f"'{tmp_path}' holds no policy; give the folder of a finished run, or a Hugging Face folder"
     assert not (tmp_path / "out").exists()
     line = complaint(capsys, "export", "--run", tmp_path)
-    assert line == "output is missing; give it as --output=..., or in the config file"
+    assert line == "output is missing; give it as --output=..., or in a config file (--config)"
     line = complaint(capsys, "export", "--rum", tmp_path, "--output", tmp_path / "out")
     assert line == "unknown option '--rum'; did you mean '--run'?"

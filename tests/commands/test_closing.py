@@ -27,7 +27,7 @@ def test_numbers_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "front.png").touch()
     tell(tmp_path)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "objective before after change standard errors threshold" in lines
+    assert "objective before after change change / s.e. threshold" in lines
     assert "good 0.500 0.700 +0.200 +4.0" in lines  # .2 / sqrt(.03^2 + .04^2)
     assert "short 0.500 0.450 -0.050 - 0.6" in lines
     assert "hypervolume 0.250 -> 0.500 (reference point good 0, short -1)" in lines

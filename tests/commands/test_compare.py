@@ -30,7 +30,9 @@ def runs(tmp_path: Path) -> Path:
 def test_the_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moa("compare", f"--runs={runs}/*", "--output", tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "combiner", "steps", "good", "short", "front", "thresholds"]
+    assert lines[0].split() == [
+        "run", "combiner", "steps", "good", "(95", "%)", "short", "(95", "%)", "front", "thresholds"
+    ]  # fmt: skip
     told = [" ".join(line.split()[1:]) for line in lines[1:5]]
     assert told == [
         "PAMA 7 0.500 ± 0.020 0.500 ± 0.020 *",
@@ -54,6 +56,13 @@ def test_runs_may_be_named_one_by_one_and_thresholds_be_absent(
     assert "thresholds" not in lines[0]
     assert [line.endswith("*") for line in lines[1:]] == [False, True]
     assert len(lines) == 3
+
+
+def test_a_pattern_passes_over_what_is_no_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "comparison").mkdir()
+    moa("compare", f"--runs={runs}/*")
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert "holds no summary.json" in complaint(capsys, "compare", f"--runs=[{runs / 'a'}, {runs / 'comparison'}]")
 
 
 def test_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
