@@ -38,8 +38,8 @@ class CTWA(ScoreCombiner):
 
     Args:
         targets: least covariance of each objective, in its units (times one standard deviation of the
-            advantage): one number for all, or by name; an objective that is not named keeps its weight. The paper's
-            runs have 0.08 to 0.15 for scores in [0, 1].
+            advantage): one number for all, or by name; an objective that is not named keeps its weight. The authors'
+            published script has 0.08 to 0.15 for scores in [0, 1].
         lr: step of the logarithm of the weights, in inverse units of the targets.
         tau: share of the newest batch in the average, in (0, 1].
         weights: first weight of each objective by name, non-negative, not all 0; divided by their sum. ``None``
