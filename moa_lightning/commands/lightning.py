@@ -141,7 +141,11 @@ class AlignmentCLI(LightningCLI):
         if given not in (None, True, False):
             loggers += list(given) if isinstance(given, list) else [given]
         if config.wandb != "off":
-            loggers.append(WandbLogger(project=config.wandb_project, save_dir=root, offline=config.wandb == "offline"))
+            # Absolute: wandb's service may be one that was started in another folder.
+            folder = str(Path(root).absolute())
+            loggers.append(
+                WandbLogger(project=config.wandb_project, save_dir=folder, offline=config.wandb == "offline")
+            )
         try:
             trainer: Trainer = super().instantiate_trainer(logger=loggers, **kwargs)
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that this machine lacks
