@@ -285,6 +285,8 @@ def _split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
     cut = chosen.rfind(ASSISTANT, 0, shared)
     if cut >= 0:
         cut += len(ASSISTANT)
+    elif ASSISTANT in chosen and ASSISTANT in rejected:
+        raise BadRowError("'chosen' and 'rejected' part before the first answer; they must share the question")
     else:
         cut = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared), 0)  # words stay whole
     if not chosen[:cut].strip():

@@ -360,3 +360,9 @@ def test_a_prompt_that_chosen_and_rejected_repeat_is_taken_once() -> None:
 def test_messages_need_a_role() -> None:
     with pytest.raises(BadRowError, match="messages with 'role' and 'content'"):
         to_row(Candidates().read({"prompt": [{"content": "hi"}], "responses": ["a", "b"]}))
+
+
+def test_dialogues_that_ask_different_questions_are_no_comparison() -> None:
+    row = {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Bye\n\nAssistant: b"}
+    with pytest.raises(BadRowError, match="part before the first answer; they must share the question"):
+        ChosenRejected().read(row)
