@@ -116,14 +116,14 @@ def _report(pl_module: LightningModule) -> dict[str, Any]:
 
 
 def _tokens_per_second(trainer: Trainer) -> float | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared
         if isinstance(callback, Throughput) and callback.total_seconds > 0:
             return callback.total_tokens / callback.total_seconds
     return None
 
 
 def _hypervolume(trainer: Trainer) -> dict[str, Any] | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared
         if isinstance(callback, ParetoFront) and callback.points:
             return {
                 "start": callback.hypervolume(1),

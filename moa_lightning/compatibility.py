@@ -1,9 +1,13 @@
 """Which pieces go together: checked before anything is loaded."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.combiners import Combiner
 from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
+from moa_lightning.models import Reference
 from moa_lightning.rewards import RewardPanel
 from moa_lightning.signals import SIGNALS_OF_LOSSES, Signal
 from moa_lightning.sources import Source
@@ -51,6 +55,34 @@ def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batc
             f"{_name(comparing)} compares the responses to a prompt, so they must stay in one minibatch: "
             f"source.num_mini_batches {source.minibatches} must divide data.batch_size {batch_size}"
         )
+
+
+def check_checkpoint(
+    saved: dict[str, Any] | None, objectives: Sequence[str], combiner: Combiner, reference: Reference
+) -> dict[str, Any]:
+    """What a checkpoint holds of ours, if it is of this combiner, these objectives and this reference.
+
+    Raises:
+        ValueError: one line with what differs.
+    """
+    if saved is None:
+        raise ValueError("this checkpoint was not written by moa_lightning; give one from a run's folder")
+    if list(saved["objectives"]) != list(objectives):
+        raise ValueError(
+            f"the checkpoint was trained on the objectives {', '.join(saved['objectives'])}, this run on "
+            f"{', '.join(objectives)}; use the run's own config.yaml"
+        )
+    if saved["combiner"] != _name(combiner):
+        raise ValueError(
+            f"the checkpoint was trained with {saved['combiner']}, this run uses {_name(combiner)}; use the run's own "
+            "config.yaml, or start from its exported policy"
+        )
+    if saved["reference_class"] != _name(reference):
+        raise ValueError(
+            f"the checkpoint was trained with reference {saved['reference_class']}, this run uses {_name(reference)}; "
+            "use the run's own config.yaml"
+        )
+    return saved
 
 
 def _check_needs(combiner: Combiner, source: Source, loss: PolicyLoss) -> None:

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.combiners import PAMA, Combiner
-from moa_lightning.compatibility import check_minibatches, check_pieces
+from moa_lightning.compatibility import check_checkpoint, check_minibatches, check_pieces
 from moa_lightning.distributed import any_rank
 from moa_lightning.losses import ClippedSurrogate, KLPenalty, LossTerms, PolicyLoss, RewardKL
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
@@ -277,24 +277,7 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another combiner or other objectives; take the memory up again."""
-        saved = checkpoint.get("moa")
-        if saved is None:
-            raise ValueError("this checkpoint was not written by moa_lightning; give one from a run's folder")
-        if list(saved["objectives"]) != list(self.objective_names):
-            raise ValueError(
-                f"the checkpoint was trained on the objectives {', '.join(saved['objectives'])}, this run on "
-                f"{', '.join(self.objective_names)}; use the run's own config.yaml"
-            )
-        if saved["combiner"] != type(self.combiner).__name__:
-            raise ValueError(
-                f"the checkpoint was trained with {saved['combiner']}, this run uses {type(self.combiner).__name__}; "
-                "use the run's own config.yaml, or start from its exported policy"
-            )
-        if saved["reference_class"] != type(self.reference).__name__:
-            raise ValueError(
-                f"the checkpoint was trained with reference {saved['reference_class']}, this run uses "
-                f"{type(self.reference).__name__}; use the run's own config.yaml"
-            )
+        saved = check_checkpoint(checkpoint.get("moa"), self.objective_names, self.combiner, self.reference)
         self.combiner_state = self.combiner.resume(saved["combiner_state"], self.combiner_state)
         self.kl_state = saved["kl_state"]
         self.reference.load_state_dict(saved["reference"])

@@ -20,9 +20,9 @@ class Combined:
 
     score: Tensor  # (B, T) or (B,), detached: the advantage that the policy loss trains on
     weights_N: Tensor  # the share each objective got, averaged over what counted; for the logs
-    # For losses on pairs of responses only, whose logit is sharpness * beta (D_i - D_j) - (margin_i - margin_j):
+    # For losses on pairs of responses only, whose logit is (beta (D_i - D_j) - (margin_i - margin_j)) / weight:
     margin_B: Tensor | None = None
-    sharpness: float = 1.0
+    weight: float = 1.0
 
 
 class Combiner(ABC):

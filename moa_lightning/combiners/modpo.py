@@ -68,9 +68,9 @@ class MODPO(Combiner):
         weight = float(state["weights"] @ state["primary"])
         wins_BN = _of_complete_prompts(signals.wins_BN.float(), signals.wins_BN.isfinite(), signals.group_B)
         scores_BN = _of_complete_prompts(signals.scores_BN, signals.valid_BN, signals.group_B)
-        margin_B = (scores_BN * weights_N * (1 - is_primary_N)).sum(1) / weight
+        margin_B = (scores_BN * weights_N * (1 - is_primary_N)).sum(1)
         score_B = (wins_BN * is_primary_N).sum(1).where(signals.mask_BT.any(1), 0.0)
-        return Combined(score_B, weights_N, margin_B, 1 / weight)
+        return Combined(score_B, weights_N, margin_B, weight)
 
 
 def _of_complete_prompts(values_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> Tensor:

@@ -170,7 +170,8 @@ class AlignmentCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Say where the responses are."""
-        writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set, not declared
+        writer = next(callback for callback in callbacks if isinstance(callback, PredictionWriter))
         if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
             print(f"responses written to {writer.file(self.trainer)}")
 

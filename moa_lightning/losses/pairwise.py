@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined
-from moa_lightning.functional.pairwise import dpo_loss, ipo_loss
+from moa_lightning.functional.pairwise import dpo_loss, ipo_loss, modpo_logits
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
@@ -73,9 +73,8 @@ class PairwiseLogistic(PolicyLoss):
         log_ratio_BT = (output.logprobs_BT - experience.reference_logprobs_BT).where(mask_BT, 0.0)
         log_ratio_B = log_ratio_BT.sum(1)
         difference_P = log_ratio_B[chosen_P] - log_ratio_B[rejected_P]
-        logits_P = combined.sharpness * self.beta * difference_P
-        if combined.margin_B is not None:
-            logits_P = logits_P - (combined.margin_B[chosen_P] - combined.margin_B[rejected_P])
+        margin_B = torch.zeros_like(log_ratio_B) if combined.margin_B is None else combined.margin_B
+        logits_P = modpo_logits(difference_P, margin_B[chosen_P] - margin_B[rejected_P], self.beta, combined.weight)
         losses_P = _LOSSES[self.loss_type](logits_P, self.beta, self.label_smoothing)
 
         # Each prompt counts once, however many pairs its responses make.

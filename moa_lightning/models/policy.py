@@ -124,7 +124,7 @@ class Policy(nn.Module):
     def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: GenerationConfig) -> Tensor:
         """Prompts with sampled responses, (B, P + T); padded behind the end token. Stops when all have ended."""
         with self._nothing_but(config):
-            return self.backbone.generate(  # type: ignore[no-any-return]
+            return self.backbone.generate(  # type: ignore[no-any-return]  # a PreTrainedModel's or a PeftModel's
                 input_ids=input_ids_BP, attention_mask=attention_mask_BP, generation_config=config
             )
 

@@ -19,7 +19,7 @@ def test_the_fixed_point_is_the_closed_form(seed):
     logits_A = reference_A.log().clone().requires_grad_()
     optimizer = torch.optim.Adam([logits_A], lr=0.03)
     group_B = torch.arange(64).repeat_interleave(8)
-    distance, mean_A = [], torch.zeros(4)
+    mean_A = torch.zeros(4)
     for step in range(600):
         logprobs_A = logits_A.log_softmax(0)
         drawn_B = torch.multinomial(logprobs_A.exp().detach(), len(group_B), True, generator=generator)

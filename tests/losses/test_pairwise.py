@@ -38,7 +38,7 @@ def case(seed=0, masked=()):
     return experience, SimpleNamespace(logprobs_BT=logprobs_BT, entropy_BT=torch.zeros_like(reference_BT))
 
 
-def by_loop(experience, output, scores, beta, of_pair, margins=None, sharpness=1.0):
+def by_loop(experience, output, scores, beta, of_pair, margins=None, weight=1.0):
     """The definition: each prompt's pairs share its weight, and prompts count equally."""
     total, prompts = 0.0, sorted(set(GROUPS))
     ratio_B = ((output.logprobs_BT - experience.reference_logprobs_BT) * experience.mask_BT).sum(1)
@@ -47,7 +47,7 @@ def by_loop(experience, output, scores, beta, of_pair, margins=None, sharpness=1
         pairs = [(i, j) for i, j in permutations(rows, 2) if scores[i] > scores[j]]
         for i, j in pairs:
             margin = 0.0 if margins is None else margins[i] - margins[j]
-            z = sharpness * beta * (ratio_B[i] - ratio_B[j]) - margin
+            z = (beta * (ratio_B[i] - ratio_B[j]) - margin) / weight
             total = total + of_pair(z) / len(pairs) / len(prompts)
     return total
 
@@ -70,12 +70,12 @@ def test_value_and_gradient(loss_type, of_pair, masked):
     assert (found[~experience.mask_BT] == 0).all()
 
 
-def test_margin_and_sharpness_enter_the_logit():
+def test_margin_and_weight_enter_the_logit():
     experience, output = case()
     margins = torch.linspace(-1, 1, 8, dtype=torch.float64)
-    combined = Combined(torch.tensor(SCORES), torch.ones(2), margins, 2.5)
+    combined = Combined(torch.tensor(SCORES), torch.ones(2), margins, 0.4)
     found = PairwiseLogistic(0.3)(combined, experience, output, RewardKL()).loss
-    expected = by_loop(experience, output, SCORES, 0.3, lambda z: torch.log1p(torch.exp(-z)), margins, 2.5)
+    expected = by_loop(experience, output, SCORES, 0.3, lambda z: torch.log1p(torch.exp(-z)), margins, 0.4)
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
@@ -163,8 +163,8 @@ def test_modpo_leaves_out_what_nobody_judged():
     state = combiner.init(["a", "b"], torch.ones(2))
     combined = combiner.combine(signals(wins_BN.flip(1), scores_BN), state)
     assert combined.score.tolist() == [0.0, 0.0, 0.0, 1.0]  # the first prompt: one response without a label
-    assert combined.margin_B.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
-    assert combined.sharpness == pytest.approx(4 / 3)
+    assert combined.margin_B.tolist() == pytest.approx([0.25, 0.25, 0.0, 0.25])
+    assert combined.weight == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(
