@@ -1,0 +1,87 @@
+"""What a run tells on its way and at its end, with the progress bar on."""
+
+import json
+import shlex
+
+import pytest
+
+from moa_lightning.callbacks import ObjectiveMetrics
+from moa_lightning.data.reviews import warm_start
+from tests.cli.task import Task, complaint, moa
+
+BAR = "--trainer.enable_progress_bar=true"
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the end of a step, as Lightning sees it."""
+    original = ObjectiveMetrics.on_train_batch_end
+
+    def interrupted(self, trainer, *arguments):
+        original(self, trainer, *arguments)
+        if trainer.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ObjectiveMetrics, "on_train_batch_end", interrupted)
+
+
+def test_the_command_that_ctrl_c_prints_goes_on(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        with pytest.raises(SystemExit):
+            moa("fit", "--config", task.config, "--trainer.max_steps=3")
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped")]
+    assert len(told) == 1
+    said, _, command = told[0].partition("; go on with: ")
+    assert said == "stopped at step 2"
+    program, *arguments = shlex.split(command)
+    assert program == "moa"
+    moa(*arguments)
+    assert json.loads((task.root / "summary.json").read_text())["steps"] == 3
+
+
+def test_ctrl_c_before_any_checkpoint_says_so(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(1, monkeypatch)
+    with pytest.raises(SystemExit):
+        moa("fit", "--config", task.config, "--trainer.val_check_interval=2")
+    assert "stopped at step 1; no checkpoint had been written yet" in capsys.readouterr().err
+
+
+def test_the_end_of_fit_and_predict_names_the_files(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    moa("fit", "--config", task.config, BAR)
+    printed = capsys.readouterr().out
+    assert "change / s.e." in printed
+    assert f"{task.root / 'front.png'}  the Pareto front" in printed
+    out = task.folder / "answers.jsonl"
+    moa("predict", "--config", task.config, BAR, f"--predictions.path={out}")
+    assert capsys.readouterr().out.splitlines()[-1] == f"responses written to {out}"
+    assert complaint(capsys, "predict", "--config", task.config, f"--predictions.path={out}").startswith(
+        f"{out} exists already; remove it"
+    )
+
+
+def test_thresholds_in_win_probability_are_not_held_against_rewards(
+    task: Task, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = ("--model.source.num_generations=2", "--model.combiner=MOPO", "--model.combiner.thresholds={short: 0.4}")
+    moa("fit", "--config", task.config, BAR, *several, "--model.loss=WeightedLikelihood")
+    summary = json.loads((task.root / "summary.json").read_text())
+    assert "thresholds" not in summary
+    assert summary["training_thresholds"] == {"short": pytest.approx(0.4)}
+    assert "short: threshold 0.4 on the win probability among the responses to a prompt" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_upper_and_lower_case_are_near(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint(capsys, "fit", "--config", task.config, "--model.combiner=Pama")
+    assert "unknown combiner 'Pama'; did you mean 'PAMA'?" in line
+
+
+@pytest.mark.parametrize("path", ["gpt2-nope", "owner/gpt2-nope"])
+def test_a_misspelt_model_is_not_trained_from_scratch(path: str) -> None:
+    with pytest.raises(ValueError, match="is no folder, and reads like a model on the hub"):
+        warm_start(path)
