@@ -171,3 +171,9 @@ def test_functional_imports_only_torch_and_numerical_libraries() -> None:
     for path in (ROOT / "moa_lightning/functional").glob("*.py"):
         foreign = {name.partition(".")[0] for name in _imported(path)} - standard
         assert foreign <= {"torch", "moocore", "numpy", "scipy", "moa_lightning"}, path.name
+
+
+def test_no_combiner_is_longer_than_two_pages() -> None:
+    files = sorted((ROOT / "moa_lightning/combiners").rglob("*.py"))
+    assert len(files) > 20, "the search itself is broken"
+    assert {f.name: n for f in files if (n := len(f.read_text().splitlines())) > 120} == {}

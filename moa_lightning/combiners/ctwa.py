@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moa_lightning.combiners.scores import ScoreCombiner, ScoredResponses, collected_responses
+from moa_lightning.combiners.responses import ScoredResponses, collected_responses
+from moa_lightning.combiners.scores import ScoreCombiner
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.scalarize import group_covariance, weighted_sum
 from moa_lightning.signals import Signal

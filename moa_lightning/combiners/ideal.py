@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moa_lightning.combiners.scores import ScoreCombiner, ScoredResponses
+from moa_lightning.combiners.responses import ScoredResponses
+from moa_lightning.combiners.scores import ScoreCombiner
 from moa_lightning.distributed import all_rows
 from moa_lightning.types import State
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.constraints import constrained, curves, watched
 from moa_lightning.combiners.duals import DualUpdate, Exponential
-from moa_lightning.combiners.weights import primary_and_thresholds
 from moa_lightning.distributed import all_sum
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
@@ -57,19 +56,9 @@ class Lagrangian(Combiner):
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First multipliers, thresholds by name."""
-        primary_N, thresholds_N = primary_and_thresholds(self, self.primary, self.thresholds, objectives)
-        bound_N = primary_N == 0 if self.thresholds is None else thresholds_N.isfinite()
-        return {
-            "primary": primary_N,
-            "duals": bound_N * self.dual.start,
-            **self.dual.init(len(objectives)),
-            "thresholds": thresholds_N,  # NaN: none (yet)
-            "values": torch.full_like(primary_N, torch.nan),
-            "best": torch.full_like(primary_N, -torch.inf),  # of the values
-            "window": torch.zeros(self.window, 2, len(objectives)),  # sums of scores, numbers of responses, per batch
-            "batches": torch.zeros(()),
-            **{name: torch.zeros_like(primary_N) for name in ("stuck", "warned")},
-        }
+        state = constrained(self, self.primary, self.thresholds, self.dual, objectives)
+        # Sums of scores and numbers of responses, per batch.
+        return state | {"window": torch.zeros(self.window, 2, len(objectives))}
 
     def resume(self, saved: State, fresh: State) -> State:
         """All that was learnt of what still is constrained, under the configuration's thresholds."""
@@ -94,8 +83,7 @@ class Lagrangian(Combiner):
 
     def report(self, state: State) -> dict[str, Tensor]:
         """Multipliers, thresholds, and the values that they are compared with."""
-        duals_N = state["duals"].where(state["thresholds"].isfinite(), torch.nan)
-        return {"duals": duals_N, "thresholds": state["thresholds"], "values": state["values"]}
+        return curves(state)
 
     def combine(self, signals: Signals, state: State) -> Combined:
         """The weighted advantage per token."""
@@ -108,13 +96,13 @@ class Lagrangian(Combiner):
         """Warn once of each threshold that stays violated with its multiplier at its largest."""
         if state["batches"] < self.window:
             return state  # a few batches are too noisy to judge by
-        best_N = torch.fmax(state["best"], state["values"])
-        stuck_N = self.dual.stuck(state["duals"], state["values"] < state["thresholds"], state["stuck"])
-        named_N = (stuck_N >= self.patience) & (state["warned"] == 0)
-        for i in named_N.nonzero().flatten().tolist():
-            rank_zero_warn(
+
+        def message(i: int, best: float) -> str:
+            return (
                 f"Lagrangian's threshold {state['thresholds'][i]:.3g} for '{names[i]}' is not met: its multiplier has "
                 f"been {self.dual.largest:g}, its largest, for {self.patience} batches; the best mean of {self.window} "
-                f"is {best_N[i]:.3g}. Lower the threshold, or let the dual step's multiplier grow larger"
+                f"is {best:.3g}. Lower the threshold, or let the dual step's multiplier grow larger"
             )
-        return state | {"stuck": stuck_N, "best": best_N, "warned": state["warned"].masked_fill(named_N, 1.0)}
+
+        judged_N = torch.ones_like(state["primary"], dtype=torch.bool)
+        return state | watched(state, state["values"], judged_N, self.dual, self.patience, message)

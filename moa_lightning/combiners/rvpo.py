@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moa_lightning.combiners.scores import ScoreCombiner, ScoredResponses
+from moa_lightning.combiners.responses import ScoredResponses
+from moa_lightning.combiners.scores import ScoreCombiner
 from moa_lightning.functional.scalarize import group_standardize, soft_minimum
 from moa_lightning.signals import Signal
 from moa_lightning.types import State

@@ -5,39 +5,18 @@ Legend: B sequences, N objectives.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.responses import ScoredResponses, collected_responses, scored_responses
 from moa_lightning.combiners.weights import named_weights
 from moa_lightning.distributed import all_sum
-from moa_lightning.functional.preference import fill_from_group, group_sum
 from moa_lightning.functional.scalarize import NO_SPREAD, group_centered
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
-
-
-@dataclass(frozen=True)
-class ScoredResponses:
-    """Responses with their scores."""
-
-    scores_BN: Tensor  # float64, in the objectives' units
-    valid_BN: Tensor  # bool, scores that count
-    group_B: Tensor  # which prompt a row belongs to
-    charge_B: Tensor | None  # what the KL penalty takes off the combined score
-
-    def filled(self) -> tuple[Tensor, Tensor]:
-        """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then.
-
-        So a response that nobody scored is neither good nor bad at it; an objective that scored no response to
-        a prompt is left out of all of them.
-        """
-        filled_BN = fill_from_group(self.scores_BN.where(self.valid_BN, torch.nan), self.group_B)
-        known_GN = group_sum(self.valid_BN.double(), self.group_B) > 0
-        return filled_BN, known_GN[self.group_B] & self.valid_BN.any(1, keepdim=True)
 
 
 class ScoreCombiner(Combiner):
@@ -97,7 +76,9 @@ class ScoreCombiner(Combiner):
     def combine(self, signals: Signals, state: State) -> Combined:
         """The combined score less its baseline, in standard deviations of the batch."""
         assert signals.scores_BN is not None
-        responses = _responses(signals.scores_BN, signals.valid_BN, signals.mask_BT, signals.group_B, signals.charge_B)
+        responses = scored_responses(
+            signals.scores_BN, signals.valid_BN, signals.mask_BT, signals.group_B, signals.charge_B
+        )
         advantages_B, shares_BN = self.advantages(responses, state)
         total_N = all_sum(shares_BN.sum(0)).float()
         weights_N = total_N / total_N.sum() if total_N.any() else state["weights"].to(total_N.device)
@@ -115,20 +96,3 @@ class ScoreCombiner(Combiner):
         if responses.charge_B is not None:
             score_B = score_B - responses.charge_B
         return score_B.where(shares_BN.sum(1) > 0, 0.0), shares_BN
-
-
-def collected_responses(experience: Experience) -> ScoredResponses:
-    """The responses of a collected batch."""
-    return _responses(
-        experience.scores_BN, experience.valid_BN, experience.mask_BT, experience.group_B, experience.charge_B
-    )
-
-
-def _responses(
-    scores_BN: Tensor, valid_BN: Tensor, mask_BT: Tensor, group_B: Tensor | None, charge_B: Tensor | None
-) -> ScoredResponses:
-    counted_BN = valid_BN & mask_BT.any(1, keepdim=True)
-    if group_B is None:
-        group_B = torch.arange(len(scores_BN), device=scores_BN.device)
-    charge_B = None if charge_B is None else charge_B.double()
-    return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, charge_B)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moa_lightning.combiners.ideal import DistanceToIdeal
-from moa_lightning.combiners.scores import ScoredResponses
+from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.functional.scalarize import tchebycheff
 from moa_lightning.types import State
 

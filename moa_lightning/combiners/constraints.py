@@ -1,0 +1,91 @@
+"""What the constrained combiners share: their first state, its curves, and the warning of thresholds that are not met.
+
+Legend: N objectives.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from moa_lightning.combiners.base import Combiner
+from moa_lightning.combiners.duals import DualUpdate
+from moa_lightning.combiners.weights import primary_and_thresholds
+from moa_lightning.types import State
+
+
+def constrained(
+    combiner: Combiner,
+    primary: str | None,
+    thresholds: Mapping[str, float] | None,
+    dual: DualUpdate,
+    objectives: Sequence[str],
+) -> State:
+    """First state of a combiner that maximises one objective while others stay above their thresholds.
+
+    Args:
+        combiner: whose settings they are.
+        primary: name; ``None`` is the first objective.
+        thresholds: by name; ``None`` will be found for each objective but the primary one.
+        dual: how the multipliers move.
+        objectives: names of the trained objectives, in order.
+
+    Raises:
+        ValueError: a name is no objective, or the primary objective has a threshold.
+    """
+    primary_N, thresholds_N = primary_and_thresholds(combiner, primary, thresholds, objectives)
+    bound_N = primary_N == 0 if thresholds is None else thresholds_N.isfinite()
+    return {
+        "primary": primary_N,
+        "duals": bound_N * dual.start,
+        **dual.init(len(objectives)),
+        "thresholds": thresholds_N,  # NaN: none (yet)
+        "values": torch.full_like(primary_N, torch.nan),  # what they are compared with
+        "batches": torch.zeros(()),
+        "best": torch.full_like(primary_N, -torch.inf),  # of the values
+        **{name: torch.zeros_like(primary_N) for name in ("stuck", "warned")},
+    }
+
+
+def curves(state: State) -> dict[str, Tensor]:
+    """Multipliers, thresholds, and the values that they are compared with."""
+    bound_N = (state["primary"] == 0) & state["thresholds"].isfinite()
+    duals_N = state["duals"].where(bound_N, torch.nan)
+    return {"duals": duals_N, "thresholds": state["thresholds"], "values": state["values"]}
+
+
+def watched(
+    state: State,
+    values_N: Tensor,
+    judged_N: Tensor,
+    dual: DualUpdate,
+    patience: int,
+    message: Callable[[int, float], str],
+    impossible_N: Tensor | None = None,
+) -> State:
+    """What is remembered after a batch; warns of a threshold once patience with it is at its end.
+
+    Args:
+        state: holds what :func:`constrained` returned, and since then the last call.
+        values_N: what the thresholds are compared with; NaN where unknown.
+        judged_N: bool, values that enough batches stand behind.
+        dual: how the multipliers move.
+        patience: batches violated, with the multiplier at its largest, until the warning.
+        message: of an objective by its index, with the best value that it reached.
+        impossible_N: bool, thresholds to warn of at once.
+    """
+    best_N = torch.fmax(state["best"], values_N).where(judged_N, state["best"])
+    stuck_N = dual.stuck(state["duals"], judged_N & (values_N < state["thresholds"]), state["stuck"])
+    named_N = stuck_N >= patience if impossible_N is None else (stuck_N >= patience) | impossible_N
+    named_N = named_N & (state["warned"] == 0)
+    for i in named_N.nonzero().flatten().tolist():
+        rank_zero_warn(message(i, float(best_N[i])))
+    return {"best": best_N, "stuck": stuck_N, "warned": state["warned"].masked_fill(named_N, 1.0)}
+
+
+def running_mean(mean_N: Tensor, seen_N: Tensor, new_N: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Plain mean of the first ``window`` values, exponential after them, and how many are in it; NaN is no value."""
+    known_N = new_N.isfinite()
+    count_N = (seen_N + known_N).clamp(max=window)
+    return torch.where(known_N, mean_N + (new_N - mean_N) / count_N.clamp(min=1), mean_N), count_N

@@ -1,0 +1,93 @@
+"""MOPO's thresholds: adaptive ones, and the warning of those that are not met.
+
+Legend: N objectives.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moa_lightning.combiners.constraints import running_mean, watched
+from moa_lightning.combiners.duals import DualUpdate
+from moa_lightning.types import State
+
+
+def threshold_memory(count: int) -> State:
+    """First memory of the functions below, for so many objectives."""
+    return {
+        # Means over about the last `patience` batches: a single batch is too noisy to judge a threshold by.
+        "mean_values": torch.zeros(count),
+        "valued": torch.zeros(count),  # batches in this mean
+        "mean_attainable": torch.zeros(count),  # if the best response to each prompt were always chosen
+        "seen": torch.zeros(count),  # batches in this one
+        # Of the reference, over the batches since the thresholds were last refreshed.
+        "reference_values": torch.zeros(count),
+        "reference_seen": torch.zeros(count),
+    }
+
+
+def adapted(state: State, reference_N: Tensor, beta: float, refresh_interval: int) -> State:
+    """Thresholds of ``beta`` times the reference's value, averaged since its last refresh, and what that takes.
+
+    Args:
+        state: the combiner's, ``batches`` and ``primary`` included.
+        reference_N: the reference's values on this batch; NaN where unknown.
+        beta: share of the reference's value.
+        refresh_interval: batches between two refreshes of the reference.
+    """
+    refreshed = int(state["batches"]) % refresh_interval == 0
+    seen_N = torch.zeros_like(state["reference_seen"]) if refreshed else state["reference_seen"]
+    values_N, seen_N = running_mean(state["reference_values"], seen_N, reference_N, refresh_interval)
+    known_N = (state["primary"] == 0) & (seen_N > 0)
+    return {
+        "reference_values": values_N,
+        "reference_seen": seen_N,
+        "thresholds": torch.where(known_N, beta * values_N, state["thresholds"]),
+    }
+
+
+def judged(
+    state: State,
+    attainable_N: Tensor,
+    bound_N: Tensor,
+    dual: DualUpdate,
+    patience: int,
+    radius: float,
+    names: Sequence[str],
+) -> State:
+    """What is remembered of this batch's values; warns of a threshold that no policy meets, or that stays violated.
+
+    Args:
+        state: the combiner's, with this batch's ``values``.
+        attainable_N: mean of each objective if the best response to each prompt were always chosen.
+        bound_N: bool, objectives with a threshold and a value.
+        dual: how the multipliers move.
+        patience: batches in the means, and violated ones until the warning.
+        radius: of the robust value.
+        names: of the objectives.
+    """
+    values_N, valued_N = running_mean(state["mean_values"], state["valued"], state["values"], patience)
+    attainable_N, seen_N = running_mean(state["mean_attainable"], state["seen"], attainable_N, patience)
+    settled_N = bound_N & (seen_N >= patience)
+    impossible_N = settled_N & (attainable_N < state["thresholds"])
+
+    def message(i: int, best: float) -> str:
+        why = (
+            f"always choosing the best response to each prompt would give {float(attainable_N[i]):.3g}"
+            if impossible_N[i]
+            else f"its multiplier has been at its largest for {patience} batches"
+        )
+        return (
+            f"MOPO's threshold {float(state['thresholds'][i]):.3g} for '{names[i]}' cannot be met: {why}; the best "
+            f"value reached, as a mean over {patience} batches, is {best:.3g}. Lower the threshold"
+            + (f", or the radius {radius:g}" if radius else "")
+        )
+
+    return {
+        "mean_values": values_N,
+        "valued": valued_N,
+        "mean_attainable": attainable_N,
+        "seen": seen_N,
+        **watched(state, values_N, settled_N, dual, patience, message, impossible_N),
+    }

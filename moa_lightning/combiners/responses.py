@@ -1,0 +1,50 @@
+"""Whole responses with their scores, as the combiners of scores read them.
+
+Legend: B sequences, T tokens, N objectives, G prompts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moa_lightning.functional.preference import fill_from_group, group_sum
+from moa_lightning.types import Experience
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """Responses with their scores."""
+
+    scores_BN: Tensor  # float64, in the objectives' units
+    valid_BN: Tensor  # bool, scores that count
+    group_B: Tensor  # which prompt a row belongs to
+    charge_B: Tensor | None  # what the KL penalty takes off the combined score
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then.
+
+        So a response that nobody scored is neither good nor bad at it; an objective that scored no response to
+        a prompt is left out of all of them.
+        """
+        filled_BN = fill_from_group(self.scores_BN.where(self.valid_BN, torch.nan), self.group_B)
+        known_GN = group_sum(self.valid_BN.double(), self.group_B) > 0
+        return filled_BN, known_GN[self.group_B] & self.valid_BN.any(1, keepdim=True)
+
+
+def collected_responses(experience: Experience) -> ScoredResponses:
+    """The responses of a collected batch."""
+    return scored_responses(
+        experience.scores_BN, experience.valid_BN, experience.mask_BT, experience.group_B, experience.charge_B
+    )
+
+
+def scored_responses(
+    scores_BN: Tensor, valid_BN: Tensor, mask_BT: Tensor, group_B: Tensor | None, charge_B: Tensor | None
+) -> ScoredResponses:
+    """The responses that take part: without a group, each is the only one to its prompt."""
+    counted_BN = valid_BN & mask_BT.any(1, keepdim=True)
+    if group_B is None:
+        group_B = torch.arange(len(scores_BN), device=scores_BN.device)
+    charge_B = None if charge_B is None else charge_B.double()
+    return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, charge_B)
