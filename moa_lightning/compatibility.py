@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.combiners import Combiner
 from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.models import Reference
 from moa_lightning.rewards import RewardPanel
-from moa_lightning.signals import SIGNALS_OF_LOSSES, Signal
+from moa_lightning.signals import SIGNALS_OF_LOSSES, GradientPlace, Signal
 from moa_lightning.sources import Source
 
 # Scores are compared too: their baseline is the mean over a prompt's responses.
@@ -54,6 +55,21 @@ def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batc
         raise ValueError(
             f"{_name(comparing)} compares the responses to a prompt, so they must stay in one minibatch: "
             f"source.num_mini_batches {source.minibatches} must divide data.batch_size {batch_size}"
+        )
+
+
+def check_strategy(combiner: Combiner, strategy: Strategy) -> None:
+    """Refuse a strategy under which the combiner's gradients cannot be had.
+
+    Raises:
+        ValueError: one line that says where to take them instead.
+    """
+    at = combiner.gradients_at
+    sharded = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+    if Signal.GRAMIAN in combiner.needs and at is not GradientPlace.REPRESENTATION and isinstance(strategy, sharded):
+        raise ValueError(
+            f"{_name(combiner)} takes gradients at {at}, which {_name(strategy)} keeps in pieces; use combiner.at "
+            "representation, or strategy ddp"
         )
 
 

@@ -3,6 +3,7 @@
 Legend: B sequences, T tokens, N trained objectives.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.combiners import PAMA, Combiner
-from moa_lightning.compatibility import check_checkpoint, check_minibatches, check_pieces
-from moa_lightning.distributed import any_rank
-from moa_lightning.losses import ClippedSurrogate, KLPenalty, LossTerms, PolicyLoss, RewardKL
+from moa_lightning.compatibility import check_checkpoint, check_minibatches, check_pieces, check_strategy
+from moa_lightning.distributed import all_sum
+from moa_lightning.finite import require_finite
+from moa_lightning.losses import ClippedSurrogate, KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_model, load_tokenizer
 from moa_lightning.rewards import Objective, RewardPanel
@@ -27,10 +29,6 @@ from moa_lightning.sources.loader import PromptLoader
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
 
 Row = dict[str, Any]
-
-
-class NonFiniteLossError(ValueError):
-    """The loss is NaN or infinite; a checkpoint from before the update was written."""
 
 
 class AlignmentModule(LightningModule):
@@ -89,6 +87,7 @@ class AlignmentModule(LightningModule):
         self.tokenizer: PreTrainedTokenizerBase
         self._means = nn.ModuleDict({f"mean_of_{n}": MeanMetric(nan_strategy="ignore") for n in self.panel.names})
         self.evaluated_at: int | None = None  # the step of the last whole evaluation
+        self._evaluated_2N = torch.zeros(2, len(self.objective_names))  # sums and numbers of the values seen in it
         self._panel_device: torch.device | None = None
 
     @property
@@ -105,6 +104,7 @@ class AlignmentModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
+        check_strategy(self.combiner, self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.source.check(data.columns)
@@ -182,10 +182,12 @@ class AlignmentModule(LightningModule):
         output = self.policy(
             responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.source.temperature
         )
-        signals = self.source.signals(experience, output, self.loss.clip_range)
+        parameters = self.policy.parameters_at(self.combiner.gradients_at)
+        signals = self.source.signals(experience, output, self.loss.clip_range, parameters)
         combined = self.combiner.combine(signals, self.combiner_state)
+        self.combiner_state = combined.state or self.combiner_state
         result = self.loss(combined, experience, output, self.kl)
-        self._require_finite(result, experience)
+        require_finite(result, experience, self.trainer)
         self.log("loss", result.loss.detach(), prog_bar=True, batch_size=len(experience))
         step = StepOutput(
             names=self.objective_names,
@@ -196,24 +198,6 @@ class AlignmentModule(LightningModule):
             seconds=time.perf_counter() - started,
         )
         return {"loss": result.loss, "step": step}
-
-    def _require_finite(self, result: LossTerms, experience: Experience) -> None:
-        if not any_rank(not bool(torch.isfinite(result.loss)), result.loss.device):
-            return
-        blamed = [
-            name
-            for i, name in enumerate(self.objective_names)
-            if not bool(torch.isfinite(result.terms.get(f"value_loss/{name}", torch.tensor(0.0))))
-            or not bool(torch.isfinite(experience.advantages_BTN[..., i]).all())
-        ]
-        bad_terms = [name for name, value in result.terms.items() if not bool(torch.isfinite(value))]
-        path = Path(self.trainer.default_root_dir) / "non_finite.ckpt"
-        self.trainer.save_checkpoint(path)
-        source = f"objective {' and '.join(blamed)}" if blamed else "no single objective"
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {self.global_step}: {source} ({', '.join(bad_terms) or 'total'}). The "
-            f"state before this update is in {path}; lower the learning rate, or clip that objective's reward"
-        )
 
     def configure_optimizers(self) -> Any:
         """The optimiser over what is trained; value heads may have a learning rate of their own."""
@@ -237,9 +221,18 @@ class AlignmentModule(LightningModule):
         """Respond and score; the objectives' means are logged as ``val/rewards/<name>/mean``."""
         return self._evaluate(batch, batch_idx, "val")
 
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        self._evaluated_2N = torch.zeros(2, len(self.objective_names))
+
     def on_validation_epoch_end(self) -> None:
-        """Remember which step was evaluated last."""
-        self.evaluated_at = self.trainer.global_step
+        """Tell the combiner, once for each step that was evaluated whole."""
+        sums_2N, step = all_sum(self._evaluated_2N.to(self.device)).cpu(), self.trainer.global_step
+        if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != math.inf:
+            return
+        if self.evaluated_at != step:  # a resumed run looks once more at the policy that it starts with
+            self.combiner_state = self.combiner.evaluated(sums_2N[0] / sums_2N[1], self.combiner_state)
+        self.evaluated_at = step
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
         """Respond and score; the objectives' means are logged as ``test/rewards/<name>/mean``."""
@@ -255,6 +248,8 @@ class AlignmentModule(LightningModule):
             metric = cast(MeanMetric, self._means[f"mean_of_{name}"])
             metric.update(evaluation.rewards.raw_BN[:, i].double())
             self.log(f"{prefix}/rewards/{name}/mean", metric, on_step=False, on_epoch=True, batch_size=1)
+        values_BN, valid_BN = evaluation.rewards.trained_BN, evaluation.rewards.valid_BN
+        self._evaluated_2N += torch.stack([values_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(values_BN).sum(0)]).cpu()
         return evaluation
 
     def _evaluation_seed(self, batch_idx: int) -> int:
@@ -273,6 +268,7 @@ class AlignmentModule(LightningModule):
             "kl_state": self.kl_state,
             "reference_class": type(self.reference).__name__,
             "reference": self.reference.state_dict(),
+            "evaluated_at": self.evaluated_at,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -280,6 +276,7 @@ class AlignmentModule(LightningModule):
         saved = check_checkpoint(checkpoint.get("moa"), self.objective_names, self.combiner, self.reference)
         self.combiner_state = self.combiner.resume(saved["combiner_state"], self.combiner_state)
         self.kl_state = saved["kl_state"]
+        self.evaluated_at = saved.get("evaluated_at")
         self.reference.load_state_dict(saved["reference"])
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

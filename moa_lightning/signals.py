@@ -23,6 +23,14 @@ class Signal(StrEnum):
     GRAMIAN = "gramian"  # inner products of the objectives' gradients
 
 
+class GradientPlace(StrEnum):
+    """Where the gradients of the Gram matrix are taken. Further down costs one backward pass for each objective."""
+
+    REPRESENTATION = "representation"  # the last hidden state of every token: one pass through the head for all
+    LAST_LAYER = "last_layer"  # trained parameters of the last block that has any
+    PARAMETERS = "parameters"  # all trained parameters of the policy
+
+
 SIGNALS_OF_LOSSES = frozenset({Signal.PAIRS})
 """What the loss provides, not the source."""
 
@@ -42,7 +50,7 @@ class Signals:
     log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
     clip_range: float = float("inf")  # the epsilon of the clipped surrogate that follows
     gramian: Callable[[Tensor], Tensor] | None = (
-        None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks
+        None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks, where the combiner asks for gradients
     )
 
     def unclipped(self, advantages_BTN: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from moa_lightning.combiners import MGDAUB, PAMA, Linear
 from moa_lightning.data.base import PromptData, Stage
+from moa_lightning.finite import NonFiniteLossError
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.models import AdapterOff, FrozenCopy, LoRA, PolicyConfig
-from moa_lightning.module import AlignmentModule, NonFiniteLossError
+from moa_lightning.module import AlignmentModule
 from moa_lightning.rewards import FunctionReward, Length, Objective
 from moa_lightning.sources import GAE, GroupRelative, Rollout
 from tests import tiny

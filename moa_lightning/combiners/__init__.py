@@ -3,12 +3,15 @@
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.ctwa import CTWA
 from moa_lightning.combiners.duals import PID, DualUpdate, Exponential, LogBarrier, Optimistic, Projected
+from moa_lightning.combiners.gapo import GAPO
 from moa_lightning.combiners.gdpo import GDPO
+from moa_lightning.combiners.gramian import Gramian
 from moa_lightning.combiners.lagrangian import Lagrangian
 from moa_lightning.combiners.linear import Linear
 from moa_lightning.combiners.mgda_ub import MGDAUB
 from moa_lightning.combiners.modpo import MODPO
 from moa_lightning.combiners.mopo import MOPO
+from moa_lightning.combiners.p_gapo import PGAPO
 from moa_lightning.combiners.pama import PAMA
 from moa_lightning.combiners.rvpo import RVPO
 from moa_lightning.combiners.smooth_tchebycheff import SmoothTchebycheff
@@ -16,17 +19,20 @@ from moa_lightning.combiners.tchebycheff import Tchebycheff
 
 __all__ = [
     "CTWA",
+    "GAPO",
     "GDPO",
     "MGDAUB",
     "MODPO",
     "MOPO",
     "PAMA",
+    "PGAPO",
     "PID",
     "RVPO",
     "Combined",
     "Combiner",
     "DualUpdate",
     "Exponential",
+    "Gramian",
     "Lagrangian",
     "Linear",
     "LogBarrier",

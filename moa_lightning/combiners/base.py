@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moa_lightning.signals import Signal, Signals
+from moa_lightning.signals import GradientPlace, Signal, Signals
 from moa_lightning.types import Experience, State
 
 
@@ -23,6 +23,7 @@ class Combined:
     # For losses on pairs of responses only, whose logit is (beta (D_i - D_j) - (margin_i - margin_j)) / weight:
     margin_B: Tensor | None = None
     weight: float = 1.0
+    state: State | None = None  # to go on with, where an update itself teaches something; None is the one before
 
 
 class Combiner(ABC):
@@ -44,6 +45,11 @@ class Combiner(ABC):
         """Whether a KL penalty in the reward reaches the score, through advantages that it is in or of itself."""
         return Signal.ADVANTAGES in self.needs
 
+    @property
+    def gradients_at(self) -> GradientPlace:
+        """Where ``signals.gramian`` takes the gradients; of no effect on a combiner that does not need it."""
+        return GradientPlace.REPRESENTATION
+
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First state, for the trained objectives in order and the weights that the user gave them.
 
@@ -61,6 +67,10 @@ class Combiner(ABC):
 
     def observe(self, experience: Experience, state: State) -> State:
         """State after a newly collected batch (duals, averages, ideal points). Called once per batch."""
+        return state
+
+    def evaluated(self, values_N: Tensor, state: State) -> State:
+        """State after an evaluation: mean values of the trained objectives, after their transform; NaN is unknown."""
         return state
 
     def report(self, state: State) -> dict[str, Tensor]:

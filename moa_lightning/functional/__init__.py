@@ -1,9 +1,10 @@
 """Pure tensor mathematics."""
 
 from moa_lightning.functional.advantages import gae, group_relative, masked_moments
-from moa_lightning.functional.gramian import representation_gramian
+from moa_lightning.functional.dual import DualSolution, one_shot_dual
+from moa_lightning.functional.gramian import parameter_gradients, representation_gramian, weights_from_gramian
 from moa_lightning.functional.logprobs import token_logprobs
-from moa_lightning.functional.mopo import DualSolution, mopo_dual, mopo_ratio, robust_value
+from moa_lightning.functional.mopo import mopo_dual, mopo_ratio, robust_value
 from moa_lightning.functional.pairwise import (
     clip_around_first,
     confidence_weights,
@@ -62,7 +63,9 @@ __all__ = [
     "mopo_dual",
     "mopo_ratio",
     "non_dominated",
+    "one_shot_dual",
     "pama",
+    "parameter_gradients",
     "probability_ratio",
     "representation_gramian",
     "robust_value",
@@ -75,4 +78,5 @@ __all__ = [
     "value_loss",
     "virtual_reference",
     "weighted_sum",
+    "weights_from_gramian",
 ]

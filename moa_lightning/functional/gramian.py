@@ -3,6 +3,8 @@
 Legend: B sequences, T tokens, N objectives, D hidden size.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,61 @@ def representation_gramian(slopes_BTN: Tensor, squared_norms_BT: Tensor) -> Tens
     """
     weighted_BTN = slopes_BTN * squared_norms_BT.unsqueeze(-1)
     return torch.einsum("btn,btm->nm", weighted_BTN, slopes_BTN)
+
+
+def parameter_gradients(
+    logprobs_BT: Tensor, slopes_BTN: Tensor, parameters: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Gradients of N objectives at parameters, by one backward pass each; the graph is kept.
+
+    Args:
+        logprobs_BT: the tokens' log-probabilities, with their graph.
+        slopes_BTN: derivative of each objective's loss by them; 0 on masked tokens.
+        parameters: to differentiate by; one that the log-probabilities do not depend on has gradient 0.
+
+    Returns:
+        For each objective the gradients in the parameters' order and shapes.
+    """
+    return tuple(
+        torch.autograd.grad(
+            (logprobs_BT * slopes_BTN[..., i]).sum(), parameters, retain_graph=True, materialize_grads=True
+        )
+        for i in range(slopes_BTN.shape[-1])
+    )
+
+
+def weights_from_gramian(gram_NN: Tensor, weigh: Callable[[Tensor], Tensor], norm_power: float = 0.0) -> Tensor:
+    """Weights of N objectives by a rule on the Gram matrix of their gradients, each scaled by its norm first.
+
+    Objectives whose gradient is 0 are left out of the problem and get weight 0: they have nothing to lose. The matrix
+    is handed to the rule with 1 as its largest diagonal element, in float64.
+
+    Args:
+        gram_NN: symmetric, positive semi-definite.
+        weigh: from the Gram matrix of the scaled gradients to their weights.
+        norm_power: p; gradients are divided by the p-th power of their norm. 0 leaves them as they are.
+
+    Returns:
+        weights_N of the gradients as they were given, float64; their magnitudes sum to 1, or all are 0. Only the
+        direction of the weighted sum is the rule's: its length is left to the learning rate.
+
+    Source: the scaling is GAPO's, Li et al. 2025, arXiv 2507.01915.
+
+    Example: the rule that sums unit gradients gives the longer one the smaller weight.
+        >>> gram = torch.tensor([[1.0, 0.0], [0.0, 9.0]])
+        >>> weights_from_gramian(gram, lambda gram: torch.ones(len(gram)), norm_power=1.0).tolist()
+        [0.75, 0.25]
+    """
+    gram_NN = gram_NN.double()
+    norms_N = gram_NN.diagonal().sqrt()
+    kept_N = norms_N > 0
+    weights_N = torch.zeros_like(norms_N)
+    if not kept_N.any():
+        return weights_N
+    # Norms in units of the largest: their powers can neither overflow nor underflow.
+    largest = norms_N.max()
+    scales_N = (norms_N[kept_N] / largest) ** -norm_power
+    scaled_NN = gram_NN[kept_N][:, kept_N] / largest**2 * scales_N.outer(scales_N)
+    weights_N[kept_N] = weigh(scaled_NN / scaled_NN.diagonal().max()).to(weights_N) * scales_N
+    total = weights_N.abs().sum()
+    return weights_N / total.where(total > 0, 1.0)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
+from moa_lightning.signals import GradientPlace
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,25 @@ class Policy(nn.Module):
         """Trained parameters of the model, and of the value heads."""
         heads = list(self.value_heads.parameters()) if self.value_heads is not None else []
         return [p for p in self.backbone.parameters() if p.requires_grad], heads
+
+    def parameters_at(self, place: GradientPlace) -> list[nn.Parameter] | None:
+        """Trained parameters there; ``None`` for the representation, which has none.
+
+        Raises:
+            ValueError: the architecture has no blocks in a row, or none of them is trained.
+        """
+        if place is GradientPlace.REPRESENTATION:
+            return None
+        if place is GradientPlace.PARAMETERS:
+            return self.trainable()[0]
+        rows = [m for m in self.causal_lm.get_decoder().children() if isinstance(m, nn.ModuleList)]
+        for block in (block for row in rows[::-1] for block in reversed(row)):
+            if trained := [p for p in block.parameters() if p.requires_grad]:
+                return trained
+        raise ValueError(
+            f"{type(self.causal_lm).__name__} has no last layer with trained parameters that is known here; take the "
+            "combiner's gradients at the representation, or at all parameters"
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy in Hugging Face format: the adapter alone if there is one, else the whole model.

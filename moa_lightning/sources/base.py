@@ -4,13 +4,14 @@ Legend: B sequences, T tokens, N objectives.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moa_lightning.distributed import all_sum
-from moa_lightning.functional.gramian import representation_gramian
+from moa_lightning.functional.gramian import parameter_gradients, representation_gramian
 from moa_lightning.functional.preference import truncated_log_ratio
 from moa_lightning.functional.surrogate import probability_ratio
 from moa_lightning.losses.kl import KLPenalty
@@ -112,12 +113,27 @@ class Source(ABC):
         ess, cut, rows = all_sum(torch.stack([ess_B.sum(), cut_B.float().sum(), ess_B.new_tensor(len(ess_B))])).tolist()
         return weights_B, {"prior_ess": ess / rows, "prior_truncated": cut / rows}
 
-    def signals(self, experience: Experience, output: PolicyOutput, clip_range: float) -> Signals:
-        """Signals of some rows of experience, given the policy's present output on them."""
+    def signals(
+        self,
+        experience: Experience,
+        output: PolicyOutput,
+        clip_range: float,
+        parameters: Sequence[Tensor] | None = None,
+    ) -> Signals:
+        """Signals of some rows of experience, given the policy's present output on them.
+
+        Args:
+            experience: the rows.
+            output: with its graph.
+            clip_range: of the loss that follows.
+            parameters: where the Gram matrix takes its gradients; ``None`` is the shared representation.
+        """
         mask_BT = experience.mask_BT
         ratio_BT = probability_ratio(output.logprobs_BT.detach(), experience.behaviour_logprobs_BT)
 
         def gramian(slopes_BTN: Tensor) -> Tensor:
+            if parameters is not None:
+                return _parameter_gramian(output.logprobs_BT.where(mask_BT, 0.0), slopes_BTN, parameters)
             # The graph from the hidden state to the log-probabilities is the head alone, and is kept for the loss.
             (gradient_BTD,) = torch.autograd.grad(
                 output.logprobs_BT.where(mask_BT, 0.0).sum(), output.hidden_BTD, retain_graph=True
@@ -138,3 +154,14 @@ class Source(ABC):
             clip_range=clip_range,
             gramian=gramian,
         )
+
+
+def _parameter_gramian(logprobs_BT: Tensor, slopes_BTN: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    # The gradients of the whole batch are sums over the processes, so these have to be summed before they are
+    # multiplied; one parameter at a time, so that no second copy of all of them is held.
+    gradients = parameter_gradients(logprobs_BT, slopes_BTN, parameters)
+    gram_NN = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=logprobs_BT.device)
+    for of_objectives in zip(*gradients, strict=True):
+        whole_NP = all_sum(torch.stack(of_objectives).flatten(1).float())
+        gram_NN += (whole_NP @ whole_NP.T).double()
+    return gram_NN

@@ -1,0 +1,53 @@
+"""GAPO: the min-norm point of rescaled gradients.
+
+Legend: N objectives.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from torchjd.aggregation import MGDAWeighting
+
+from moa_lightning.combiners.gradients import GradientCombiner, Place
+from moa_lightning.types import State
+
+
+@dataclass(frozen=True)
+class GAPO(GradientCombiner):
+    """Train on the min-norm combination of gradients that were divided by a power of their norm.
+
+    MGDA by itself follows the objective with the shortest gradient; scaled, it follows none for its length
+    (``power`` 1), or the others all the more (``power`` 2). The direction is ``sum_i c_i g_i / |g_i|^power`` with c the
+    min-norm point of the scaled gradients, by TorchJD.
+
+    Source: Li et al., "Gradient-Adaptive Policy Optimization", ACL 2025, arXiv 2507.01915. Deviations: gradients at
+    the representation unless ``at`` says otherwise; the weights are divided by their sum; an objective without
+    gradient is left out.
+
+    Args:
+        power: of the norm that each gradient is divided by.
+        at: where gradients are taken: ``representation``, ``last_layer`` or all trained ``parameters``.
+        max_iters: iterations of the Frank-Wolfe solver.
+        epsilon: step size below which it stops.
+    """
+
+    power: Literal[1, 2] = 1
+    at: Place = "representation"
+    max_iters: int = 250
+    epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Refuse a solver that cannot run."""
+        if self.max_iters < 1 or not self.epsilon > 0:
+            raise ValueError("GAPO needs max_iters >= 1 and epsilon > 0")
+
+    @property
+    def norm_power(self) -> float:
+        """``power``."""
+        return float(self.power)
+
+    def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
+        """The min-norm point."""
+        weights_N: Tensor = MGDAWeighting(epsilon=self.epsilon, max_iters=self.max_iters)(gram_NN)
+        return weights_N

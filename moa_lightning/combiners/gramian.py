@@ -1,0 +1,101 @@
+"""Gramian: any weighting of TorchJD that reads the Gram matrix of the objectives' gradients.
+
+Legend: N objectives.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import get_type_hints
+
+import torch
+from torch import Tensor
+from torchjd.aggregation import UPGradWeighting, Weighting
+from torchjd.linalg import Matrix
+
+from moa_lightning.combiners.gradients import GradientCombiner, Place
+from moa_lightning.types import Experience, State
+
+
+@dataclass(frozen=True)
+class Gramian(GradientCombiner):
+    """Train on the weighted sum of the advantages, with weights by a method of multi-task learning.
+
+    The method is a weighting of TorchJD, by its name or class path: ``UPGradWeighting``, ``MGDAWeighting``,
+    ``CAGradWeighting``, ``PCGradWeighting``, ``FairGradWeighting`` (Nash-MTL is its alpha 1), ``DualProjWeighting``,
+    ``IMTLGWeighting``, ``AlignedMTLWeighting``; a subclass of ``torchjd.aggregation.Weighting`` of your own as well.
+
+    Source: Quinton & Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232 (UPGrad, and TorchJD),
+    which names the sources of the others; with ``norm_power`` and MGDA it is GAPO, arXiv 2507.01915. Deviations:
+    the weights are divided by the sum of their magnitudes, because the gradients' scale is the learning rate's; an
+    objective without gradient is left out of the problem; random orders (PCGrad) are drawn anew for each collected
+    batch, alike on every process.
+
+    Args:
+        weighting: from the Gram matrix, its largest diagonal element 1, to the weights.
+        at: where gradients are taken: at the last hidden state (``representation``, MGDA-UB's choice, one
+            backward pass through the head for all objectives), at the trained parameters of the last block
+            (``last_layer``, N short passes), or at all trained ``parameters`` (N whole passes and N gradients in
+            memory).
+        norm_power: divide each gradient by its norm to this power first; 0 leaves it as it is.
+    """
+
+    weighting: Weighting = field(default_factory=UPGradWeighting)  # type: ignore[type-arg]  # of a Gram matrix
+    at: Place = "representation"
+    norm_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse weightings that read something else, or that remember."""
+        name = type(self.weighting).__name__
+        instead = "UPGradWeighting, MGDAWeighting, CAGradWeighting or another one of a Gram matrix"
+        if hasattr(self.weighting, "reset"):
+            raise ValueError(
+                f"Gramian: {name} keeps a memory that checkpoints would not hold; use {instead} that has none"
+            )
+        if Matrix in get_type_hints(self.weighting.forward).values():
+            raise ValueError(f"Gramian: {name} reads the gradients themselves, not their Gram matrix; use {instead}")
+        if not 0 <= self.norm_power < math.inf:
+            raise ValueError(f"Gramian.norm_power must be a finite number >= 0, got {self.norm_power}")
+
+    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
+        """Nothing drawn.
+
+        Raises:
+            ValueError: the weighting is not for this many objectives.
+        """
+        state = {"batches": torch.zeros(())}
+        count = len(objectives)
+        try:
+            weights_N = self.weigh(torch.eye(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool), state)
+        except Exception as error:
+            line = " ".join(str(error).split())
+            raise ValueError(
+                f"Gramian: {type(self.weighting).__name__} cannot weigh {count} objectives: {line}"
+            ) from error
+        if weights_N.shape != (count,):
+            raise ValueError(
+                f"Gramian: {type(self.weighting).__name__} gives weights of shape {tuple(weights_N.shape)} for {count} "
+                "objectives; it must give one each"
+            )
+        return state
+
+    def observe(self, experience: Experience, state: State) -> State:
+        """Another order for weightings that draw one."""
+        return {"batches": state["batches"] + 1}
+
+    def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
+        """The weighting's."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(state["batches"]))
+            return self._of_any_size(gram_NN, present_N)
+
+    def _of_any_size(self, gram_NN: Tensor, present_N: Tensor) -> Tensor:
+        try:
+            weights_N: Tensor = self.weighting(gram_NN)
+        except (ValueError, RuntimeError):  # not defined for fewer than all: then those without gradient take part
+            if present_N.all():
+                raise
+            whole_NN = gram_NN.new_zeros(len(present_N), len(present_N))
+            whole_NN[present_N.outer(present_N)] = gram_NN.flatten()
+            weights_N = self.weighting(whole_NN)[present_N]
+        return weights_N
