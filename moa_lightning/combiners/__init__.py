@@ -3,6 +3,7 @@
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.ctwa import CTWA
 from moa_lightning.combiners.duals import PID, DualUpdate, Exponential, LogBarrier, Optimistic, Projected
+from moa_lightning.combiners.dynamic_weights import DynamicWeights
 from moa_lightning.combiners.gapo import GAPO
 from moa_lightning.combiners.gdpo import GDPO
 from moa_lightning.combiners.gramian import Gramian
@@ -31,6 +32,7 @@ __all__ = [
     "Combined",
     "Combiner",
     "DualUpdate",
+    "DynamicWeights",
     "Exponential",
     "Gramian",
     "Lagrangian",

@@ -3,7 +3,6 @@
 Legend: N objectives.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ScoreCombiner
+from moa_lightning.combiners.weights import named_point
 from moa_lightning.distributed import all_rows
 from moa_lightning.types import State
 
@@ -26,24 +26,11 @@ class DistanceToIdeal(ScoreCombiner):
         Raises:
             ValueError: ``ideal`` names something that is no trained objective, or is not finite.
         """
-        given = self.ideal or {}
-        for name, value in given.items():
-            if name not in objectives:
-                raise ValueError(
-                    f"{type(self).__name__}.ideal names '{name}', which is no trained objective; they are "
-                    f"{', '.join(objectives)}"
-                )
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{type(self).__name__}.ideal.{name} must be a finite number, got {value}; leave the objective out "
-                    "to take the best score seen so far"
-                )
-        ideal = [float(given.get(name, -math.inf)) for name in objectives]
-        fixed = [float(name in given) for name in objectives]
-        more = {
-            "ideal": torch.tensor(ideal, dtype=torch.float32),
-            "ideal_given": torch.tensor(fixed, dtype=torch.float32),
-        }
+        ideal_N = named_point(
+            f"{type(self).__name__}.ideal", self.ideal, objectives, "to take the best score seen so far"
+        )
+        given_N = ideal_N.isfinite()
+        more = {"ideal": ideal_N.where(given_N, -torch.inf), "ideal_given": given_N.float()}
         return super().init(objectives, weights_N) | more
 
     def resume(self, saved: State, fresh: State) -> State:

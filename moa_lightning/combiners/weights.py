@@ -69,3 +69,27 @@ def primary_and_thresholds(
         torch.tensor([float(name == primary) for name in objectives]),
         torch.tensor([thresholds.get(name, torch.nan) for name in objectives]),
     )
+
+
+def named_point(setting: str, point: Mapping[str, float] | None, objectives: Sequence[str], why_not: str) -> Tensor:
+    """Coordinates that a user gave by name, in the objectives' order; NaN where none was given.
+
+    Args:
+        setting: what it is called, for the errors.
+        point: by name, in the objectives' units; ``None`` gives none.
+        objectives: names of the trained objectives, in order.
+        why_not: what leaving an objective out means, for the errors.
+
+    Raises:
+        ValueError: a name is no trained objective, or a coordinate is not finite.
+    """
+    for name, value in (point or {}).items():
+        if name not in objectives:
+            raise ValueError(
+                f"{setting} names '{name}', which is no trained objective; they are {', '.join(objectives)}"
+            )
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{setting}.{name} must be a finite number, got {value}; leave the objective out {why_not}"
+            )
+    return torch.tensor([float((point or {}).get(name, math.nan)) for name in objectives], dtype=torch.float32)

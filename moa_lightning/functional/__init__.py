@@ -2,6 +2,7 @@
 
 from moa_lightning.functional.advantages import gae, group_relative, masked_moments
 from moa_lightning.functional.dual import DualSolution, one_shot_dual
+from moa_lightning.functional.dynamic import front_factor, influence, mirror_step
 from moa_lightning.functional.gramian import parameter_gradients, representation_gramian, weights_from_gramian
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.functional.mopo import mopo_dual, mopo_ratio, robust_value
@@ -45,6 +46,7 @@ __all__ = [
     "confidence_weights",
     "dpo_loss",
     "fill_from_group",
+    "front_factor",
     "gae",
     "group_centered",
     "group_count",
@@ -56,9 +58,11 @@ __all__ = [
     "group_standardize",
     "group_sum",
     "hypervolume",
+    "influence",
     "ipo_loss",
     "masked_moments",
     "mean_wins",
+    "mirror_step",
     "modpo_logits",
     "mopo_dual",
     "mopo_ratio",
