@@ -40,8 +40,11 @@ def token_logprobs(
     remember = torch.is_grad_enabled() and len(tokens_K) > chunk_size
 
     def chunk(hidden_CD: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
+        logits_CV = head(hidden_CD).float()
+        if temperature != 1:
+            logits_CV = logits_CV / temperature
         logprobs_C, entropy_C = _LogprobAndEntropy.apply(  # type: ignore[no-untyped-call]  # torch types it so
-            head(hidden_CD).float() / temperature, tokens_C
+            logits_CV, tokens_C
         )
         return logprobs_C, entropy_C
 
@@ -64,9 +67,10 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_CV: Tensor, tokens_C: Tensor) -> tuple[Tensor, Tensor]:
+        # In place: most of the time goes to the memory of another (C, V), not to arithmetic.
         all_CV = logits_CV.log_softmax(-1)
         logprobs_C = all_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
-        entropy_C = -(all_CV.exp() * _finite(all_CV)).sum(-1)
+        entropy_C = -all_CV.exp().mul_(_finite_(all_CV)).sum(-1)
         ctx.save_for_backward(logits_CV, tokens_C)
         ctx.set_materialize_grads(False)
         return logprobs_C, entropy_C
@@ -76,18 +80,20 @@ class _LogprobAndEntropy(torch.autograd.Function):
         by_logprob_C, by_entropy_C = gradients
         logits_CV, tokens_C = ctx.saved_tensors
         all_CV = logits_CV.log_softmax(-1)
-        probabilities_CV = all_CV.exp()
-        gradient_CV = torch.zeros_like(logits_CV)
-        if by_logprob_C is not None:  # d log p(token) / d logits = onehot - p
-            gradient_CV = -by_logprob_C.unsqueeze(-1) * probabilities_CV
-            gradient_CV = gradient_CV.scatter_add(-1, tokens_C.unsqueeze(-1), by_logprob_C.unsqueeze(-1))
+        of_entropy_CV = None
         if by_entropy_C is not None:  # dH / d logits = -p (log p + H)
-            finite_CV = _finite(all_CV)
+            probabilities_CV = all_CV.exp()
+            finite_CV = _finite_(all_CV.clone())
             entropy_C1 = -(probabilities_CV * finite_CV).sum(-1, keepdim=True)
-            gradient_CV = gradient_CV - by_entropy_C.unsqueeze(-1) * probabilities_CV * (finite_CV + entropy_C1)
-        return gradient_CV, None
+            of_entropy_CV = (by_entropy_C.unsqueeze(-1) * probabilities_CV).mul_(finite_CV.add_(entropy_C1)).neg_()
+        if by_logprob_C is None:
+            return (torch.zeros_like(logits_CV) if of_entropy_CV is None else of_entropy_CV), None
+        # d log p(token) / d logits = onehot - p
+        gradient_CV = all_CV.exp_().mul_(-by_logprob_C.unsqueeze(-1))
+        gradient_CV.scatter_add_(-1, tokens_C.unsqueeze(-1), by_logprob_C.unsqueeze(-1))
+        return (gradient_CV if of_entropy_CV is None else gradient_CV.add_(of_entropy_CV)), None
 
 
-def _finite(all_CV: Tensor) -> Tensor:
+def _finite_(all_CV: Tensor) -> Tensor:
     # p log p with probability 0 on a log-probability of -inf must be 0, not NaN.
-    return all_CV.clamp(min=torch.finfo(all_CV.dtype).min)
+    return all_CV.clamp_(min=torch.finfo(all_CV.dtype).min)
