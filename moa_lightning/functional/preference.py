@@ -59,6 +59,13 @@ def group_softmax(logits_B: Tensor, group_B: Tensor) -> Tensor:
     return shifted_B / total_G[group_B]
 
 
+def group_logsumexp(logits_B: Tensor, group_B: Tensor) -> Tensor:
+    """Logarithm of the sum of exponentials over each group, ``(G,)``; -inf where all logits are."""
+    largest_G = group_max(logits_B, group_B)
+    largest_G = largest_G.where(torch.isfinite(largest_G), 0.0)
+    return largest_G + group_sum((logits_B - largest_G[group_B]).exp(), group_B).log()
+
+
 def group_max(values_B: Tensor, group_B: Tensor) -> Tensor:
     """Largest value of each group, ``(G,)``; -inf for one without rows. Further dimensions behind B are kept."""
     index = group_B.view(-1, *[1] * (values_B.ndim - 1)).expand_as(values_B)
