@@ -35,6 +35,11 @@ def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPen
                 f"objective '{name}': {_name(objective.reward)} knows the responses of the data alone, not new ones; "
                 "use source PreferenceRows, or a reward that can score any response"
             )
+    if combiner.requires_kl and not (source.charges_kl and kl.reward_coefficient(kl.init()) > 0):
+        raise ValueError(
+            f"{_name(combiner)} needs a KL charge in the rewards: its coefficient is the beta of the problem that it "
+            "solves; use kl RewardKL with init_kl_coef above 0"
+        )
     heard = source.charges_kl and combiner.charged_kl
     # The default is no choice of the user, so there is nothing to tell.
     if not heard and kl != RewardKL() and kl.reward_coefficient(kl.init()) > 0:

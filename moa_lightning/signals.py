@@ -46,6 +46,7 @@ class Signals:
     ratio_BT: Tensor | None = None  # float32, detached
     wins_BN: Tensor | None = None  # float32, in [0, 1]; NaN where unknown
     group_B: Tensor | None = None  # int64, which prompt a row belongs to; None: each to one of its own
+    penalty_B: Tensor | None = None  # float32, taken off each of a response's scores (cut-off ones); None is nothing
     charge_B: Tensor | None = None  # float32, what a KL penalty in the reward takes off a response; None is nothing
     log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
     clip_range: float = float("inf")  # the epsilon of the clipped surrogate that follows

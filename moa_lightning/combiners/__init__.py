@@ -1,6 +1,7 @@
 """Combiners: the ways N objectives become one update. One file each."""
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.caid import CAID
 from moa_lightning.combiners.ctwa import CTWA
 from moa_lightning.combiners.duals import PID, DualUpdate, Exponential, LogBarrier, Optimistic, Projected
 from moa_lightning.combiners.dynamic_weights import DynamicWeights
@@ -19,6 +20,7 @@ from moa_lightning.combiners.smooth_tchebycheff import SmoothTchebycheff
 from moa_lightning.combiners.tchebycheff import Tchebycheff
 
 __all__ = [
+    "CAID",
     "CTWA",
     "GAPO",
     "GDPO",

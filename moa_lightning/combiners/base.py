@@ -46,6 +46,11 @@ class Combiner(ABC):
         return Signal.ADVANTAGES in self.needs
 
     @property
+    def requires_kl(self) -> bool:
+        """Whether it works only with a KL penalty in the reward, of a coefficient above 0."""
+        return False
+
+    @property
     def gradients_at(self) -> GradientPlace:
         """Where ``signals.gramian`` takes the gradients; of no effect on a combiner that does not need it."""
         return GradientPlace.REPRESENTATION

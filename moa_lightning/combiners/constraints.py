@@ -1,6 +1,6 @@
 """What the constrained combiners share: their first state, its curves, and the warning of thresholds that are not met.
 
-Legend: N objectives.
+Legend: B sequences, N objectives, W batches of a window.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,8 @@ from torch import Tensor
 from moa_lightning.combiners.base import Combiner
 from moa_lightning.combiners.duals import DualUpdate
 from moa_lightning.combiners.weights import primary_and_thresholds
-from moa_lightning.types import State
+from moa_lightning.distributed import all_sum
+from moa_lightning.types import Experience, State
 
 
 def constrained(
@@ -46,6 +47,17 @@ def constrained(
         "best": torch.full_like(primary_N, -torch.inf),  # of the values
         **{name: torch.zeros_like(primary_N) for name in ("stuck", "warned")},
     }
+
+
+def windowed(window_W2N: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
+    """Sums of scores and numbers of responses of the last W batches with this one, and their means over all processes.
+
+    Scores are in the objectives' own units, without penalties; an objective that scored no response has mean NaN.
+    """
+    scores_BN, valid_BN = experience.rewards.trained_BN, experience.valid_BN
+    sums_2N = all_sum(torch.stack([scores_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(scores_BN).sum(0)]))
+    window_W2N = torch.cat([window_W2N[1:], sums_2N.cpu().unsqueeze(0)])
+    return window_W2N, torch.div(*window_W2N.sum(0))
 
 
 def curves(state: State) -> dict[str, Tensor]:
@@ -82,6 +94,21 @@ def watched(
     for i in named_N.nonzero().flatten().tolist():
         rank_zero_warn(message(i, float(best_N[i])))
     return {"best": best_N, "stuck": stuck_N, "warned": state["warned"].masked_fill(named_N, 1.0)}
+
+
+def at_its_largest(
+    title: str, state: State, names: Sequence[str], dual: DualUpdate, window: int, patience: str
+) -> Callable[[int, float], str]:
+    """The message that a multiplier has been at its largest for so long."""
+
+    def message(i: int, best: float) -> str:
+        return (
+            f"{title}'s threshold {state['thresholds'][i]:.3g} for '{names[i]}' is not met: its multiplier has been "
+            f"{dual.largest:g}, its largest, for {patience}; the best mean of {window} is {best:.3g}. Lower the "
+            "threshold, or let the dual step's multiplier grow larger"
+        )
+
+    return message
 
 
 def running_mean(mean_N: Tensor, seen_N: Tensor, new_N: Tensor, window: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
-from moa_lightning.combiners.constraints import constrained, curves, watched
+from moa_lightning.combiners.constraints import at_its_largest, constrained, curves, watched, windowed
 from moa_lightning.combiners.duals import DualUpdate, Exponential
-from moa_lightning.distributed import all_sum
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -27,6 +26,9 @@ class Lagrangian(Combiner):
     settle, no policy that meets the thresholds and is no further from the reference has a higher primary value. This
     is exact with ``LossKL`` or ``standardize: false``: standardising divides the charge in each objective too.
 
+    Choose it when: one objective matters most, and the others need a least mean reward.
+    Cost: no extra backward pass.
+    Convergence: none stated; multipliers and policy may circle each other, which ``Optimistic`` and ``PID`` damp.
     Source: Dai et al., "Safe RLHF", ICLR 2024, arXiv 2310.12773 (PPO-Lag), a cost being an objective of scale -1.
     Deviations: any number of constraints; an objective that could not score a response adds 0 there.
 
@@ -69,10 +71,7 @@ class Lagrangian(Combiner):
 
     def observe(self, experience: Experience, state: State) -> State:
         """One step of the multipliers on the values of the window that a collected batch completes."""
-        scores_BN, valid_BN = experience.rewards.trained_BN, experience.valid_BN
-        sums_2N = all_sum(torch.stack([scores_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(scores_BN).sum(0)]))
-        window_W2N = torch.cat([state["window"][1:], sums_2N.cpu().unsqueeze(0)])
-        values_N = torch.div(*window_W2N.sum(0))  # NaN where nobody was scored
+        window_W2N, values_N = windowed(state["window"], experience)
         state = state | {"window": window_W2N, "values": values_N, "batches": state["batches"] + 1}
         if self.thresholds is None and state["batches"] <= self.window:
             state["thresholds"] = values_N.where(state["primary"] == 0, torch.nan)
@@ -96,13 +95,6 @@ class Lagrangian(Combiner):
         """Warn once of each threshold that stays violated with its multiplier at its largest."""
         if state["batches"] < self.window:
             return state  # a few batches are too noisy to judge by
-
-        def message(i: int, best: float) -> str:
-            return (
-                f"Lagrangian's threshold {state['thresholds'][i]:.3g} for '{names[i]}' is not met: its multiplier has "
-                f"been {self.dual.largest:g}, its largest, for {self.patience} batches; the best mean of {self.window} "
-                f"is {best:.3g}. Lower the threshold, or let the dual step's multiplier grow larger"
-            )
-
+        message = at_its_largest("Lagrangian", state, names, self.dual, self.window, f"{self.patience} batches")
         judged_N = torch.ones_like(state["primary"], dtype=torch.bool)
         return state | watched(state, state["values"], judged_N, self.dual, self.patience, message)

@@ -3,12 +3,13 @@
 Legend: B sequences, T tokens, N objectives, G prompts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moa_lightning.functional.preference import fill_from_group, group_sum
+from moa_lightning.signals import Signals
 from moa_lightning.types import Experience
 
 
@@ -19,7 +20,14 @@ class ScoredResponses:
     scores_BN: Tensor  # float64, in the objectives' units
     valid_BN: Tensor  # bool, scores that count
     group_B: Tensor  # which prompt a row belongs to
-    charge_B: Tensor | None  # what the KL penalty takes off the combined score
+    charge_B: Tensor | None = None  # what the KL penalty takes off the combined score
+    penalty_B: Tensor | None = None  # what each of the scores is less by
+
+    def unpenalised(self) -> "ScoredResponses":
+        """The same with the objectives' own scores."""
+        if self.penalty_B is None:
+            return self
+        return replace(self, scores_BN=self.scores_BN + self.penalty_B.unsqueeze(1), penalty_B=None)
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then.
@@ -34,17 +42,15 @@ class ScoredResponses:
 
 def collected_responses(experience: Experience) -> ScoredResponses:
     """The responses of a collected batch."""
-    return scored_responses(
-        experience.scores_BN, experience.valid_BN, experience.mask_BT, experience.group_B, experience.charge_B
-    )
+    return scored_responses(experience)
 
 
-def scored_responses(
-    scores_BN: Tensor, valid_BN: Tensor, mask_BT: Tensor, group_B: Tensor | None, charge_B: Tensor | None
-) -> ScoredResponses:
-    """The responses that take part: without a group, each is the only one to its prompt."""
-    counted_BN = valid_BN & mask_BT.any(1, keepdim=True)
+def scored_responses(rows: Experience | Signals) -> ScoredResponses:
+    """The responses that take part; without a group, each is the only one to its prompt."""
+    assert rows.scores_BN is not None
+    scores_BN, group_B = rows.scores_BN, rows.group_B
+    counted_BN = rows.valid_BN & rows.mask_BT.any(1, keepdim=True)
     if group_B is None:
         group_B = torch.arange(len(scores_BN), device=scores_BN.device)
-    charge_B = None if charge_B is None else charge_B.double()
-    return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, charge_B)
+    charge_B, penalty_B = (None if taken is None else taken.double() for taken in (rows.charge_B, rows.penalty_B))
+    return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, charge_B, penalty_B)

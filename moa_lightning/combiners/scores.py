@@ -19,7 +19,7 @@ from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
 
-class ScoreCombiner(Combiner):
+class ResponseCombiner(Combiner):
     """One score for each whole response, turned into an advantage. There is no such thing as its score of a token.
 
     A constant on all scores would add noise to the policy gradient and nothing else, so a baseline is taken off: the
@@ -29,8 +29,6 @@ class ScoreCombiner(Combiner):
     direction.
     """
 
-    weights: dict[str, float] | None
-
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES})
 
     @property
@@ -39,13 +37,8 @@ class ScoreCombiner(Combiner):
         return True
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
-        """Weights by name; no baseline, and a scale of 1."""
-        weights_N = named_weights(self.weights, objectives, weights_N)
-        return {"weights": weights_N, "mean": weights_N.new_zeros(()), "spread": weights_N.new_ones(())}
-
-    def resume(self, saved: State, fresh: State) -> State:
-        """The configuration's weights, and what was learnt."""
-        return saved | {"weights": fresh["weights"]}
+        """No baseline, and a scale of 1."""
+        return {"mean": weights_N.new_zeros(()), "spread": weights_N.new_ones(())}
 
     def observe(self, experience: Experience, state: State) -> State:
         """Mean and spread of the collected batch, over all processes."""
@@ -75,11 +68,7 @@ class ScoreCombiner(Combiner):
 
     def combine(self, signals: Signals, state: State) -> Combined:
         """The combined score less its baseline, in standard deviations of the batch."""
-        assert signals.scores_BN is not None
-        responses = scored_responses(
-            signals.scores_BN, signals.valid_BN, signals.mask_BT, signals.group_B, signals.charge_B
-        )
-        advantages_B, shares_BN = self.advantages(responses, state)
+        advantages_B, shares_BN = self.advantages(scored_responses(signals), state)
         total_N = all_sum(shares_BN.sum(0)).float()
         weights_N = total_N / total_N.sum() if total_N.any() else state["weights"].to(total_N.device)
         return Combined(advantages_B.float(), weights_N)
@@ -96,3 +85,18 @@ class ScoreCombiner(Combiner):
         if responses.charge_B is not None:
             score_B = score_B - responses.charge_B
         return score_B.where(shares_BN.sum(1) > 0, 0.0), shares_BN
+
+
+class ScoreCombiner(ResponseCombiner):
+    """The combiners of whole responses' scores whose objectives have weights."""
+
+    weights: dict[str, float] | None
+
+    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
+        """Weights by name; no baseline, and a scale of 1."""
+        weights_N = named_weights(self.weights, objectives, weights_N)
+        return {"weights": weights_N, **super().init(objectives, weights_N)}
+
+    def resume(self, saved: State, fresh: State) -> State:
+        """The configuration's weights, and what was learnt."""
+        return saved | {"weights": fresh["weights"]}

@@ -150,6 +150,7 @@ class Source(ABC):
             wins_BN=experience.wins_BN,
             group_B=experience.group_B,
             log_prior_B=experience.log_prior_B,
+            penalty_B=experience.penalty_B,
             charge_B=experience.charge_B,
             clip_range=clip_range,
             gramian=gramian,

@@ -42,6 +42,7 @@ def signals(rows):
         valid_BN=rows.valid_BN,
         scores_BN=rows.scores_BN,
         group_B=rows.group_B,
+        penalty_B=rows.penalty_B,
         charge_B=rows.charge_B,
     )
 
