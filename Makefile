@@ -8,7 +8,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-mopo clean
+.PHONY: help install demo test lint format bench bench-family bench-mopo clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,10 @@ format: install  ## Format the code and mend what ruff can mend.
 
 bench: install  ## Time the combiners: one solve of each, over N objectives and policy sizes.
 	@$(BIN)/python -m bench.combine
+
+bench-family: install  ## Every combiner: what it adds to a step, and where it ends on toy problems with known fronts.
+	@$(BIN)/python -m bench.family
+	@$(BIN)/python -m bench.fronts
 
 bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; then the cost of its dual step.
 	@$(BIN)/python -m bench.mopo
