@@ -110,14 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     recipe, seeds = (Recipe(steps=4, samples=32, group=4), 2) if options.quick else (Recipe(), 5)
     entries = [e for e in roster() if options.only is None or e.name.startswith(tuple(options.only))]
-    pairs = [(problem, entry) for problem in PROBLEMS for entry in entries]
-    runs = train_all([Task(p, e.name, recipe, seed) for p, e in pairs for seed in range(seeds)], options.jobs)
-    rows = [
-        Ends(entry.name, family(entry), problem, tuple(runs[i * seeds : (i + 1) * seeds]))
-        for i, (problem, entry) in enumerate(pairs)
-    ]
-    print(f"{recipe.samples} samples at each of {recipe.steps} steps, {seeds} seeds.")
-    print_table(rows)
+    print(f"{recipe.samples} samples at each of {recipe.steps} steps, {seeds} seeds.", flush=True)
+    rows: list[Ends] = []
+    for problem in PROBLEMS:
+        tasks = [Task(problem, entry.name, recipe, seed) for entry in entries for seed in range(seeds)]
+        runs = train_all(tasks, options.jobs)
+        parts = [tuple(runs[i : i + seeds]) for i in range(0, len(runs), seeds)]
+        rows += [Ends(e.name, family(e), problem, part) for e, part in zip(entries, parts, strict=True)]
+        print_table(rows[-len(entries) :])
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, options.out / "fronts.csv")
     draw(rows, options.out / "fronts.png")

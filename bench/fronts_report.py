@@ -71,22 +71,23 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def print_table(rows: Sequence[Ends]) -> None:
-    """One table for each problem."""
-    for problem in dict.fromkeys(row.problem for row in rows):
-        first, second = problem.constrained
+    """The table of one problem."""
+    problem = rows[0].problem
+    first, second = problem.constrained
+    print(
+        f"\n{problem.name}: {problem.says}. Threshold {problem.threshold:g} for the second objective: the optimum "
+        f"is ({first:.3f}, {second:.3f}).\n"
+        f"{'combiner':26}{'distance':>12}{'+-':>8}{'first':>10}{'+-':>7}{'second':>10}{'+-':>7}"
+        f"{'from optimum':>15}{'+-':>8}"
+    )
+    for row in rows:
+        n = row.numbers()
+        optimum = "" if row.from_optimum is None else f"{n['from_optimum']:15.4f}{n['from_optimum_error']:8.4f}"
         print(
-            f"\n{problem.name}: {problem.says}. Threshold {problem.threshold:g} for the second objective: the optimum "
-            f"is ({first:.3f}, {second:.3f}).\n"
-            f"{'combiner':26}{'distance':>12}{'+-':>8}{'first':>10}{'+-':>7}{'second':>10}{'+-':>7}"
-            f"{'from optimum':>15}{'+-':>8}"
+            f"{row.combiner:26}{n['distance']:12.4f}{n['distance_error']:8.4f}{n['first']:10.3f}"
+            f"{n['first_spread']:7.3f}{n['second']:10.3f}{n['second_spread']:7.3f}{optimum}",
+            flush=True,
         )
-        for row in (row for row in rows if row.problem is problem):
-            n = row.numbers()
-            optimum = "" if row.from_optimum is None else f"{n['from_optimum']:15.4f}{n['from_optimum_error']:8.4f}"
-            print(
-                f"{row.combiner:26}{n['distance']:12.4f}{n['distance_error']:8.4f}{n['first']:10.3f}"
-                f"{n['first_spread']:7.3f}{n['second']:10.3f}{n['second_spread']:7.3f}{optimum}"
-            )
 
 
 def write_csv(rows: Sequence[Ends], file: Path) -> None:

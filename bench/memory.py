@@ -56,7 +56,12 @@ class MemoryTracker(TorchDispatchMode):
 
 def peak_bytes(call: Callable[[], Any], held: Sequence[Tensor] = ()) -> int:
     """Peak of the bytes that are live during a call, the held ones included."""
-    gc.collect()  # what waits in reference cycles from before must not be freed in the middle
-    with MemoryTracker(held) as tracker:
-        call()
+    collects = gc.isenabled()
+    gc.disable()  # when cycles are looked for depends on all that ran before
+    try:
+        with MemoryTracker(held) as tracker:
+            call()
+    finally:
+        if collects:
+            gc.enable()
     return tracker.peak
