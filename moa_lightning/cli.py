@@ -20,6 +20,7 @@ COMMANDS = {
     "reward": "train a reward model on chosen/rejected pairs",
     "label": "fill in preference labels that are missing, from rewards",
     "compare": "put the objectives and thresholds of several runs side by side",
+    "combiners": "compare the ways N objectives become one, or print the page of one",
     "export": "write a run's policy as a plain Hugging Face folder",
     "demo": "the embedded task: warm start, PAMA, before/after table",
 }

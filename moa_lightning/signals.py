@@ -13,14 +13,26 @@ from torch import Tensor
 class Signal(StrEnum):
     """The kinds of evidence. A combiner names those it reads; the source must provide them."""
 
-    ADVANTAGES = "advantages"  # one number per token and objective
-    SCORES = "scores"  # one number per sequence and objective
-    RATIO = "ratio"  # policy over behaviour policy, per token
-    WINS = "wins"  # mean probability to win against the other responses to the prompt, per sequence and objective
-    GROUPS = "groups"  # several responses to each prompt; no tensor of its own: group_B is always given
-    PAIRS = "pairs"  # a loss that compares the responses to a prompt in pairs; no tensor of its own
-    SAMPLES = "samples"  # responses of the policy itself: their mean scores are its values; no tensor of its own
-    GRAMIAN = "gramian"  # inner products of the objectives' gradients
+    ADVANTAGES = "advantages"
+    SCORES = "scores"
+    RATIO = "ratio"
+    WINS = "wins"
+    GROUPS = "groups"  # no tensor of its own: group_B is always given
+    PAIRS = "pairs"  # no tensor of its own
+    SAMPLES = "samples"  # no tensor of its own
+    GRAMIAN = "gramian"
+
+
+MEANINGS = {
+    Signal.ADVANTAGES: "one number per token and objective",
+    Signal.SCORES: "one number per response and objective",
+    Signal.RATIO: "policy over the policy that sampled, per token",
+    Signal.WINS: "mean probability to win against the other responses to the prompt, per response and objective",
+    Signal.GROUPS: "several responses to each prompt",
+    Signal.PAIRS: "a loss that compares the responses to a prompt in pairs",
+    Signal.SAMPLES: "responses of the policy itself, whose mean scores are its values",
+    Signal.GRAMIAN: "inner products of the objectives' gradients",
+}
 
 
 class GradientPlace(StrEnum):

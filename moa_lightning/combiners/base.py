@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from moa_lightning.combiners.claims import Claim
 from moa_lightning.signals import GradientPlace, Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -34,6 +35,12 @@ class Combiner(ABC):
     """
 
     needs: ClassVar[frozenset[Signal]]
+    claims: ClassVar[frozenset[Claim]] = frozenset()  # that hold whatever the settings are
+
+    @property
+    def claimed(self) -> frozenset[Claim]:
+        """Claims that hold under these settings."""
+        return self.claims
 
     @property
     def gives_weights(self) -> bool:

@@ -9,16 +9,28 @@ class Claim(StrEnum):
     It is one of a collected batch that was observed and then combined, whatever is in it.
     """
 
-    SIMPLEX = "simplex"  # weights are at least 0 and sum to 1
-    PERMUTATION = "permutation"  # the order of the objectives does not matter
-    MONOTONE = "monotone"  # what is at least as good in each objective never gets the lower score in its batch
-    ONE_OBJECTIVE = "one objective"  # one alone: its advantage, to the bit; of scores, the score less its prompt's mean
-    COMMON_SCALE = "common scale"  # the update's direction does not depend on a unit that all objectives share
-    OWN_SCALE = "own scale"  # nor on the unit of any one of them
-    SHIFT = "shift"  # nor on a constant on one objective's scores
-    NON_CONFLICT = "no conflict"  # no objective gets worse to first order where gradients are taken, before clipping
-    MIN_NORM = "min norm"  # no convex combination of the gradients, as they are scaled, is shorter
+    SIMPLEX = "simplex"
+    PERMUTATION = "permutation"
+    MONOTONE = "monotone"
+    ONE_OBJECTIVE = "one objective"
+    COMMON_SCALE = "common scale"
+    OWN_SCALE = "own scale"
+    SHIFT = "shift"
+    NON_CONFLICT = "no conflict"
+    MIN_NORM = "min norm"
 
 
 CONVEX = frozenset({Claim.SIMPLEX, Claim.PERMUTATION, Claim.MONOTONE})
 """What every convex combination has whose weights are the same for all responses."""
+
+MEANINGS = {
+    Claim.SIMPLEX: "weights are at least 0 and sum to 1",
+    Claim.PERMUTATION: "the order of the objectives does not matter",
+    Claim.MONOTONE: "what is at least as good in every objective never gets the lower score in its batch",
+    Claim.ONE_OBJECTIVE: "one alone gives its own advantage, to the bit; of scores, the score less its prompt's mean",
+    Claim.COMMON_SCALE: "the direction of the update does not depend on a unit that all objectives share",
+    Claim.OWN_SCALE: "nor on the unit of any one of them",
+    Claim.SHIFT: "a constant on one objective's scores changes nothing (in advantages there is none)",
+    Claim.NON_CONFLICT: "before clipping, no objective gets worse to first order where the gradients are taken",
+    Claim.MIN_NORM: "no convex combination of the gradients, as they are scaled, is shorter",
+}

@@ -4,11 +4,12 @@ Legend: N objectives.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torchjd.aggregation import MGDAWeighting
 
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import GradientCombiner, Place
 from moa_lightning.types import State
 
@@ -21,6 +22,9 @@ class GAPO(GradientCombiner):
     (``power`` 1), or the others all the more (``power`` 2). The direction is ``sum_i c_i g_i / |g_i|^power`` with c the
     min-norm point of the scaled gradients, by TorchJD.
 
+    Choose it when: no objective may get worse, you have no weights, and gradients differ in length.
+    Cost: as ``at`` says: one backward pass through the head, or N.
+    Convergence: stated, towards a Pareto-optimal solution.
     Source: Li et al., "Gradient-Adaptive Policy Optimization", ACL 2025, arXiv 2507.01915. Deviations: gradients at
     the representation unless ``at`` says otherwise; the weights are divided by their sum; an objective without
     gradient is left out.
@@ -36,6 +40,13 @@ class GAPO(GradientCombiner):
     at: Place = "representation"
     max_iters: int = 250
     epsilon: float = 1e-5
+
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {
+        Claim.ONE_OBJECTIVE,
+        Claim.COMMON_SCALE,
+        Claim.NON_CONFLICT,
+        Claim.MIN_NORM,
+    }
 
     def __post_init__(self) -> None:
         """Refuse a solver that cannot run."""

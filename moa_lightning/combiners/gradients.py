@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.claims import Claim
 from moa_lightning.distributed import all_rows
 from moa_lightning.functional.gramian import weights_from_gramian
 from moa_lightning.signals import GradientPlace, Signal, Signals
@@ -29,6 +30,11 @@ class GradientCombiner(Combiner):
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.RATIO, Signal.GRAMIAN})
 
     at: Place
+
+    @property
+    def claimed(self) -> frozenset[Claim]:
+        """Of gradients that are divided by their norms, lengths do not matter."""
+        return self.claims | ({Claim.OWN_SCALE} if self.norm_power == 1 else set())
 
     @property
     def gradients_at(self) -> GradientPlace:

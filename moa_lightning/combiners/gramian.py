@@ -6,15 +6,23 @@ Legend: N objectives.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import get_type_hints
+from typing import ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torchjd.aggregation import UPGradWeighting, Weighting
+from torchjd.aggregation import DualProjWeighting, MGDAWeighting, UPGradWeighting, Weighting
 from torchjd.linalg import Matrix
 
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import GradientCombiner, Place
 from moa_lightning.types import Experience, State
+
+_NO_CONFLICT = CONVEX | {Claim.ONE_OBJECTIVE, Claim.NON_CONFLICT}
+_BY_WEIGHTING: dict[type, frozenset[Claim]] = {  # by their theorems; nothing is claimed of others
+    UPGradWeighting: _NO_CONFLICT,
+    DualProjWeighting: _NO_CONFLICT,
+    MGDAWeighting: _NO_CONFLICT | {Claim.MIN_NORM},
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,9 @@ class Gramian(GradientCombiner):
     ``CAGradWeighting``, ``PCGradWeighting``, ``FairGradWeighting`` (Nash-MTL is its alpha 1), ``DualProjWeighting``,
     ``IMTLGWeighting``, ``AlignedMTLWeighting``; a subclass of ``torchjd.aggregation.Weighting`` of your own as well.
 
+    Choose it when: gradients conflict, and you want the method of multi-task learning that you know.
+    Cost: as ``at`` says: one backward pass through the head, or N; and a small solve.
+    Convergence: of UPGrad proved, to the front of smooth convex objectives; of others, see their papers.
     Source: Quinton & Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232 (UPGrad, and TorchJD),
     which names the sources of the others; with ``norm_power`` and MGDA it is GAPO, arXiv 2507.01915. Deviations:
     the weights are divided by the sum of their magnitudes, because the gradients' scale is the learning rate's; an
@@ -43,6 +54,13 @@ class Gramian(GradientCombiner):
     weighting: Weighting = field(default_factory=UPGradWeighting)  # type: ignore[type-arg]  # of a Gram matrix
     at: Place = "representation"
     norm_power: float = 0.0
+
+    claims: ClassVar[frozenset[Claim]] = frozenset({Claim.COMMON_SCALE})
+
+    @property
+    def claimed(self) -> frozenset[Claim]:
+        """What is known of the weighting as well."""
+        return super().claimed | _BY_WEIGHTING.get(type(self.weighting), frozenset())
 
     def __post_init__(self) -> None:
         """Refuse weightings that read something else, or that remember."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moa_lightning.combiners.claims import Claim
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ScoreCombiner
 from moa_lightning.combiners.weights import named_point
@@ -19,6 +20,11 @@ class DistanceToIdeal(ScoreCombiner):
     """A combiner whose score is a distance from an ideal point, in the objectives' units."""
 
     ideal: dict[str, float] | None
+
+    @property
+    def claimed(self) -> frozenset[Claim]:
+        """A point that moves with the scores leaves their origin without meaning."""
+        return self.claims if self.ideal else self.claims | {Claim.SHIFT, Claim.ONE_OBJECTIVE}
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """The point so far: -inf where it is still to be seen.

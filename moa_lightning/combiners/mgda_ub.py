@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torchjd.aggregation import MGDAWeighting
 
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import GradientCombiner, Place
 from moa_lightning.types import State
 
@@ -21,6 +22,9 @@ class MGDAUB(GradientCombiner):
     summed over all processes; solved by TorchJD. The weights then combine the advantages, and one ordinary
     backward pass follows.
 
+    Choose it when: no objective may get worse, and you have no weights.
+    Cost: one backward pass through the head for all objectives, and a small solve.
+    Convergence: proved, to Pareto-stationary points, where the representation's Jacobian has full rank.
     Source: Sener & Koltun, "Multi-Task Learning as Multi-Objective Optimization", 2018, arXiv 1810.04650; the min-norm
     point is Désidéri's, 2012. Deviations: the Gram matrix takes one backward pass through the head for all
     objectives, not one each (see ``functional.representation_gramian``; the result is the same); an objective
@@ -37,6 +41,12 @@ class MGDAUB(GradientCombiner):
     max_iters: int = 250
     epsilon: float = 1e-5
 
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {
+        Claim.ONE_OBJECTIVE,
+        Claim.COMMON_SCALE,
+        Claim.NON_CONFLICT,
+        Claim.MIN_NORM,
+    }
     at: ClassVar[Place] = "representation"  # type: ignore[misc]  # what makes it MGDA-UB is no setting
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.claims import Claim
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.pama import pama
 from moa_lightning.signals import Signal, Signals
@@ -50,6 +51,9 @@ class PAMA(Combiner):
     Instead of the norm of the combined gradient (MGDA, O(N^2 d)) PAMA minimises an upper bound of it that only
     needs the N advantages: ``min_c (sum_i c_i I(A_i))^2`` over the simplex, solved in O(N) by Theorem 1.
 
+    Choose it when: you have neither weights nor thresholds.
+    Cost: O(N) for each token; no extra backward pass.
+    Convergence: stated, to a Pareto-stationary point, for Lipschitz gradients, bounded rewards and small steps.
     Source: He & Maghsudi, "Pareto Multi-Objective Alignment for Language Models", ECML-PKDD 2025, arXiv
     2508.07768. Deviations: the granularity is an option, because the paper's bound is per token while its published
     implementation solves once per batch; objectives that could not score a response are left out of its problem;
@@ -70,11 +74,19 @@ class PAMA(Combiner):
     noon: bool = True
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.RATIO})
+    claims: ClassVar[frozenset[Claim]] = frozenset({Claim.SIMPLEX, Claim.PERMUTATION, Claim.COMMON_SCALE})
 
     def __post_init__(self) -> None:
         """Refuse an unknown granularity."""
         if self.granularity not in _WEIGHTS:
             raise ValueError(f"PAMA.granularity must be one of {', '.join(_WEIGHTS)}; got '{self.granularity}'")
+
+    @property
+    def claimed(self) -> frozenset[Claim]:
+        """More where weights are those of a token or of all of them, and where signs are kept."""
+        more = {Claim.MONOTONE: self.granularity != "sequence", Claim.NON_CONFLICT: self.granularity == "token"}
+        more[Claim.ONE_OBJECTIVE] = not self.noon
+        return self.claims | {claim for claim, holds in more.items() if holds}
 
     @property
     def gives_weights(self) -> bool:

@@ -36,6 +36,10 @@ def run(command: str, args: list[str]) -> None:
         from moa_lightning.commands.compare import compare
 
         _call(compare, args)
+    elif command == "combiners":
+        from moa_lightning.commands.combiners import combiners
+
+        _call(combiners, args)
     else:
         from moa_lightning.commands.export import export
 
