@@ -2,7 +2,7 @@
 
     python -m bench.family [--quick] [--json FILE] [--objectives 2 4 8] [--cpu-time]
 
-A step is what one collected batch of 6 responses of 256 tokens (2 to each of 3 prompts) costs a policy of 14 million
+A step is what one collected batch of 4 responses of 320 tokens (2 to each of 2 prompts) costs a policy of 14 million
 parameters: the combiner observes the batch, then the policy's forward pass, signals, combination, loss, backward pass.
 The policy is GPT-2 at a third of its width: as many layers, heads of the same size, and a vocabulary in the same
 proportion, so that the head's share of the work, which gradients at the representation pay for once more, is GPT-2's
@@ -23,7 +23,8 @@ How to read the table. A line is a combiner with N objectives.
 * ``limit`` is the largest share that is claimed, of time and of memory alike: 2 % for combiners of scores, 3 % for all
   others that need no gradients (constrained, adaptive, closed form), 30 % for those with gradients at the
   representation and two objectives (``DynamicWeights`` among them, unless it follows the front alone). ``FAILS`` stands
-  where the measurement says otherwise. Gradients at parameters take one backward pass for each objective: no claim.
+  where the measurement says otherwise. Gradients at parameters take one backward pass for each objective: no claim,
+  and no line beyond four objectives.
 
 Run it on an idle machine; the last line says what share of the cores it got. ``--cpu-time`` counts one thread's CPU
 time, which other programs hardly change. About LENGTH minutes on two cores and GIGABYTES GB.
@@ -62,15 +63,16 @@ class Plan:
     """What to measure."""
 
     size: Size
-    sequences: int = 6
-    tokens: int = 256
+    sequences: int = 4
+    tokens: int = 320
     objectives: tuple[int, ...] = (2, 4, 8)
     repeats: int = 3
+    deepest: int = 4  # objectives up to which gradients of parameters are measured: one backward pass for each
     timer: Callable[[], float] = time.perf_counter
     claims: bool = True  # whether the limits are about steps of this size
 
 
-DEFAULT = Plan(Size("third", {"n_embd": 256, "n_layer": 12, "n_head": 4, "vocab_size": 16384}, 6))
+DEFAULT = Plan(Size("third", {"n_embd": 256, "n_layer": 12, "n_head": 4, "vocab_size": 16384}, 4))
 QUICK = Plan(
     Size("nano", {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64}, 8),
     sequences=8,
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.cpu_time:
         torch.set_num_threads(1)
         plan = replace(plan, timer=time.process_time)
-    policy, entries = build_policy(plan.size), [*exported(), *variants(), *deeper()]
+    policy, entries = build_policy(plan.size), [*exported(), *variants()]
     print(
         f"Added to a training step of {sum(p.numel() for p in policy.parameters()):,} parameters on {plan.sequences} "
         f"responses of {plan.tokens} tokens, relative to Linear with the same loss.\n"
@@ -206,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started, cpu_started = time.perf_counter(), time.process_time()
     rows: list[Row] = []
     for objectives in plan.objectives:
-        found = measure(policy, entries, plan, objectives)
+        more = deeper() if objectives <= plan.deepest else []
+        found = measure(policy, [*entries, *more], plan, objectives)
         rows += found
         print(*map(table_line, found), sep="\n", flush=True)
         print(*step_lines(found), "", sep="\n", flush=True)
