@@ -50,6 +50,8 @@ FITTING = {
     "CTWA": "ClippedSurrogate",
 }
 
+AT_ONCE = {"CAID": {"reference_batches": 1}}  # else the policy stands still for longer than these runs
+
 
 def goodness(prompts, completions, **columns):
     return [float(sum((w in {"good", "fine"}) - (w in {"bad", "dull"}) for w in text.split())) for text in completions]
@@ -73,7 +75,7 @@ def settings(source):
 def module(folder, combiner, source, loss):
     return pairs.module(
         folder,
-        combiner=COMBINERS[combiner](),
+        combiner=COMBINERS[combiner](**AT_ONCE.get(combiner, {})),
         source=SOURCES[source](),
         loss=LOSSES[loss](),
         objectives=settings(source)[0],

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from torchjd.aggregation import PCGradWeighting
 
-from moa_lightning.combiners import CTWA, PID, DynamicWeights, Gramian, Lagrangian, Tchebycheff
+from moa_lightning.combiners import CAID, CTWA, PID, DynamicWeights, Gramian, Lagrangian, Tchebycheff
 from moa_lightning.losses import ClippedSurrogate
 from moa_lightning.rewards import Length, Objective
 from moa_lightning.sources import GroupRelative, Rollout
@@ -17,6 +17,7 @@ MODES = {
     "DynamicWeights at the last layer": lambda: DynamicWeights(lr=0.5, at="last_layer"),
     "CTWA": lambda: CTWA(lr=0.5, targets=1.0),
     "Lagrangian": lambda: Lagrangian(thresholds={"short": -0.1}, window=2, dual=PID(kp=1.0, ki=1.0)),
+    "CAID": lambda: CAID(reference_batches=2, interval=1, window=2),
     "Tchebycheff": Tchebycheff,
     "PCGrad": lambda: Gramian(PCGradWeighting()),
 }

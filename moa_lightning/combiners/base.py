@@ -35,6 +35,7 @@ class Combiner(ABC):
     """
 
     needs: ClassVar[frozenset[Signal]]
+    requires_kl: ClassVar[bool] = False  # whether it works only with a KL penalty in the reward, above 0
     claims: ClassVar[frozenset[Claim]] = frozenset()  # that hold whatever the settings are
 
     @property
@@ -51,11 +52,6 @@ class Combiner(ABC):
     def charged_kl(self) -> bool:
         """Whether a KL penalty in the reward reaches the score, through advantages that it is in or of itself."""
         return Signal.ADVANTAGES in self.needs
-
-    @property
-    def requires_kl(self) -> bool:
-        """Whether it works only with a KL penalty in the reward, of a coefficient above 0."""
-        return False
 
     @property
     def gradients_at(self) -> GradientPlace:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.constraints import at_its_largest, constrained, curves, watched, windowed
 from moa_lightning.combiners.duals import DualUpdate, Exponential
 from moa_lightning.signals import Signal, Signals
@@ -50,6 +51,7 @@ class Lagrangian(Combiner):
     patience: int = 200
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.SAMPLES})
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE}
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -76,8 +78,7 @@ class Lagrangian(Combiner):
         if self.thresholds is None and state["batches"] <= self.window:
             state["thresholds"] = values_N.where(state["primary"] == 0, torch.nan)
         elif state["batches"] > self.dual_delay:
-            state["duals"], memory = self.dual.update(state["duals"], values_N - state["thresholds"], state)
-            state |= memory
+            state |= self.dual.stepped(state, values_N - state["thresholds"])
         return self._watch(state, experience.rewards.trained_names)
 
     def report(self, state: State) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.constraints import constrained, curves
 from moa_lightning.combiners.duals import DualUpdate, Projected
-from moa_lightning.combiners.mopo_thresholds import adapted, judged, threshold_memory
+from moa_lightning.combiners.mopo_thresholds import adapted, judged, require_probabilities, threshold_memory
 from moa_lightning.combiners.mopo_values import judged_responses
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
@@ -28,6 +29,8 @@ class MOPO(Combiner):
     ``rho = exp((p + lambda q) / tau) / E_ref exp(...)``, with mean 1. It goes with loss ``WeightedLikelihood``. The
     multipliers ``lambda`` take one step per collected batch; there is one for each objective, for the whole data set.
 
+    Choose it when: one objective matters most, and the others need a least win probability. Cost: no extra backward
+    pass. Convergence: stated, to the front wherever it can be reached.
     Source: Agnihotri et al., "Multi-Objective Preference Optimization", arXiv 2505.10892, Algorithm 1. Deviations: the
     ratio is the normalised one (the paper's Eq. 3 is no density ratio); it is normalised among the responses to each
     prompt unless ``normalize`` says otherwise; the robust value is off unless ``radius`` is set, because the paper's
@@ -46,10 +49,9 @@ class MOPO(Combiner):
         radius: of the KL ball of the robust value, in nats; 0 is the plain mean.
         dual: how the multipliers move: ``Projected``, ``Optimistic``, ``PID``, ``Exponential`` or ``LogBarrier``.
         dual_delay: batches before the multipliers move.
-        normalize: the responses that share one normalisation: those to a ``prompt``, or of the ``batch``.
-        patience: batches that values are averaged over to judge a threshold. A warning names one that even the best
-            response to each prompt would not meet, and one that has stayed violated for as many batches again with its
-            multiplier at its largest.
+        normalize: whose responses share one normalisation: each ``prompt``'s, or the ``batch``'s.
+        patience: batches in the means that thresholds are judged by. A warning names one that even the best response
+            to each prompt would miss, or that stays violated as long again with its multiplier at its largest.
     """
 
     primary: str | None = None
@@ -64,18 +66,16 @@ class MOPO(Combiner):
     patience: int = 200
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS})
+    claims: ClassVar[frozenset[Claim]] = CONVEX
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not self.tau > 0 or not 0 <= self.radius < math.inf or not 0 < self.beta <= 1:
-            raise ValueError(
-                f"MOPO needs tau > 0, radius >= 0 and beta in (0, 1], got {self.tau}, {self.radius} and {self.beta}"
-            )
+            got = f"{self.tau}, {self.radius} and {self.beta}"
+            raise ValueError(f"MOPO needs tau > 0, radius >= 0 and beta in (0, 1], got {got}")
         if self.refresh_interval < 1 or self.patience < 1 or self.dual_delay < 0:
             raise ValueError("MOPO needs refresh_interval and patience of at least 1, and dual_delay of at least 0")
-        for name, threshold in (self.thresholds or {}).items():
-            if not 0 < threshold < 1:
-                raise ValueError(f"MOPO.thresholds.{name} must lie in (0, 1), as a win probability; got {threshold}")
+        require_probabilities(self.thresholds or {})
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First multipliers, thresholds by name."""
@@ -103,8 +103,7 @@ class MOPO(Combiner):
             state |= adapted(state, reference_N, self.beta, self.refresh_interval)
         slack_N = (state["values"] - state["thresholds"]).where(state["primary"] == 0, torch.nan)
         if state["batches"] >= self.dual_delay:
-            state["duals"], memory = self.dual.update(state["duals"], slack_N, state)
-            state |= memory
+            state |= self.dual.stepped(state, slack_N)
         names, bound_N = experience.rewards.trained_names, slack_N.isfinite()
         state |= judged(state, batch.attainable(), bound_N, self.dual, self.patience, self.radius, names)
         return state | {"batches": state["batches"] + 1}

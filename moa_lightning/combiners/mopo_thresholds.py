@@ -3,7 +3,7 @@
 Legend: N objectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,13 @@ from torch import Tensor
 from moa_lightning.combiners.constraints import running_mean, watched
 from moa_lightning.combiners.duals import DualUpdate
 from moa_lightning.types import State
+
+
+def require_probabilities(thresholds: Mapping[str, float]) -> None:
+    """Refuse thresholds that are no win probabilities."""
+    for name, threshold in thresholds.items():
+        if not 0 < threshold < 1:
+            raise ValueError(f"MOPO.thresholds.{name} must lie in (0, 1), as a win probability; got {threshold}")
 
 
 def threshold_memory(count: int) -> State:

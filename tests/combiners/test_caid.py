@@ -84,7 +84,7 @@ def test_iterated_it_corrects_what_too_few_responses_of_the_reference_say(dual):
     combiner = CAID(reference_batches=1, interval=3, window=1, dual=dual)
     _, first_M, (best_B, best_M) = train(combiner, 1, some, 0)
     assert np.abs(first_M.numpy() - best_M).max() > 0.1
-    policy_B, duals_M, _ = train(combiner, 1, some, 3000)
+    policy_B, duals_M, _ = train(combiner, 1, some, 900)
     np.testing.assert_allclose(duals_M, best_M, atol=2e-3)
     np.testing.assert_allclose(policy_B, best_B, atol=1e-3)
 

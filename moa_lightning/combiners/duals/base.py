@@ -46,6 +46,11 @@ class DualUpdate(ABC):
         new_M, memory = self.step(duals_M, slack_M.where(known_M, 0.0), state)
         return new_M.where(known_M, duals_M), {k: new.where(known_M, state[k]) for k, new in memory.items()}
 
+    def stepped(self, state: State, slack_M: Tensor) -> State:
+        """Multipliers and memory after one :meth:`update`; the state has the multipliers as ``duals``."""
+        duals_M, memory = self.update(state["duals"], slack_M, state)
+        return {"duals": duals_M, **memory}
+
     def stuck(self, duals_M: Tensor, violated_M: Tensor, batches_M: Tensor) -> Tensor:
         """For how many batches each threshold has been violated with its multiplier at its largest, this one included.
 
