@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def _by_default(combiner: type[Combiner]) -> Combiner | None:
 def _settings(combiner: type[Any], args: str) -> tuple[Setting, ...]:
     meanings = {name: _text(meaning) for name, meaning in _ARGUMENT.findall(args)}
     found = []
-    for field in fields(combiner):
+    for field in fields(combiner) if is_dataclass(combiner) else ():
         made = field.default_factory() if field.default_factory is not MISSING else field.default
         default = "required" if made is MISSING else "null" if made is None else str(made).lower()
         if field.default_factory is not MISSING:

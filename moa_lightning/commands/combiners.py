@@ -49,8 +49,9 @@ def _named(name: str, known: Sequence[Facts]) -> Facts:
             return one
     if "." not in name:
         near = difflib.get_close_matches(name, [one.name for one in known], n=1)
+        close = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(
-            f"there is no combiner '{name}'{f'; did you mean {near[0]}' if near else ''}; 'moa combiners' lists them, "
+            f"there is no combiner '{name}'{close}; 'moa combiners' lists them, "
             "and one of your own has its module before it, such as my_combiner.Mine"
         )
     try:
@@ -113,7 +114,7 @@ def index(known: Sequence[Facts]) -> str:
         lines += [f"| {' | '.join((*_HEAD[:1], 'choose it when', *_HEAD[1:]))} |", f"|{' --- |' * 7}"]
         for one in (f for f in known if f.family == family):
             name, *cells = _row(one, ", ".join(_claims(one)))
-            told = one.sections.get("Choose it when", "")
+            told = one.sections.get("Choose it when", "").removesuffix(".")
             lines.append(f"| [{name}]({name}.md) | {' | '.join((told, *cells))} |")
         lines.append("")
     lines += ["## What the claims mean", "", *(f"* **{c}**: {text}." for c, text in MEANINGS.items()), ""]

@@ -1,153 +1,162 @@
-"""Every combiner of the package over shared inputs: the properties that all of them claim."""
+"""Every combiner of the package over shared batches: what all of them keep, and exactly what each one claims."""
 
 import dataclasses
-import inspect
 
 import pytest
 import torch
 
-import moa_lightning.combiners as package
-from moa_lightning.combiners import Combiner, Linear
-from moa_lightning.functional import representation_gramian
-from moa_lightning.signals import Signal, Signals
+from moa_lightning.combiners import MGDAUB, PAMA, PGAPO, Combined, Combiner, Gramian, Linear, Tchebycheff
+from moa_lightning.combiners.claims import Claim
+from moa_lightning.signals import Signal
+from tests.combiners.claims import CHECKS
+from tests.combiners.inputs import COMBINERS, EVERY, INPUTS, begin, changed, every_combiner, run, signals
 
-COMBINERS = [
-    c for _, c in inspect.getmembers(package, inspect.isclass) if issubclass(c, Combiner) and c is not Combiner
-]
-VARIANTS = [
-    # Where one objective is special, it must be the same one in every order.
-    *[
-        pytest.param(c(**({"primary": "o0"} if "primary" in c.__dataclass_fields__ else {})), id=c.__name__)
-        for c in COMBINERS
-    ],
-    *[
-        pytest.param(package.PAMA(granularity=g, noon=n), id=f"PAMA-{g}-{'noon' if n else 'signed'}")
-        for g in ("token", "sequence", "batch")
-        for n in (True, False)
-    ],
-    pytest.param(package.MGDAUB(normalize=True), id="MGDAUB-normalize"),
+CLAIMS = [
+    pytest.param(combiner, claim, id=f"{name}-{claim.name.lower()}")
+    for name, combiner in EVERY.items()
+    for claim in sorted(combiner.claimed)
 ]
 
 
-def signals(objectives=3, seed=0, scale=1.0, missing=False, only=None):
-    generator = torch.Generator().manual_seed(seed)
-    mask_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
-    advantages_BTN = torch.randn(4, 4, objectives, generator=generator) * scale * mask_BT.unsqueeze(-1)
-    valid_BN = torch.ones(4, objectives, dtype=torch.bool)
-    if missing:
-        valid_BN[1, 0] = False
-        advantages_BTN[1, :, 0] = torch.nan
-    norms_BT = torch.rand(4, 4, generator=generator) * mask_BT
-    fields = {
-        Signal.ADVANTAGES: {"advantages_BTN": advantages_BTN},
-        Signal.SCORES: {"scores_BN": torch.randn(4, objectives, generator=generator) * scale},
-        Signal.WINS: {
-            "wins_BN": torch.rand(4, objectives, generator=generator).masked_fill(~valid_BN, torch.nan),
-        },
-        Signal.RATIO: {"ratio_BT": 1 + 0.3 * torch.randn(4, 4, generator=generator)},
-        Signal.GRAMIAN: {"gramian": lambda slopes_BTN: representation_gramian(slopes_BTN, norms_BT)},
-    }
-    chosen = {k: v for name, f in fields.items() if only is None or name in only for k, v in f.items()}
-    group_B = torch.tensor([0, 0, 1, 1])  # always given: signal GROUPS says that prompts have several responses
-    return Signals(mask_BT=mask_BT, valid_BN=valid_BN, group_B=group_B, clip_range=0.2, **chosen)
+@pytest.mark.parametrize(("combiner", "claim"), CLAIMS)
+def test_what_is_claimed_holds(combiner, claim):
+    broken = {}
+    for name, rows in INPUTS.items():
+        try:
+            CHECKS[claim](combiner, rows)
+        except AssertionError as error:
+            broken[name] = error
+    assert not broken
 
 
-def permuted(given, order):
-    return dataclasses.replace(
-        given,
-        valid_BN=given.valid_BN[:, order],
-        advantages_BTN=given.advantages_BTN[..., order],
-        scores_BN=given.scores_BN[:, order],
-        wins_BN=given.wins_BN[:, order],
+class ByPosition(Combiner):
+    """Weights that go by the objectives' places, the last one's below 0."""
+
+    needs = frozenset({Signal.ADVANTAGES})
+
+    def combine(self, signals, state):
+        weights_N = torch.arange(signals.advantages_BTN.shape[-1], 0.0, -1) - 1.5
+        return Combined(
+            (signals.advantages_BTN.where(signals.present_BTN(), 0.0) * weights_N).sum(-1), weights_N / weights_N.sum()
+        )
+
+
+def _check_all(claim, combiner):
+    for rows in INPUTS.values():
+        CHECKS[claim](combiner, rows)
+
+
+NOT = {
+    Claim.SIMPLEX: ByPosition(),
+    Claim.PERMUTATION: ByPosition(),
+    Claim.MONOTONE: ByPosition(),
+    Claim.ONE_OBJECTIVE: PAMA(),
+    Claim.COMMON_SCALE: Tchebycheff(ideal={"a": 1.0}),
+    Claim.OWN_SCALE: MGDAUB(),
+    Claim.SHIFT: Tchebycheff(ideal={"a": 1.0}),
+    Claim.NON_CONFLICT: Linear(),
+    Claim.MIN_NORM: PGAPO(),
+}
+
+
+@pytest.mark.parametrize("claim", list(Claim))
+def test_a_false_claim_is_caught(claim):
+    assert claim not in NOT[claim].claimed
+    with pytest.raises(AssertionError):
+        _check_all(claim, NOT[claim])
+
+
+@pytest.mark.parametrize("combiner", [pytest.param(c, id=c.__name__) for c in COMBINERS])
+def test_every_combiner_claims_something(combiner):
+    assert combiner.claims
+
+
+@every_combiner
+def test_scores_and_weights_are_finite_and_what_is_masked_has_none(combiner):
+    for name, rows in INPUTS.items():
+        combined = run(combiner, rows)
+        assert combined.score.isfinite().all(), name
+        assert combined.weights_N.isfinite().all(), name
+        counted = rows.mask_BT if combined.score.ndim == 2 else rows.mask_BT.any(1)
+        assert (combined.score[~counted] == 0).all(), name
+        assert not combined.score.requires_grad
+
+
+@every_combiner
+def test_what_stands_where_a_score_is_missing_does_not_matter(combiner):
+    rows = INPUTS["missing"]
+    combined, other = run(combiner, rows), run(combiner, changed(rows, lambda v: v.nan_to_num(0.3)))
+    assert torch.equal(other.score, combined.score) or Signal.WINS in combiner.needs  # there NaN itself says so
+    wild = dataclasses.replace(
+        signals(rows),
+        advantages_BTN=rows.advantages_BTN.nan_to_num(1e6),
+        scores_BN=rows.scores_BN.where(rows.valid_BN, -1e6),
     )
+    state = combiner.observe(rows, begin(combiner, rows))
+    again = combiner.combine(wild, state)
+    assert torch.equal(again.score, combined.score)
+    assert torch.equal(again.weights_N, combined.weights_N)
 
 
-def start(combiner, objectives=3, order=None):
-    return combiner.init([f"o{i}" for i in order or range(objectives)], torch.ones(objectives))
-
-
-@pytest.mark.parametrize("combiner", VARIANTS)
-@pytest.mark.parametrize("objectives", [1, 2, 3, 16])
-@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e15])
-def test_weights_lie_on_the_simplex_and_scores_are_finite(combiner, objectives, scale):
-    given = signals(objectives, scale=scale)
-    combined = combiner.combine(given, start(combiner, objectives))
-    assert torch.isfinite(combined.score).all()
-    assert (combined.score[~given.mask_BT] == 0).all() if combined.score.ndim == 2 else (combined.score[3] == 0)
-    assert (combined.weights_N >= 0).all()
-    torch.testing.assert_close(combined.weights_N.sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("combiner", VARIANTS)
-def test_permuting_the_objectives_permutes_the_weights(combiner):
-    order = [2, 0, 1]
-    given = signals(missing=True)
-    combined = combiner.combine(given, start(combiner))
-    other = combiner.combine(permuted(given, order), start(combiner, order=order))
-    torch.testing.assert_close(other.weights_N, combined.weights_N[order], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(other.score, combined.score, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("combiner", VARIANTS)
-def test_missing_scores_do_not_poison_the_rest(combiner):
-    given = signals(missing=True)
-    combined = combiner.combine(given, start(combiner))
-    assert torch.isfinite(combined.score).all()
-    assert torch.isfinite(combined.weights_N).all()
-    # Whatever stands where an objective is missing must not matter.
-    changed = given.advantages_BTN.clone()
-    changed[1, :, 0] = 1e6
-    scores_BN = given.scores_BN.clone()
-    scores_BN[1, 0] = -1e6
-    other = combiner.combine(dataclasses.replace(given, advantages_BTN=changed, scores_BN=scores_BN), start(combiner))
-    assert torch.equal(other.score, combined.score)
-    assert torch.equal(other.weights_N, combined.weights_N)
-
-
-@pytest.mark.parametrize(
-    "combiner",
-    [v for v in VARIANTS if "noon" not in v.id and v.id != "PAMA" and Signal.ADVANTAGES in v.values[0].needs],
-)
-def test_one_objective_gives_back_the_plain_advantage(combiner):
-    given = signals(1)
-    combined = combiner.combine(given, start(combiner, 1))
-    assert torch.equal(combined.score, given.advantages_BTN[..., 0])
-
-
-@pytest.mark.parametrize("combiner", VARIANTS)
+@every_combiner
 def test_needs_is_honest(combiner):
-    whole = combiner.combine(signals(), start(combiner))
-    bare = combiner.combine(signals(only=combiner.needs), start(combiner))
+    rows = INPUTS["plain"]
+    state = combiner.observe(rows, begin(combiner, rows))
+    whole, bare = (combiner.combine(signals(rows, only), state) for only in (None, combiner.needs))
     assert torch.equal(whole.score, bare.score)
     assert torch.equal(whole.weights_N, bare.weights_N)
 
 
-@pytest.mark.parametrize("combiner", VARIANTS)
-def test_there_is_no_hidden_memory(combiner):
-    state = start(combiner)
-    before = {k: v.clone() for k, v in state.items()}
-    first = combiner.combine(signals(), state)
-    combiner.combine(signals(seed=1), state)
-    second = combiner.combine(signals(), state)
-    assert torch.equal(first.score, second.score)
-    assert all(torch.equal(before[k].nan_to_num(9), state[k].nan_to_num(9)) for k in before)
-    assert all(v.dtype == torch.float32 for v in state.values())
-
-
-@pytest.mark.parametrize("combiner", VARIANTS)
-def test_duplicated_and_constant_objectives_are_no_error(combiner):
-    given = signals(2)
-    twice = dataclasses.replace(
-        given,
-        advantages_BTN=torch.cat([given.advantages_BTN, given.advantages_BTN, torch.zeros(4, 4, 1)], -1),
-        valid_BN=torch.ones(4, 5, dtype=torch.bool),
-        scores_BN=torch.cat([given.scores_BN, given.scores_BN, torch.zeros(4, 1)], -1),
-        wins_BN=torch.cat([given.wins_BN, given.wins_BN, torch.full((4, 1), 0.5)], -1),
+def same(state, other):
+    return state.keys() == other.keys() and all(
+        torch.equal(state[k].nan_to_num(9), other[k].nan_to_num(9)) for k in state
     )
-    combined = combiner.combine(twice, start(combiner, 5))
-    assert torch.isfinite(combined.score).all()
-    torch.testing.assert_close(combined.weights_N.sum(), torch.tensor(1.0))
+
+
+def copied(state):
+    return {name: value.clone() for name, value in state.items()}
+
+
+@every_combiner
+def test_state_goes_in_and_out_and_there_is_no_hidden_memory(combiner):
+    rows, others = INPUTS["plain"], INPUTS["ties"]
+    state = begin(combiner, rows)
+    before = copied(state)
+    after = combiner.observe(rows, state)
+    assert same(state, before)  # what was passed in is left alone
+    assert after.keys() == state.keys()
+    assert all(value.dtype == torch.float32 for value in after.values())
+    kept = copied(after)
+    first = combiner.combine(signals(rows), after)
+    combiner.combine(signals(others), after)
+    combiner.observe(others, after)
+    again = combiner.combine(signals(rows), after)
+    assert same(after, kept)
+    assert torch.equal(first.score, again.score)
+    assert torch.equal(first.weights_N, again.weights_N)
+    assert same(combiner.observe(rows, state), after)
+
+
+@every_combiner
+def test_a_saved_state_takes_the_same_next_step(combiner, tmp_path):
+    rows = INPUTS["plain"]
+    state = begin(combiner, rows)
+    for batch in (rows, INPUTS["missing"]):
+        state = combiner.observe(batch, state)
+        state = combiner.combine(signals(batch), state).state or state
+        state = combiner.evaluated(torch.tensor([0.1, 0.2, 0.3]), state)
+    torch.save(state, tmp_path / "state.pt")
+    loaded = combiner.resume(torch.load(tmp_path / "state.pt", weights_only=True), begin(combiner, rows))
+    assert same(loaded, state)
+    state, loaded = (combiner.observe(INPUTS["ties"], s) for s in (state, loaded))
+    one, other = (combiner.combine(signals(INPUTS["ties"]), s) for s in (state, loaded))
+    assert same(loaded, state)
+    assert torch.equal(other.score, one.score)
+    assert torch.equal(other.weights_N, one.weights_N)
+    assert (one.state is None) == (other.state is None)
+    assert one.state is None or same(one.state, other.state)
 
 
 def test_every_combiner_of_the_package_is_covered():
-    assert {Linear, package.PAMA, package.MGDAUB} <= set(COMBINERS)
+    assert {Linear, PAMA, MGDAUB, Gramian} <= set(COMBINERS)
+    assert set(CHECKS) == set(Claim) == set(NOT)
