@@ -23,6 +23,7 @@ from moa_lightning.finite import require_finite
 from moa_lightning.losses import ClippedSurrogate, KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_model, load_tokenizer
+from moa_lightning.progress import ScheduledWeights
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.loader import PromptLoader
@@ -80,7 +81,8 @@ class AlignmentModule(LightningModule):
         self.reference.check(has_adapter)
         check_pieces(self.combiner, self.source, self.loss, self.kl, self.panel)
         # Memory of combiner and KL control: plain float32 tensors, since bf16-true would cast buffers.
-        self.combiner_state: State = self.combiner.init(self.objective_names, self.panel.weights_N)
+        self.weights = ScheduledWeights(self.combiner, self.panel)
+        self.combiner_state: State = self.weights.start()
         self.kl_state: State = self.kl.init()
         self.policy: Policy
         self.encoder: Encoder
@@ -105,6 +107,7 @@ class AlignmentModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
         check_strategy(self.combiner, self.trainer.strategy)
+        self.weights.check(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             self.source.check(data.columns)
@@ -140,15 +143,8 @@ class AlignmentModule(LightningModule):
         """
         source = self.source
         check_minibatches(self.combiner, self.loss, source, batch_size)
-        return ExperienceLoader(
-            rows,
-            batch_size,
-            self.collect,
-            source.responses_per_prompt,
-            source.minibatches,
-            source.updates_per_batch,
-            seed,
-        )
+        counts = (source.responses_per_prompt, source.minibatches, source.updates_per_batch)
+        return ExperienceLoader(rows, batch_size, self.collect, *counts, seed)
 
     def prompt_loader(self, rows: Sequence[Row], batch_size: int) -> Iterable[PromptBatch]:
         """Batches of prompts for evaluation."""
@@ -160,8 +156,10 @@ class AlignmentModule(LightningModule):
         batch = self.encoder.encode(rows).to(self.device)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             experience = self.source.collect(batch, self._actors(), seed)
-        self.combiner_state = self.combiner.observe(experience, self.combiner_state)
+        state = self.weights.advance(self.trainer, self.combiner_state)
+        self.combiner_state = self.combiner.observe(experience, state)
         metrics = experience.metrics
+        metrics |= self.weights.report(state)
         if "kl" in metrics:
             self.kl_state = self.kl.observe(metrics["kl"], int(metrics["sequences"]), self.kl_state)
         return experience
@@ -269,12 +267,14 @@ class AlignmentModule(LightningModule):
             "reference_class": type(self.reference).__name__,
             "reference": self.reference.state_dict(),
             "evaluated_at": self.evaluated_at,
+            "progress": self.weights.progress,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another combiner or other objectives; take the memory up again."""
         saved = check_checkpoint(checkpoint.get("moa"), self.objective_names, self.combiner, self.reference)
-        self.combiner_state = self.combiner.resume(saved["combiner_state"], self.combiner_state)
+        fresh = self.weights.resume(saved.get("progress", 0.0), self.combiner_state)
+        self.combiner_state = self.combiner.resume(saved["combiner_state"], fresh)
         self.kl_state = saved["kl_state"]
         self.evaluated_at = saved.get("evaluated_at")
         self.reference.load_state_dict(saved["reference"])

@@ -4,13 +4,14 @@ Legend: B sequences, T tokens, N objectives.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from moa_lightning.combiners.claims import Claim
+from moa_lightning.schedules import Weight, WeightSchedule
 from moa_lightning.signals import GradientPlace, Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -72,6 +73,25 @@ class Combiner(ABC):
         What the configuration says is taken from ``fresh``: here nothing.
         """
         return saved
+
+    def schedules(self, defaults: Mapping[str, Weight]) -> dict[str, WeightSchedule]:
+        """Weights that :meth:`proceed` takes from schedules, by objective; none for a combiner that takes no weights.
+
+        Args:
+            defaults: weights of the trained objectives, which count where it has none of its own.
+
+        Raises:
+            ValueError: a weight has a schedule that the combiner cannot follow.
+        """
+        return {}
+
+    def proceed(self, objectives: Sequence[str], weights_N: Tensor, progress: float, state: State) -> State:
+        """State at this progress, a share of the run: called before each :meth:`observe` where there are schedules.
+
+        Raises:
+            ValueError: the weights at this progress do not fit.
+        """
+        return state
 
     def observe(self, experience: Experience, state: State) -> State:
         """State after a newly collected batch (duals, averages, ideal points). Called once per batch."""

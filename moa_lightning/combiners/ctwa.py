@@ -11,16 +11,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.responses import ScoredResponses, collected_responses
 from moa_lightning.combiners.scores import ScoreCombiner
+from moa_lightning.combiners.weighted import FirstWeights
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.scalarize import group_covariance, weighted_sum
+from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal
 from moa_lightning.types import Experience, State
 
 
 @dataclass(frozen=True)
-class CTWA(ScoreCombiner):
+class CTWA(FirstWeights, ScoreCombiner):
     """Train on the weighted sum of the scores; an objective that covaries too little with it gains weight.
 
     To first order an objective improves at the rate of its covariance with the signal that is trained on. This one is
@@ -33,6 +36,10 @@ class CTWA(ScoreCombiner):
     the batch. So only the ratios of the weights count, and they are shown as shares. A KL charge (``RewardKL``) is
     taken off the sum, in its units.
 
+    Choose it when: you have first weights, and some objectives fall while others rise.
+    Cost: no extra backward pass.
+    Convergence: proved, to first order an objective with positive covariance improves; and globally, under a
+    Polyak-Lojasiewicz condition.
     Source: Lu & Jiang 2026, "Uncovering Cross-Objective Interference in Multi-Objective Alignment", arXiv 2602.06869.
     Deviations: the weights move before the batch that they were measured on is trained on, not after; covariances
     are those of the advantage that is trained on, in whatever way it is standardised here.
@@ -50,9 +57,10 @@ class CTWA(ScoreCombiner):
     targets: float | dict[str, float] = 0.1
     lr: float = 0.05
     tau: float = 0.1
-    weights: dict[str, float] | None = None
+    weights: dict[str, Weight] | None = None
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES, Signal.GROUPS})
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE, Claim.SHIFT}
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""

@@ -11,11 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moa_lightning.combiners.base import Combined, Combiner
+from moa_lightning.combiners.base import Combined
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import Place, surrogate_gramian
+from moa_lightning.combiners.weighted import FirstWeights
 from moa_lightning.combiners.weights import named_point, named_weights
 from moa_lightning.functional.dynamic import front_factor, influence, mirror_step
 from moa_lightning.functional.pareto import hypervolume, non_dominated
+from moa_lightning.schedules import Weight
 from moa_lightning.signals import GradientPlace, Signal, Signals
 from moa_lightning.types import State
 
@@ -23,7 +26,7 @@ MOST = 12  # objectives; the hypervolume's cost grows exponentially with them, f
 
 
 @dataclass(frozen=True)
-class DynamicWeights(Combiner):
+class DynamicWeights(FirstWeights):
     """Train on the weighted sum of the advantages, with weights that move during the run.
 
     Gradient-based: at each update an objective gains weight as far as a step along all gradients improves it,
@@ -31,6 +34,8 @@ class DynamicWeights(Combiner):
     Hypervolume-guided: the whole update is multiplied by ``0.5 + 1.5 tanh(growth)``, growth being what the last
     evaluation added to the hypervolume of all evaluations. Each can be had without the other.
 
+    Choose it when: objectives are learnt at different speeds. Cost: as ``at`` says: one backward pass through the
+    head, or N; none with ``lr`` 0. Convergence: none stated.
     Source: Lu et al., "Learning to Optimize Multi-Objective Alignment Through Dynamic Reward Weighting", 2025,
     arXiv 2509.11452. Deviations: gradients at the representation unless ``at`` says otherwise, their inner products in
     units of the mean squared norm; the weights move before the update that they were measured on; the factor is on
@@ -48,20 +53,19 @@ class DynamicWeights(Combiner):
     """
 
     lr: float = 0.05
-    weights: dict[str, float] | None = None
+    weights: dict[str, Weight] | None = None
     at: Place = "representation"
     growth_scale: float | None = None
     reference: dict[str, float] | None = None
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES, Signal.RATIO, Signal.GRAMIAN})
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.COMMON_SCALE}
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not 0 <= self.lr < math.inf or not (self.growth_scale is None or 0 < self.growth_scale < math.inf):
-            raise ValueError(
-                f"DynamicWeights needs a finite lr >= 0 and growth_scale > 0 (or null), got {self.lr} and "
-                f"{self.growth_scale}"
-            )
+            got = f"{self.lr} and {self.growth_scale}"
+            raise ValueError(f"DynamicWeights needs a finite lr >= 0 and growth_scale > 0 (or null), got {got}")
 
     @property
     def gradients_at(self) -> GradientPlace:

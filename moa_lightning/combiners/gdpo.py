@@ -8,9 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ScoreCombiner
 from moa_lightning.functional.scalarize import group_standardize, weighted_sum
+from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal
 from moa_lightning.types import State
 
@@ -26,6 +28,9 @@ class GDPO(ScoreCombiner):
     standard deviation over the collected batch, over all processes. A KL charge (``RewardKL``) is in units of the sum,
     so of standard deviations.
 
+    Choose it when: you have weights, rewards in different units, and several responses to a prompt.
+    Cost: no extra backward pass.
+    Convergence: none stated.
     Source: Liu et al. 2026, "GDPO: Group reward-Decoupled Normalization Policy Optimization", arXiv 2601.05242.
     Deviations: no constant is added to the standard deviations, and an objective that all responses to a prompt share
     adds 0; one that could not score a response adds 0 there.
@@ -35,9 +40,15 @@ class GDPO(ScoreCombiner):
             the ``weight`` of each objective.
     """
 
-    weights: dict[str, float] | None = None
+    weights: dict[str, Weight] | None = None
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES, Signal.GROUPS})
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {
+        Claim.ONE_OBJECTIVE,
+        Claim.COMMON_SCALE,
+        Claim.OWN_SCALE,
+        Claim.SHIFT,
+    }
 
     def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """``sum_i w_i Z_i``."""

@@ -10,15 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moa_lightning.combiners.base import Combined, Combiner
-from moa_lightning.combiners.weights import named_weights
+from moa_lightning.combiners.base import Combined
+from moa_lightning.combiners.claims import Claim
+from moa_lightning.combiners.weighted import Weighted
 from moa_lightning.functional.preference import group_sum
+from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import State
 
 
 @dataclass(frozen=True)
-class MODPO(Combiner):
+class MODPO(Weighted):
     """Pairs are ordered by the primary objective; how much the others already speak for a response is taken off.
 
     The loss is ``-log sigmoid((beta (D_w - D_l) - sum_{j != k} w_j (r_j(y_w) - r_j(y_l))) / w_k)``, for any number of
@@ -26,6 +28,9 @@ class MODPO(Combiner):
     reward says of the candidates: a model or function, a column of the data (``FromScores``), or the implicit reward of
     an adapter trained with DPO (``ImplicitReward``). With all the weight on the primary objective this is DPO.
 
+    Choose it when: you have weights, pairs for one objective and rewards for the others.
+    Cost: no extra backward pass.
+    Convergence: proved, that its optimum is that of RLHF on the weighted sum.
     Source: Zhou et al. 2023, "Beyond One-Preference-Fits-All Alignment: Multi-Objective Direct Preference
     Optimization", arXiv 2310.03708. Deviation: a prompt where an objective could not judge
     every response has no margin from it, and no pairs if that is the primary one.
@@ -37,9 +42,10 @@ class MODPO(Combiner):
     """
 
     primary: str | None = None
-    weights: dict[str, float] | None = None
+    weights: dict[str, Weight] | None = None
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS, Signal.SCORES, Signal.PAIRS})
+    claims: ClassVar[frozenset[Claim]] = frozenset({Claim.SIMPLEX, Claim.PERMUTATION, Claim.SHIFT})
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """Check names and weights.
@@ -50,14 +56,24 @@ class MODPO(Combiner):
         primary = objectives[0] if self.primary is None else self.primary
         if primary not in objectives:
             raise ValueError(f"MODPO.primary '{primary}' is no trained objective; they are {', '.join(objectives)}")
-        weights = named_weights(self.weights, objectives, weights_N)
         is_primary_N = torch.tensor([float(name == primary) for name in objectives])
-        if float(weights @ is_primary_N) == 0:
-            raise ValueError(f"MODPO divides by the weight of the primary objective '{primary}'; give it one above 0")
-        return {"weights": weights, "primary": is_primary_N}
+        return self.proceed(objectives, weights_N, 0.0, {"primary": is_primary_N})
+
+    def proceed(self, objectives: Sequence[str], weights_N: Tensor, progress: float, state: State) -> State:
+        """The weights at this progress, the primary one's above 0."""
+        state = super().proceed(objectives, weights_N, progress, state)
+        if float(state["weights"] @ state["primary"]) == 0:
+            primary, when = (
+                objectives[int(state["primary"].argmax())],
+                f" at progress {progress:.3g}" if progress else "",
+            )
+            raise ValueError(
+                f"MODPO divides by the weight of the primary objective '{primary}'; give it one above 0{when}"
+            )
+        return state
 
     def resume(self, saved: State, fresh: State) -> State:
-        """The configuration's weights."""
+        """The configuration's."""
         return fresh
 
     def combine(self, signals: Signals, state: State) -> Combined:

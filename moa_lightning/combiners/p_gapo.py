@@ -3,24 +3,28 @@
 Legend: N objectives.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import GradientCombiner, Place
-from moa_lightning.combiners.weights import named_weights
+from moa_lightning.combiners.weighted import Weighted
+from moa_lightning.schedules import Weight
 from moa_lightning.types import State
 
 
 @dataclass(frozen=True)
-class PGAPO(GradientCombiner):
+class PGAPO(Weighted, GradientCombiner):
     """Train on the weighted sum of gradients that were divided by a power of their norm, with weights of your own.
 
     With ``Linear`` an objective of steep gradients outweighs the others whatever its weight says; here the weights are
     shares of the direction ``sum_i w_i g_i / |g_i|^power``.
 
+    Choose it when: you have weights, and they should hold for directions whatever the gradients' lengths are.
+    Cost: as ``at`` says: one backward pass through the head, or N.
+    Convergence: none stated.
     Source: Li et al., "Gradient-Adaptive Policy Optimization", ACL 2025, arXiv 2507.01915 (P-GAPO). Deviations: as
     with ``GAPO``.
 
@@ -32,21 +36,15 @@ class PGAPO(GradientCombiner):
     """
 
     power: Literal[1, 2] = 1
-    weights: dict[str, float] | None = None
+    weights: dict[str, Weight] | None = None
     at: Place = "representation"
+
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE, Claim.COMMON_SCALE}
 
     @property
     def norm_power(self) -> float:
         """``power``."""
         return float(self.power)
-
-    def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
-        """The weights by name."""
-        return {"weights": named_weights(self.weights, objectives, weights_N)}
-
-    def resume(self, saved: State, fresh: State) -> State:
-        """The configuration's weights."""
-        return fresh
 
     def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
         """The user's weights of those that have a gradient."""

@@ -9,9 +9,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ScoreCombiner
 from moa_lightning.functional.scalarize import group_standardize, soft_minimum
+from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal
 from moa_lightning.types import State
 
@@ -27,6 +29,9 @@ class RVPO(ScoreCombiner):
     the responses to the prompt is taken off, because a constant would be noise to the policy gradient, and
     what is left is divided by its standard deviation over the batch. A KL charge (``RewardKL``) is in units of Z.
 
+    Choose it when: no objective may be neglected for the sum of the others, and their rewards differ in unit.
+    Cost: no extra backward pass.
+    Convergence: none stated.
     Source: Montero et al. 2026, "RVPO: Risk-Sensitive Alignment via Variance Regularization", arXiv 2605.05750, where
     the weights are equal. Deviations: weights; no constant is added to the standard deviations; an objective that could
     not score a response has Z = 0 there, and one that scored no response to a prompt is left out of all of them.
@@ -38,9 +43,15 @@ class RVPO(ScoreCombiner):
     """
 
     k: float = 1.0
-    weights: dict[str, float] | None = None
+    weights: dict[str, Weight] | None = None
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES, Signal.GROUPS})
+    claims: ClassVar[frozenset[Claim]] = CONVEX | {
+        Claim.ONE_OBJECTIVE,
+        Claim.COMMON_SCALE,
+        Claim.OWN_SCALE,
+        Claim.SHIFT,
+    }
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.responses import ScoredResponses, collected_responses, scored_responses
-from moa_lightning.combiners.weights import named_weights
+from moa_lightning.combiners.weighted import Weighted
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.scalarize import NO_SPREAD, group_centered
 from moa_lightning.signals import Signal, Signals
@@ -30,6 +30,10 @@ class ResponseCombiner(Combiner):
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES})
+    lacks: ClassVar[dict[str, str]] = {
+        "granularity": "its score is one of whole responses, and tokens have none; PAMA and Linear combine per token"
+    }
+    """Fields that somebody may look for, and why there are none."""
 
     @property
     def charged_kl(self) -> bool:
@@ -87,16 +91,9 @@ class ResponseCombiner(Combiner):
         return score_B.where(shares_BN.sum(1) > 0, 0.0), shares_BN
 
 
-class ScoreCombiner(ResponseCombiner):
+class ScoreCombiner(Weighted, ResponseCombiner):
     """The combiners of whole responses' scores whose objectives have weights."""
-
-    weights: dict[str, float] | None
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """Weights by name; no baseline, and a scale of 1."""
-        weights_N = named_weights(self.weights, objectives, weights_N)
-        return {"weights": weights_N, **super().init(objectives, weights_N)}
-
-    def resume(self, saved: State, fresh: State) -> State:
-        """The configuration's weights, and what was learnt."""
-        return saved | {"weights": fresh["weights"]}
+        return Weighted.init(self, objectives, weights_N) | ResponseCombiner.init(self, objectives, weights_N)

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combiner
+from moa_lightning.schedules import Weight, weight_at
 
 
-def named_weights(weights: Mapping[str, float] | None, objectives: Sequence[str], default_N: Tensor) -> Tensor:
+def named_weights(
+    weights: Mapping[str, Weight] | None, objectives: Sequence[str], default_N: Tensor, progress: float = 0.0
+) -> Tensor:
     """Weights in the objectives' order, float32, summing to 1.
 
     Args:
         weights: by name; ``None`` takes the default.
         objectives: names of the trained objectives, in order.
-        default_N: the objectives' own weights.
+        default_N: the objectives' own weights, at this progress.
+        progress: share of the run that is done, for schedules.
 
     Raises:
         ValueError: a name is missing or unknown, a weight is negative or not finite, or all are 0.
@@ -30,13 +34,14 @@ def named_weights(weights: Mapping[str, float] | None, objectives: Sequence[str]
                 + (f"; unknown: {', '.join(unknown)}" if unknown else "")
                 + (f"; missing: {', '.join(missing)}" if missing else "")
             )
-        values = [float(weights[name]) for name in objectives]
+        values = [weight_at(weights[name], progress) for name in objectives]
+    when = f" at progress {progress:.3g}" if progress else ""
     for name, value in zip(objectives, values, strict=True):
         if not math.isfinite(value) or value < 0:
-            raise ValueError(f"weight of objective '{name}' must be a finite number >= 0, got {value}")
+            raise ValueError(f"weight of objective '{name}' must be a finite number >= 0, got {value}{when}")
     total = sum(values)
     if total == 0:
-        raise ValueError("at least one objective needs a weight above 0; all are 0")
+        raise ValueError(f"at least one objective needs a weight above 0; all are 0{when}")
     return torch.tensor([value / total for value in values], dtype=torch.float32)
 
 

@@ -67,12 +67,15 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
         given, fields = found[1].partition(".")[0], [field for field in (found[2] or "").split(", ") if field]
         classes = [path.rpartition(".")[2] for path in _CLASS.findall(message)]
         has = f"it has {', '.join(fields)}" if fields else "it has none; leave it out"
+        named = (kind for base in bases for kind in concrete(base) if classes and kind.__name__ == classes[-1])
+        if why := next((kind.lacks[given] for kind in named if given in getattr(kind, "lacks", {})), None):
+            return f"{path}: {classes[-1]} has no field '{given}': {why}"
         return f"{path}: {classes[-1] if classes else 'it'} has no field '{given}'{_closest(given, fields)}; {has}"
     if found := _AMBIGUOUS.search(message):
         return f"{path}: several classes are called '{found[1]}'; give the import path of one of them: {found[2]}"
     base = _base_of(path, bases)
     if (found := _UNKNOWN_CLASS.search(message)) and base is not None:
-        return _unknown_class(found[1].strip(), path, base)
+        return _unknown_class(found[1].strip(), path, base, "a number, " if "<class 'float'>" in message else "")
     wanted = _WRONG_VALUE.findall(message) or _WRONG_FOR_ALL.findall(message)
     if wanted and (refused := _GIVEN.search(message)):  # the first one is the innermost
         return f"'{path}' must be {_values_of(wanted)}; got '{refused[1].strip()}'"
@@ -97,14 +100,14 @@ def _base_of(path: str, bases: Sequence[type]) -> type | None:
     return next((base for base in bases if key and key in base.__name__.lower()), None)
 
 
-def _unknown_class(given: str, path: str, base: type) -> str:
+def _unknown_class(given: str, path: str, base: type, others: str) -> str:
     known = [kind.__name__ for kind in concrete(base)]
     if known == [base.__name__]:
         fields = ", ".join(inspect.signature(base).parameters)
         return f"{path} must hold fields of {base.__name__} ({fields}); got '{given}'"
     return (
-        f"unknown {path.rpartition('.')[2]} '{given}'{_closest(given, known)}; known: {', '.join(known)}. For a class "
-        f"of your own, give its import path, such as my_package.{base.__name__}OfMine"
+        f"unknown {path.rpartition('.')[2]} '{given}'{_closest(given, known)}; known: {others}{', '.join(known)}. For "
+        f"a class of your own, give its import path, such as my_package.{base.__name__}OfMine"
     )
 
 

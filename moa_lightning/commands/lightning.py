@@ -27,6 +27,7 @@ from moa_lightning.callbacks import (
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.module import AlignmentModule
+from moa_lightning.schedules import WeightSchedule
 
 WandbMode = Literal["online", "offline", "off"]
 _CHECKPOINTS_THAT_LIGHTNING_FINDS = ("last", "best", "hpc", "registry")
@@ -46,6 +47,7 @@ class AlignmentParser(OneLineErrors, LightningArgumentParser):
         models.LoRA,
         rewards.Reward,
         rewards.Objective,
+        WeightSchedule,
         data.PromptData,
         data.PreferenceFormat,
         torch.optim.Optimizer,

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moa_lightning.schedules import Weight, check_weights, weight_at
+
 
 class Reward(ABC):
     """Scores responses under one criterion; bigger is better (turn a cost's sign with ``Objective.scale: -1``).
@@ -55,7 +57,8 @@ class Objective:
 
     Args:
         reward: what is scored.
-        weight: of this objective where a combiner has no weights of its own (linear scalarisation); >= 0.
+        weight: of this objective where a combiner has no weights of its own (linear scalarisation); >= 0. A number, or
+            a schedule by ``class_path``: ``LinearWeight``, ``PiecewiseWeight``.
         scale: factor of the raw score; ``-1`` turns a cost into a reward.
         shift: added after scaling.
         clip: lowest and highest value, after scaling and shifting; ``None`` does not clip.
@@ -63,7 +66,7 @@ class Objective:
     """
 
     reward: Reward
-    weight: float = 1.0
+    weight: Weight = 1.0
     scale: float = 1.0
     shift: float = 0.0
     clip: tuple[float, float] | None = None
@@ -71,8 +74,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if not math.isfinite(self.weight) or self.weight < 0:
-            raise ValueError(f"an objective's weight must be a finite number >= 0, got {self.weight}")
+        check_weights({"an objective's weight": weight_at(self.weight, 0.0)})
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"an objective's scale must be a finite number other than 0, got {self.scale}")
         if not math.isfinite(self.shift):

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.rewards.base import Objective, Reward
+from moa_lightning.schedules import Weight, weight_at
 from moa_lightning.types import Columns, RewardTable
 
 # Names become parts of metric keys (rewards/NAME/mean) and of command-line flags (objectives.NAME.weight=2).
@@ -67,8 +68,17 @@ class RewardPanel:
 
     @property
     def weights_N(self) -> Tensor:
-        """Weights of the trained objectives as the user gave them, float32, not normalised."""
-        return torch.tensor([self.objectives[name].weight for name in self.trained_names], dtype=torch.float32)
+        """Weights of the trained objectives when the run starts, float32, not normalised."""
+        return self.weights_at(0.0)
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Weights of the trained objectives as the user gave them."""
+        return {name: self.objectives[name].weight for name in self.trained_names}
+
+    def weights_at(self, progress: float) -> Tensor:
+        """Weights of the trained objectives when this share of the run is done, float32, not normalised."""
+        return torch.tensor([weight_at(weight, progress) for weight in self.weights.values()], dtype=torch.float32)
 
     def check(self, columns: set[str]) -> None:
         """Refuse objectives that cannot work on data with these columns, before any model is loaded.

@@ -102,6 +102,30 @@ FLAGS = [
         ("--model.combiner=Linear", "--model.combiner.weights={good: 1.0, short: -2.0}"),
         ("weight of objective 'short'", ">= 0", "-2"),
     ),
+    Flags(
+        "all weights 0",
+        ("--model.combiner=PGAPO", "--model.combiner.weights={good: 0, short: 0}"),
+        ("at least one objective needs a weight above 0; all are 0",),
+    ),
+    Flags(
+        "threshold of nothing",
+        ("--model.combiner=Lagrangian", "--model.combiner.thresholds={long: 0.5}"),
+        ("Lagrangian.thresholds names 'long', which is no trained objective; they are good, short",),
+    ),
+    Flags(
+        "scores have no tokens",
+        ("--model.combiner=Tchebycheff", "--model.combiner.granularity=token"),
+        ("Tchebycheff has no field 'granularity': its score is one of whole responses", "PAMA and Linear"),
+    ),
+    Flags(
+        "too few objectives",
+        (
+            "--model.combiner=Gramian",
+            "--model.combiner.weighting=KrumWeighting",
+            "--model.combiner.weighting.n_byzantine=1",
+        ),
+        ("KrumWeighting cannot weigh 2 objectives", "at least 4"),
+    ),
     Flags("column", ("--data.prompt_column=promt",), ("no column 'promt'", "did you mean 'prompt'")),
     Flags("policy", ("--model.policy.path=./nowhere",), ("policy.path: folder './nowhere' does not exist",)),
     Flags("checkpoint", ("--ckpt_path=nowhere.ckpt",), ("ckpt_path: 'nowhere.ckpt' does not exist",)),
@@ -141,7 +165,10 @@ def test_the_cases_above_fail_for_what_they_add(task: Task) -> None:
             "PAMA has no field 'nooon'; did you mean 'noon'",
         ),
         (lambda s: s["model"]["objectives"]["good"].update(wieght=2), "no field 'wieght'; did you mean 'weight'"),
-        (lambda s: s["model"]["objectives"]["good"].update(weight="x"), "weight' must be float; got 'x'"),
+        (
+            lambda s: s["model"]["objectives"]["good"].update(weight="x"),
+            "unknown weight 'x'; known: a number, ConstantWeight, LinearWeight, PiecewiseWeight",
+        ),
         (
             lambda s: s["model"]["objectives"]["good"]["reward"].update(class_path="FunctionRewrd"),
             "unknown reward 'FunctionRewrd'; did you mean 'FunctionReward'",

@@ -1,0 +1,84 @@
+"""Weights by schedule, as the run goes on.
+
+Legend: N trained objectives.
+"""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from moa_lightning.combiners import Combiner
+from moa_lightning.rewards import RewardPanel
+from moa_lightning.schedules import scheduled
+from moa_lightning.types import State
+
+
+class ScheduledWeights:
+    """Keeps the weights in the combiner's state at those of the moment; where nothing has a schedule it does nothing.
+
+    Args:
+        combiner: whose state it is.
+        panel: the objectives with their own weights.
+
+    Raises:
+        ValueError: the combiner cannot follow a schedule.
+    """
+
+    def __init__(self, combiner: Combiner, panel: RewardPanel) -> None:
+        self.combiner, self.panel = combiner, panel
+        self.progress = 0.0  # share of the run that was done when the last batch was collected
+        self.followed = combiner.schedules(panel.weights)
+        for name, schedule in scheduled(panel.weights).items():
+            if self.followed.get(name) is not schedule:
+                rank_zero_warn(
+                    f"the schedule of the weight of objective '{name}' has no effect: {type(combiner).__name__} takes "
+                    "no weights, or has weights of its own"
+                )
+
+    def start(self) -> State:
+        """The combiner's first state, if its weights fit now and at every knot to come.
+
+        Raises:
+            ValueError: they do not, or the combiner's configuration does not fit the objectives.
+        """
+        state = self.combiner.init(self.panel.trained_names, self.panel.weights_at(0.0))
+        for knot in sorted({knot for schedule in self.followed.values() for knot in schedule.knots}):
+            self.at(knot, state)
+        return state
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse a run without end, which never makes progress.
+
+        Raises:
+            ValueError: neither steps nor epochs are limited.
+        """
+        if self.followed and trainer.max_steps == -1 and trainer.max_epochs == -1:
+            raise ValueError(
+                f"the weight of '{next(iter(self.followed))}' follows the progress of the run, and this run has no "
+                "end; give trainer.max_steps"
+            )
+
+    def advance(self, trainer: Trainer, state: State) -> State:
+        """State for the batch that is collected now."""
+        if not self.followed:
+            return state
+        self.progress = min(trainer.global_step / trainer.estimated_stepping_batches, 1.0)
+        return self.at(self.progress, state)
+
+    def resume(self, progress: float, state: State) -> State:
+        """A first state as it is where a checkpoint was written: the batch in hand keeps its weights."""
+        self.progress = progress
+        return self.at(progress, state)
+
+    def at(self, progress: float, state: State) -> State:
+        """State at this progress."""
+        if not self.followed:
+            return state
+        names, weights_N = self.panel.trained_names, self.panel.weights_at(progress)
+        return self.combiner.proceed(names, weights_N, progress, state)
+
+    def report(self, state: State) -> dict[str, float]:
+        """The weights of the moment by metric, where some follow a schedule."""
+        if not self.followed:
+            return {}
+        values = zip(self.panel.trained_names, state["weights"].tolist(), strict=True)
+        return {f"scheduled_weights/{name}": value for name, value in values}

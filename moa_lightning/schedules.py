@@ -1,0 +1,169 @@
+"""Schedules: weights that change as the run goes on.
+
+Progress is the share of the run's optimiser steps that are done, from 0 to 1.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+Point = tuple[float, float]
+
+
+class WeightSchedule(ABC):
+    """A weight that follows the progress of the run. It stands wherever a weight is a number.
+
+    Subclasses are frozen dataclasses, validated in ``__post_init__``.
+    """
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """Progress at which the weights are checked before the run starts: where it bends or jumps, and both ends."""
+        return (0.0, 1.0)
+
+    @abstractmethod
+    def at(self, progress: float) -> float:
+        """The weight, at least 0 and finite."""
+
+
+# The parser tells of the first of several types that a value is refused by.
+Weight = WeightSchedule | float
+"""What a user gives as a weight."""
+
+
+@dataclass(frozen=True)
+class ConstantWeight(WeightSchedule):
+    """The same weight from first to last; a plain number is the same.
+
+    Args:
+        value: the weight, >= 0.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        """Refuse values that are no weight."""
+        check_weights({"ConstantWeight.value": self.value})
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """One is as good as another."""
+        return (0.0,)
+
+    def at(self, progress: float) -> float:
+        """``value``."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class LinearWeight(WeightSchedule):
+    """From one weight to another in a straight line, and constant before and after it.
+
+    >>> fading = LinearWeight(start=1.0, end=0.2, until=0.5)
+    >>> [round(fading.at(progress), 6) for progress in (0.0, 0.25, 0.5, 1.0)]
+    [1.0, 0.6, 0.2, 0.2]
+
+    Args:
+        start: the weight up to ``begin``, >= 0.
+        end: the weight from ``until`` on, >= 0.
+        begin: progress at which it starts to change, a share of the run.
+        until: progress at which it has changed, a share of the run.
+    """
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that are no weight, and spans that are no part of a run."""
+        check_weights({"LinearWeight.start": self.start, "LinearWeight.end": self.end})
+        if not 0 <= self.begin < self.until <= 1:
+            raise ValueError(
+                "LinearWeight's begin and until are shares of the run, 0 <= begin < until <= 1; got "
+                f"{self.begin} and {self.until}"
+            )
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """Where it starts and stops changing, and both ends of the run."""
+        return (0.0, self.begin, self.until, 1.0)
+
+    def at(self, progress: float) -> float:
+        """The line's height."""
+        return _interpolated(((self.begin, self.start), (self.until, self.end)), progress)
+
+
+@dataclass(frozen=True)
+class PiecewiseWeight(WeightSchedule):
+    """Through given points in straight lines, and constant before the first and after the last one.
+
+    >>> peak = PiecewiseWeight([(0.2, 0.0), (0.5, 1.0), (0.6, 0.5)])
+    >>> [round(peak.at(progress), 6) for progress in (0.0, 0.35, 0.5, 0.55, 1.0)]
+    [0.0, 0.5, 1.0, 0.75, 0.5]
+
+    Args:
+        points: ``[progress, weight]`` in the order of progress, a share of the run. A step is a line between two points
+            that are close together.
+    """
+
+    points: list[Point]
+
+    def __post_init__(self) -> None:
+        """Refuse values that are no weight, and points out of order or outside of the run."""
+        if not self.points:
+            raise ValueError("PiecewiseWeight needs at least one point [progress, weight]")
+        check_weights({f"PiecewiseWeight's weight at {where}": value for where, value in self.points})
+        for where, _ in self.points:
+            if not 0 <= where <= 1:
+                raise ValueError(f"PiecewiseWeight's points are at shares of the run, in [0, 1]; got one at {where}")
+        for (before, _), (after, _) in pairwise(self.points):
+            if not before < after:
+                raise ValueError(
+                    f"PiecewiseWeight's points must be in the order of progress, each once; got {after} after {before}"
+                )
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """The points, and both ends of the run."""
+        return (0.0, *(where for where, _ in self.points), 1.0)
+
+    def at(self, progress: float) -> float:
+        """The height of the line between the neighbouring points."""
+        return _interpolated(self.points, progress)
+
+
+def weight_at(weight: Weight, progress: float) -> float:
+    """The number that a weight is at some progress."""
+    return weight.at(progress) if isinstance(weight, WeightSchedule) else float(weight)
+
+
+def scheduled(weights: Mapping[str, Weight]) -> dict[str, WeightSchedule]:
+    """Those of the weights that follow a schedule."""
+    return {name: weight for name, weight in weights.items() if isinstance(weight, WeightSchedule)}
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuse numbers that are no weight.
+
+    Args:
+        weights: by what messages call them.
+
+    Raises:
+        ValueError: one is negative or not finite.
+    """
+    for name, value in weights.items():
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
+def _interpolated(points: Iterable[Point], progress: float) -> float:
+    # Not (1 - share) * start + share * end: between two equal weights that is not always exactly their value.
+    before, value = None, math.nan
+    for where, height in points:
+        if progress < where:
+            return height if before is None else value + (progress - before) / (where - before) * (height - value)
+        before, value = where, height
+    return value
