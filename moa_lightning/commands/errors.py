@@ -67,8 +67,8 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
         given, fields = found[1].partition(".")[0], [field for field in (found[2] or "").split(", ") if field]
         classes = [path.rpartition(".")[2] for path in _CLASS.findall(message)]
         has = f"it has {', '.join(fields)}" if fields else "it has none; leave it out"
-        named = (kind for base in bases for kind in concrete(base) if classes and kind.__name__ == classes[-1])
-        if why := next((kind.lacks[given] for kind in named if given in getattr(kind, "lacks", {})), None):
+        named = [kind for base in bases for kind in concrete(base) if classes and kind.__name__ == classes[-1]]
+        if why := next((lacks[given] for kind in named if given in (lacks := getattr(kind, "lacks", {}))), None):
             return f"{path}: {classes[-1]} has no field '{given}': {why}"
         return f"{path}: {classes[-1] if classes else 'it'} has no field '{given}'{_closest(given, fields)}; {has}"
     if found := _AMBIGUOUS.search(message):
