@@ -30,8 +30,8 @@ standard deviation over the seeds: a large one says that seeds end at different 
 from the exact constrained optimum. A point of the front is Pareto-optimal; that it is near the middle is not asked for,
 and equal weights do not promise it.
 
-In the folder: ``fronts.csv``, ``fronts.png``. In the figure, colours are families and the rows below are the legend.
-About LENGTH minutes on two cores.
+In the folder: ``fronts.csv`` (the table), ``runs.csv`` (each seed), ``fronts.png``. In the figure, colours are families
+and the rows below are the legend; a distance below 1e-4 stands at the edge. About six minutes on two idle cores.
 """
 
 import argparse
@@ -47,7 +47,7 @@ import torch
 
 from bench.fronts_learned import Recipe, Run, learn
 from bench.fronts_problems import PROBLEMS, Problem
-from bench.fronts_report import Ends, draw, print_table, write_csv
+from bench.fronts_report import Ends, draw, print_table, runs_of, write_csv
 from bench.roster import Entry, exported, variants
 from moa_lightning.combiners import PID, Exponential, Lagrangian, Optimistic, Projected
 
@@ -119,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += [Ends(e.name, family(e), problem, part) for e, part in zip(entries, parts, strict=True)]
         print_table(rows[-len(entries) :])
     options.out.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, options.out / "fronts.csv")
+    write_csv([row.numbers() for row in rows], options.out / "fronts.csv")
+    write_csv([run for row in rows for run in runs_of(row)], options.out / "runs.csv")
     draw(rows, options.out / "fronts.png")
     print(f"\nWritten to {options.out}, after {time.perf_counter() - started:.0f} s.")
 

@@ -90,9 +90,24 @@ def print_table(rows: Sequence[Ends]) -> None:
         )
 
 
-def write_csv(rows: Sequence[Ends], file: Path) -> None:
+def runs_of(row: Ends) -> list[dict[str, Any]]:
+    """A row of the CSV file for each seed."""
+    return [
+        {
+            "problem": row.problem.name,
+            "combiner": row.combiner,
+            "seed": seed,
+            "first": run.values_2[0],
+            "second": run.values_2[1],
+            "distance": run.distance,
+            "from_optimum": run.from_optimum,
+        }
+        for seed, run in enumerate(row.runs)
+    ]
+
+
+def write_csv(numbers: Sequence[dict[str, Any]], file: Path) -> None:
     """All rows."""
-    numbers = [row.numbers() for row in rows]
     with file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.DictWriter(opened, list(numbers[0]))
         writer.writeheader()
@@ -100,7 +115,7 @@ def write_csv(rows: Sequence[Ends], file: Path) -> None:
 
 
 def draw(rows: Sequence[Ends], file: Path) -> None:
-    """Above, each problem's front and all end points; below, the distances, whose rows are the legend."""
+    """Above, each problem's front and all end points; below, a row for each combiner, which is the legend too."""
     problems = list(dict.fromkeys(row.problem for row in rows))
     order = sorted(rows, key=lambda row: list(_COLOURS).index(row.family))
     names = list(dict.fromkeys(row.combiner for row in order))
@@ -108,13 +123,18 @@ def draw(rows: Sequence[Ends], file: Path) -> None:
     for family, colour in _COLOURS.items():
         members = list(dict.fromkeys(row.combiner for row in order if row.family == family))
         styles |= {name: (colour, _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(members)}
-    figure = Figure(figsize=(5 * len(problems) + 1, 5 + 0.24 * len(names)), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(problems) + 1, 5 + 0.24 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(problems), squeeze=False, height_ratios=[4.4, 0.24 * len(names)])
+    grid = figure.add_gridspec(2, 2 * len(problems), height_ratios=[4.4, 0.24 * len(names)])
     for column, problem in enumerate(problems):
         here = [row for row in order if row.problem is problem]
-        _draw_front(grid[0, column], problem, here, styles)
-        _draw_distances(grid[1, column], here, names, styles, labelled=column == 0)
+        _draw_front(figure.add_subplot(grid[0, 2 * column : 2 * column + 2]), problem, here, styles)
+        places = figure.add_subplot(grid[1, 2 * column])
+        _draw_rows(places, names, styles, labelled=column == 0)
+        _draw_places(places, problem, here, names, styles)
+        distances = figure.add_subplot(grid[1, 2 * column + 1])
+        _draw_rows(distances, names, styles, labelled=False)
+        _draw_distances(distances, here, names, styles)
     figure.savefig(file, dpi=110)
 
 
@@ -136,14 +156,37 @@ def _draw_front(axes: Axes, problem: Problem, rows: Sequence[Ends], styles: dict
     axes.set_aspect("equal")
     axes.set_xlabel("first objective")
     axes.set_ylabel("second objective")
-    axes.set_title(f"{problem.name}: {problem.says}", fontsize=10)
+    axes.set_title(f"{problem.name}\n{problem.says}", fontsize=10)
     axes.legend(loc="upper right", fontsize=7.5, frameon=False, markerscale=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_distances(
-    axes: Axes, rows: Sequence[Ends], names: Sequence[str], styles: dict[str, tuple[str, str]], labelled: bool
+def _draw_rows(axes: Axes, names: Sequence[str], styles: dict[str, tuple[str, str]], labelled: bool) -> None:
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names if labelled else [""] * len(names), fontsize=8.5)
+    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set_color(styles[name][0])
+    axes.grid(color=_FAINT, linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _draw_places(
+    axes: Axes, problem: Problem, rows: Sequence[Ends], names: Sequence[str], styles: dict[str, tuple[str, str]]
 ) -> None:
+    for row in rows:
+        colour, marker = styles[row.combiner]
+        height = names.index(row.combiner)
+        first_S = row.values_S2[:, 0]
+        axes.scatter(first_S, [height] * len(first_S), s=30, marker=marker, color=colour, alpha=0.7, linewidths=0)
+        if row.from_optimum is not None:
+            axes.scatter(problem.constrained[0], height, s=90, marker="|", color=_INK, linewidths=1.2, zorder=4)
+    axes.set_xlim(-0.05, 1.05)
+    axes.set_xlabel("first objective, each seed\n(| the constrained optimum)", fontsize=9)
+
+
+def _draw_distances(axes: Axes, rows: Sequence[Ends], names: Sequence[str], styles: dict[str, tuple[str, str]]) -> None:
     least = 1e-4  # of the axis; smaller distances stand at its edge
     for row in rows:
         colour, marker = styles[row.combiner]
@@ -154,12 +197,4 @@ def _draw_distances(
         axes.scatter(max(mean, least), height, s=42, marker=marker, color=colour, zorder=3, clip_on=False)
     axes.set_xscale("log")
     axes.set_xlim(least, 1)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_yticks(range(len(names)), names if labelled else [""] * len(names), fontsize=8.5)
-    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
-        tick.set_color(styles[name][0])
-    axes.grid(color=_FAINT, linewidth=0.4, alpha=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("distance from the front: mean and standard error over the seeds")
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("distance from the front,\nmean and standard error", fontsize=9)
