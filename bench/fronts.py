@@ -23,6 +23,8 @@ exports, as they are without arguments, and some variants, with these exceptions
 * MODPO trains by pairwise logistic loss on comparisons sampled by Bradley and Terry's model;
 * MODPO and CAID, which cannot do without it, are held to the first policy by a little KL, the others by none; so is the
   optimum that CAID solves for, on four batches of that first policy, a little off the one that it is compared with.
+  On the non-convex problem its closed form is no single normal distribution, so that its multipliers belong to policies
+  that cannot be trained here.
 
 How to read the table. ``distance`` is the Euclidean distance of the final policy's exact values from the nearest point
 of the front, mean and standard error over the seeds. ``first`` and ``second`` are the values reached, mean and
