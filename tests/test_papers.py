@@ -15,5 +15,6 @@ def test_every_file_and_test_exists():
 
 def test_every_combiner_and_loss_is_there():
     files = [*(ROOT / "moa_lightning" / "combiners").rglob("*.py"), *(ROOT / "moa_lightning" / "losses").glob("*.py")]
-    methods = {f.relative_to(ROOT).as_posix() for f in files if f.stem not in {"__init__", "base", "claims", "weights", "weighted"}}
+    shared = {"__init__", "base", "claims", "weights", "weighted"}
+    methods = {f.relative_to(ROOT).as_posix() for f in files if f.stem not in shared}
     assert {path for path in methods if f"`{path}`" not in TEXT} == set()
