@@ -6,10 +6,10 @@ A step is what one collected batch of 4 responses of 320 tokens (2 to each of 2 
 parameters: the combiner observes the batch, then the policy's forward pass, signals, combination, loss, backward pass.
 The policy is GPT-2 at a third of its width: as many layers, heads of the same size, and a vocabulary in the same
 proportion, so that the head, which gradients at the representation pay for once more, has GPT-2's share of the
-parameters: about 30 % (of a model of 7 billion it is 2 %). There is no generation, no reference, no reward and no optimiser, and the
-batch is small, so the shares are upper bounds: a real step takes longer. Combiners are those that the package exports,
-as they are without arguments, and a few variants; each goes with the loss that takes its score, and is compared with
-``Linear`` in front of that same loss.
+parameters: about 30 % (of a model of 7 billion it is 2 %). There is no generation, no reference, no reward and no
+optimiser, and the batch is small, so the shares are upper bounds: a real step takes longer. Combiners are those that
+the package exports, as they are without arguments, and a few variants; each goes with the loss that takes its score,
+and is compared with ``Linear`` in front of that same loss.
 
 How to read the table. A line is a combiner with N objectives.
 
