@@ -17,6 +17,7 @@ from moa_lightning.combiners.constraints import constrained, curves
 from moa_lightning.combiners.duals import DualUpdate, Projected
 from moa_lightning.combiners.mopo_thresholds import adapted, judged, require_probabilities, threshold_memory
 from moa_lightning.combiners.mopo_values import judged_responses
+from moa_lightning.distributed import all_sum
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -30,13 +31,12 @@ class MOPO(Combiner):
     multipliers ``lambda`` take one step per collected batch; there is one for each objective, for the whole data set.
 
     Choose it when: one objective matters most, and the others need a least win probability. Cost: no extra backward
-    pass. Convergence: stated, to the front wherever it can be reached.
-    Source: Agnihotri et al., "Multi-Objective Preference Optimization", arXiv 2505.10892, Algorithm 1. Deviations: the
-    ratio is the normalised one (the paper's Eq. 3 is no density ratio); it is normalised among the responses to each
-    prompt unless ``normalize`` says otherwise; the robust value is off unless ``radius`` is set, because the paper's
-    0.15 lies far above the slack that its adaptive thresholds leave. A prompt without a label for an objective counts
-    in no expectation of that objective, and its term is left out of the ratio there; where some of its responses have
-    one, the others count as their mean.
+    pass. Convergence: stated, to the front wherever it can be reached. Source: Agnihotri et al., "Multi-Objective
+    Preference Optimization", arXiv 2505.10892, Algorithm 1. Deviations: the ratio is the normalised one (the paper's
+    Eq. 3 is no density ratio); it is normalised among the responses to each prompt unless ``normalize`` says otherwise;
+    the robust value is off unless ``radius`` is set, because the paper's 0.15 lies far above the slack that its
+    adaptive thresholds leave. A prompt without a label for an objective counts in no expectation of that objective, and
+    its term is left out of the ratio there; where some of its responses have one, the others count as their mean.
 
     Args:
         primary: name of the primary objective; ``None`` is the first.
@@ -49,7 +49,7 @@ class MOPO(Combiner):
         radius: of the KL ball of the robust value, in nats; 0 is the plain mean.
         dual: how the multipliers move: ``Projected``, ``Optimistic``, ``PID``, ``Exponential`` or ``LogBarrier``.
         dual_delay: batches before the multipliers move.
-        normalize: whose responses share one normalisation: each ``prompt``'s, or the ``batch``'s.
+        normalize: whose responses share one normalisation: each ``prompt``'s, or the ``batch``'s on a process.
         patience: batches in the means that thresholds are judged by. A warning names one that even the best response
             to each prompt would miss, or that stays violated as long again with its multiplier at its largest.
     """
@@ -116,4 +116,5 @@ class MOPO(Combiner):
         """The importance weight of each response: mean 1 over the batch, and each prompt as much as any other."""
         weights_N = state["primary"] + state["duals"]
         policy_B = judged_responses(signals, self.normalize).policy(weights_N, self.tau)
-        return Combined(policy_B * (len(policy_B) / policy_B.sum().clamp(min=1.0)), weights_N / weights_N.sum())
+        count, total = all_sum(torch.stack([torch.ones_like(policy_B).sum(), policy_B.sum()]))
+        return Combined(policy_B * (count / total.clamp(min=1.0)), weights_N / weights_N.sum())

@@ -12,6 +12,7 @@ import torchjd.aggregation as torchjd
 
 import moa_lightning.combiners as package
 from moa_lightning.combiners import Combiner
+from moa_lightning.distributed import all_sum
 from moa_lightning.functional import representation_gramian
 from moa_lightning.signals import Signal, Signals
 from tests.combiners import scored
@@ -58,6 +59,8 @@ def collected(objectives=3, seed=0, prompts=2):
         mask_BT=mask_BT,
         advantages_BTN=draw(count, 4, objectives) * mask_BT.unsqueeze(-1),
         wins_BN=draw(count, objectives).sigmoid(),
+        behaviour_logprobs_BT=0.3 * draw(count, 4),  # the policy's are 0
+        reference_logprobs_BT=-draw(count, 4).square(),  # stands for the gradients' squared norms
         charge_B=torch.zeros(count),
         metrics={"kl_coefficient": 0.1},
     )
@@ -137,19 +140,18 @@ INPUTS = {
 
 def norms(rows):
     """Squared norms of the tokens' gradients at the representation."""
-    return torch.rand(rows.mask_BT.shape, generator=torch.Generator().manual_seed(9)) * rows.mask_BT
+    return -rows.reference_logprobs_BT * rows.mask_BT
 
 
 def signals(rows, only=None, clip_range=0.2):
     """What a source would give of it, or only some of that."""
-    ratio_BT = 1 + 0.3 * torch.randn(rows.mask_BT.shape, generator=torch.Generator().manual_seed(8))
     norms_BT = norms(rows)
     fields = {
         Signal.ADVANTAGES: {"advantages_BTN": rows.advantages_BTN},
         Signal.SCORES: {"scores_BN": rows.scores_BN},
         Signal.WINS: {"wins_BN": rows.wins_BN},
-        Signal.RATIO: {"ratio_BT": ratio_BT},
-        Signal.GRAMIAN: {"gramian": lambda slopes_BTN: representation_gramian(slopes_BTN, norms_BT)},
+        Signal.RATIO: {"ratio_BT": (-rows.behaviour_logprobs_BT).exp()},
+        Signal.GRAMIAN: {"gramian": lambda slopes_BTN: all_sum(representation_gramian(slopes_BTN, norms_BT))},
     }
     chosen = {k: v for name, f in fields.items() if only is None or name in only for k, v in f.items()}
     # The group is always given: signal GROUPS says that prompts have several responses.
