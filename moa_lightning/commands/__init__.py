@@ -1,6 +1,8 @@
 """The commands behind ``moa``."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +14,8 @@ def run(command: str, args: list[str]) -> None:
     from moa_lightning.console import quiet_libraries
 
     quiet_libraries()
+    if str(Path.cwd()) not in sys.path:  # classes of your own, beside which you run moa; last, so as to hide nothing
+        sys.path.append(str(Path.cwd()))
     if command in {"fit", "validate", "test", "predict"}:
         from moa_lightning.commands.lightning import AlignmentCLI
 

@@ -49,9 +49,9 @@ def _named(name: str, known: Sequence[Facts]) -> Facts:
             return one
     if "." not in name:
         near = difflib.get_close_matches(name, [one.name for one in known], n=1)
-        close = f"; did you mean '{near[0]}'?" if near else ""
+        close = f"; did you mean '{near[0]}'?" if near else ";"
         raise ValueError(
-            f"there is no combiner '{name}'{close}; 'moa combiners' lists them, "
+            f"there is no combiner '{name}'{close} 'moa combiners' lists them, "
             "and one of your own has its module before it, such as my_combiner.Mine"
         )
     try:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
+from moa_lightning.dotted import import_dotted
+
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _GIVEN = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -78,6 +80,8 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
         return _unknown_class(found[1].strip(), path, base, "a number, " if "<class 'float'>" in message else "")
     wanted = _WRONG_VALUE.findall(message) or _WRONG_FOR_ALL.findall(message)
     if wanted and (refused := _GIVEN.search(message)):  # the first one is the innermost
+        if base is not None and (why := _no_class(refused[1].strip(), path, base)):
+            return why
         return f"'{path}' must be {_values_of(wanted)}; got '{refused[1].strip()}'"
     return " ".join(message.split())
 
@@ -111,10 +115,22 @@ def _unknown_class(given: str, path: str, base: type, others: str) -> str:
     )
 
 
+def _no_class(given: str, path: str, base: type) -> str:
+    """Why a dotted path names no class of this kind; empty if it is no such path."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", given):
+        return ""
+    try:
+        import_dotted(given)
+    except ValueError as error:
+        return f"{path}: {str(error).replace('function', 'class', 1)}"
+    return f"{path}: '{given}' is no {base.__name__}; subclass {base.__module__.rpartition('.')[0]}.{base.__name__}"
+
+
 def _values_of(types: Sequence[str]) -> str:
     """Types as users write their values: ``one of token, batch``, ``float or null``."""
     literals = [choice.strip(" '") for text in types for found in _LITERAL.findall(text) for choice in found.split(",")]
-    others = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text) for text in types if not _LITERAL.search(text)]
+    others = [text for text in types if not _LITERAL.search(text) and not text.startswith("path but ")]
+    others = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text) for text in others]
     choices = [f"one of {', '.join(dict.fromkeys(literals))}"] if literals else []
     return " or ".join(dict.fromkeys([*choices, *others])).replace("NoneType", "null")
 

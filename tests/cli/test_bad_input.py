@@ -103,6 +103,26 @@ FLAGS = [
         ("weight of objective 'short'", ">= 0", "-2"),
     ),
     Flags(
+        "no class of that name",
+        (f"--model.combiner={names.__name__}.Geometric",),
+        (f"model.combiner: class '{names.__name__}.Geometric': '{names.__name__}' has no 'Geometric'",),
+    ),
+    Flags(
+        "no such module",
+        ("--model.combiner=my_combine.Geometric",),
+        ("class 'my_combine.Geometric': there is no module 'my_combine'",),
+    ),
+    Flags(
+        "another kind of class",
+        ("--model.combiner=moa_lightning.rewards.Length",),
+        ("model.combiner: 'moa_lightning.rewards.Length' is no Combiner; subclass moa_lightning.combiners.Combiner",),
+    ),
+    Flags(
+        "weights that are no mapping",
+        ("--model.combiner=Linear", "--model.combiner.weights={good:1}"),
+        ("'model.combiner.weights' must be dict or null; got '{good:1}'",),
+    ),
+    Flags(
         "all weights 0",
         ("--model.combiner=PGAPO", "--model.combiner.weights={good: 0, short: 0}"),
         ("at least one objective needs a weight above 0; all are 0",),
