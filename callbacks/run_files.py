@@ -56,7 +56,7 @@ class RunFiles(EvaluationCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the policy and the summary; the clock stops."""
         self._seconds_before, self._started = self._seconds(), None
-        if self.save_policy and trainer.is_global_zero:
+        if self.save_policy:  # by every process: pieces are put together
             policy: Any = pl_module.policy
             policy.save_pretrained(Path(trainer.default_root_dir) / "policy")
         self._write(trainer, pl_module)

@@ -12,6 +12,7 @@ from moa_lightning.models import Reference
 from moa_lightning.rewards import RewardPanel
 from moa_lightning.signals import SIGNALS_OF_LOSSES, GradientPlace, Signal
 from moa_lightning.sources import Source
+from moa_lightning.strategies import FSDP2Strategy
 
 # Scores are compared too: their baseline is the mean over a prompt's responses.
 _COMPARING = frozenset({Signal.WINS, Signal.GROUPS, Signal.SCORES})
@@ -69,8 +70,12 @@ def check_strategy(combiner: Combiner, strategy: Strategy) -> None:
     Raises:
         ValueError: one line that says where to take them instead.
     """
-    at = combiner.gradients_at
-    sharded = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+    at, sharded = combiner.gradients_at, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+    if isinstance(strategy, sharded) and not isinstance(strategy, FSDP2Strategy):
+        raise ValueError(
+            f"strategy {_name(strategy)} does not know how a policy is cut into pieces; use strategy FSDP2Strategy "
+            "(configs/trainer/fsdp.yaml), or ddp"
+        )
     if Signal.GRAMIAN in combiner.needs and at is not GradientPlace.REPRESENTATION and isinstance(strategy, sharded):
         raise ValueError(
             f"{_name(combiner)} takes gradients at {at}, which {_name(strategy)} keeps in pieces; use combiner.at "
@@ -104,6 +109,20 @@ def check_checkpoint(
             "use the run's own config.yaml"
         )
     return saved
+
+
+def check_weights(saved: set[str], trained: set[str], known: set[str]) -> None:
+    """Refuse a checkpoint's weights that are not those that are trained, by their names.
+
+    Raises:
+        ValueError: one line with how many differ, and one of them.
+    """
+    missing, unknown = sorted(trained - saved), sorted(saved - known)
+    if missing or unknown:
+        raise ValueError(
+            f"the checkpoint is of another model: {len(missing)} weights missing, {len(unknown)} unknown, such as "
+            f"{(missing + unknown)[0]}; use the run's own config.yaml"
+        )
 
 
 def _check_needs(combiner: Combiner, source: Source, loss: PolicyLoss) -> None:

@@ -1,8 +1,13 @@
 """The only place (with the sharding plan) that talks to torch.distributed. Everything is a no-op in one process."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_distributed() -> bool:
@@ -44,3 +49,40 @@ def all_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def all_objects(mine: Any) -> list[Any]:
+    """One object of each process, in the order of their ranks."""
+    if not is_distributed():
+        return [mine]
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, mine)
+    return objects
+
+
+def in_pieces(module: nn.Module) -> bool:
+    """Whether a module's parameters are in pieces; if so none of them is whole afterwards."""
+    cut = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in cut:  # the root keeps what it gathered for a forward pass
+        part.reshard()
+    return bool(cut)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """State of a module, put together from its pieces; under sharding every process calls it and rank 0 gets it."""
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return module.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]  # they are tensors
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its pieces, on every process; itself where it is whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor where and in the pieces that the other one is in."""
+    if isinstance(other, DTensor):
+        return distribute_tensor(tensor.to(other.device, other.dtype), other.device_mesh, other.placements)
+    return tensor.to(other)

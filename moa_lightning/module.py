@@ -17,16 +17,18 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.combiners import PAMA, Combiner
-from moa_lightning.compatibility import check_checkpoint, check_minibatches, check_pieces, check_strategy
+from moa_lightning.compatibility import check_checkpoint, check_minibatches, check_pieces, check_strategy, check_weights
 from moa_lightning.distributed import all_sum
 from moa_lightning.finite import require_finite
 from moa_lightning.losses import ClippedSurrogate, KLPenalty, PolicyLoss, RewardKL
+from moa_lightning.losses.base import with_values_in_graph
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_model, load_tokenizer
 from moa_lightning.progress import ScheduledWeights
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.loader import PromptLoader
+from moa_lightning.strategies import shard
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
 
 Row = dict[str, Any]
@@ -77,6 +79,7 @@ class AlignmentModule(LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.value_learning_rate = value_learning_rate
         self.seed = seed
+        self.strict_loading = False  # frozen weights are in no checkpoint; check_weights is as strict as that allows
 
         self.reference.check(has_adapter)
         check_pieces(self.combiner, self.source, self.loss, self.kl, self.panel)
@@ -131,6 +134,7 @@ class AlignmentModule(LightningModule):
         self.policy = Policy(backbone, self.tokenizer, heads).to(self.device)
         self.policy.check_logits()
         self.reference.setup(self.policy)
+        shard(self.policy, self.reference, self.trainer.strategy)
         self.encoder = self.source.encoder(self.tokenizer, tuple(self.policy.end_ids), self.encoder.context_length)
 
     # Data: called by the datamodule.
@@ -195,7 +199,7 @@ class AlignmentModule(LightningModule):
             minibatch=batch,
             seconds=time.perf_counter() - started,
         )
-        return {"loss": result.loss, "step": step}
+        return {"loss": with_values_in_graph(result.loss, output), "step": step}
 
     def configure_optimizers(self) -> Any:
         """The optimiser over what is trained; value heads may have a learning rate of their own."""
@@ -281,14 +285,12 @@ class AlignmentModule(LightningModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load trained weights; frozen ones are not in a checkpoint and stay as the policy's folder gave them."""
-        missing = sorted(self._trained_keys() - set(state_dict))
-        unknown = sorted(set(state_dict) - set(self.state_dict()))
-        if missing or unknown:
-            raise ValueError(
-                f"the checkpoint is of another model: {len(missing)} weights missing, {len(unknown)} unknown, such as "
-                f"{(missing + unknown)[0]}; use the run's own config.yaml"
-            )
+        self.check_weights(state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def check_weights(self, names: Iterable[str]) -> None:
+        """Refuse a checkpoint whose weights are not those that are trained here."""
+        check_weights(set(names), self._trained_keys(), set(self.state_dict()))
 
     def _trained_keys(self) -> set[str]:
         named = self.named_parameters(remove_duplicate=False)  # a tied weight goes by two names

@@ -3,7 +3,7 @@
 Legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), L = P + T, N objectives.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ class Experience:
     returns_BTN: Tensor | None  # targets of the value heads; None without critics
     values_BTN: Tensor | None
     tokens_per_row: float  # trained tokens per row of the whole collected batch, over all ranks: the loss's divisor
+    row_share: float = 1.0  # rows of the collected batch: mean over the processes, by this process's own number
     group_B: Tensor | None = None  # int64, which prompt of the batch a row belongs to
     wins_BN: Tensor | None = None  # mean probability to win against the other responses to the prompt; NaN: unknown
     log_prior_B: Tensor | None = None  # log-weight of a row among those of its prompt; None is equal weights
@@ -108,6 +109,11 @@ class Experience:
     def __len__(self) -> int:
         """B, the number of rows."""
         return self.mask_BT.shape[0]
+
+    @property
+    def counted_rows(self) -> float:
+        """Rows that a loss divides its sum by: the mean of the processes' losses is then that of all rows."""
+        return max(len(self) * self.row_share, 1e-8)
 
     @property
     def scores_BN(self) -> Tensor:
@@ -145,6 +151,14 @@ def _select_rows(record: Any, rows: Tensor) -> Any:
     return replace(record, **{f.name: pick(getattr(record, f.name)) for f in fields(record)})
 
 
+def _on(record: Any, device: torch.device) -> Any:
+    if isinstance(record, Tensor):
+        return record.to(device)
+    if is_dataclass(record) and not isinstance(record, type):
+        return replace(record, **{f.name: _on(getattr(record, f.name), device) for f in fields(record)})
+    return record
+
+
 @dataclass
 class Minibatch:
     """What one ``training_step`` receives."""
@@ -153,8 +167,11 @@ class Minibatch:
     collected: Experience | None  # the whole collected batch, on the first of its minibatches; None on the others
 
     def to(self, device: torch.device) -> "Minibatch":
-        """Itself: experience is collected where it is used. Lightning calls it."""
-        return self
+        """The same on a device, which only experience from a checkpoint is not on yet. Lightning calls it."""
+        if self.experience.mask_BT.device == device:
+            return self
+        collected = None if self.collected is None else _on(self.collected, device)
+        return Minibatch(_on(self.experience, device), collected)
 
 
 @dataclass

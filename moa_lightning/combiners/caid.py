@@ -29,7 +29,7 @@ class CAID(ResponseCombiner):
     sum_j lambda_j s_j`` less the KL charge, whose coefficient is the dual's ``beta``. With ``interval`` dual steps
     follow, which correct what a few responses, or a policy short of the best, leave wrong.
 
-    Choose it when: ``Lagrangian`` fits, but its multipliers should be known before the first update. Cost: some batches
+    Choose it when: as ``Lagrangian``, but with multipliers that are known before the first update. Cost: some batches
     without training, a small convex problem; no extra backward pass. Convergence: the papers prove a smooth convex dual
     and, with ``interval``, an optimum up to what the policy can express. Source: Huang et al., "One-Shot Safety
     Alignment for Large Language Models via Optimal Dualization", NeurIPS 2024, arXiv 2405.19544; with ``interval``

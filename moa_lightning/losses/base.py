@@ -42,3 +42,8 @@ class PolicyLoss(ABC):
 
         So its mean over processes and accumulated minibatches is the loss of all rows.
         """
+
+
+def with_values_in_graph(loss: Tensor, output: PolicyOutput) -> Tensor:
+    """The same loss, with a gradient of 0 for value heads that it does not train: DDP would wait for theirs."""
+    return loss if output.values_BTN is None else loss + 0.0 * output.values_BTN.sum()

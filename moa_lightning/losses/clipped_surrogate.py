@@ -50,7 +50,7 @@ class ClippedSurrogate(PolicyLoss):
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
         """Loss of these rows and its terms."""
         mask_BT, score = experience.mask_BT, combined.score
-        tokens = max(experience.tokens_per_row * len(experience), 1e-8)
+        tokens = max(experience.tokens_per_row * experience.counted_rows, 1e-8)
         ratio_BT = probability_ratio(output.logprobs_BT, experience.behaviour_logprobs_BT)
         score_BT = score if score.ndim == 2 else score.unsqueeze(1).expand_as(ratio_BT)
 

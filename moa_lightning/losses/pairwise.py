@@ -81,7 +81,7 @@ class PairwiseLogistic(PolicyLoss):
         pairs_G = torch.bincount(group_B[chosen_P], minlength=len(groups))
         share_P = 1 / (pairs_G[group_B[chosen_P]] * max(len(groups), 1)).to(losses_P.dtype)
         policy_loss = (losses_P * share_P).sum()
-        tokens = max(experience.tokens_per_row * len(experience), 1e-8)
+        tokens = max(experience.tokens_per_row * experience.counted_rows, 1e-8)
 
         def mean(values_BT: Tensor) -> Tensor:
             return values_BT.where(mask_BT, 0.0).sum() / tokens

@@ -57,7 +57,8 @@ class WeightedLikelihood(PolicyLoss):
                 "loss WeightedLikelihood needs weights of at least 0, and this combiner's score is an advantage of "
                 "either sign; use loss ClippedSurrogate with it"
             )
-        rows, tokens = max(len(experience), 1), max(experience.tokens_per_row * len(experience), 1e-8)
+        rows = experience.counted_rows
+        tokens = max(experience.tokens_per_row * rows, 1e-8)
         weights = score.detach()
         capped = weights if self.max_weight is None else weights.clamp(max=self.max_weight)
         weights_BT = capped if capped.ndim == 2 else capped.unsqueeze(1)

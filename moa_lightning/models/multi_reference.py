@@ -3,6 +3,7 @@
 Legend: B sequences, T response tokens, L prompt and response tokens, K references.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +84,12 @@ class MultiReference(Reference):
             model = self._open(AutoModelForCausalLM, path, "causal language model", dtype=self.dtype)
             disable_dropout(model)
             self._others.append(Policy(model.requires_grad_(False), policy.tokenizer).eval())
+
+    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
+        """Cut each of them."""
+        self._first.shard(policy, cut)
+        for other in self._others:
+            cut(other)
 
     @torch.no_grad()
     def logprobs(

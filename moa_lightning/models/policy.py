@@ -5,8 +5,8 @@ D hidden size, V vocabulary, K selected tokens.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lightning.distributed import rank, whole_state
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
 from moa_lightning.signals import GradientPlace
@@ -47,6 +48,8 @@ class Policy(nn.Module):
         self.value_heads = value_heads
         self.tokenizer = tokenizer
         self.end_ids = _end_ids(self.causal_lm, tokenizer)
+        # While it samples: what a sharding does, and whether processes must keep step.
+        self.keep_together: Callable[[nn.Module], AbstractContextManager[bool]] = lambda policy: nullcontext(False)
         self._takes_positions = "position_ids" in inspect.signature(self.causal_lm.get_decoder().forward).parameters
 
     @property
@@ -54,6 +57,12 @@ class Policy(nn.Module):
         """The model inside an adapter, or the backbone itself."""
         model: PreTrainedModel = self.backbone.get_base_model() if self.has_adapter else self.backbone
         return model
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder's blocks, in order; empty where the architecture is not known to have any."""
+        rows = [m for m in self.causal_lm.get_decoder().children() if isinstance(m, nn.ModuleList)]
+        return [block for row in rows for block in row]
 
     @property
     def has_adapter(self) -> bool:
@@ -124,9 +133,12 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: GenerationConfig) -> Tensor:
         """Prompts with sampled responses, (B, P + T); padded behind the end token. Stops when all have ended."""
-        with self._nothing_but(config):
+        with self._nothing_but(config), self.keep_together(self) as in_step:
             return self.backbone.generate(  # type: ignore[no-any-return]  # a PreTrainedModel's or a PeftModel's
-                input_ids=input_ids_BP, attention_mask=attention_mask_BP, generation_config=config
+                input_ids=input_ids_BP,
+                attention_mask=attention_mask_BP,
+                generation_config=config,
+                synced_gpus=in_step,
             )
 
     @contextmanager
@@ -170,8 +182,7 @@ class Policy(nn.Module):
             return None
         if place is GradientPlace.PARAMETERS:
             return self.trainable()[0]
-        rows = [m for m in self.causal_lm.get_decoder().children() if isinstance(m, nn.ModuleList)]
-        for block in (block for row in rows[::-1] for block in reversed(row)):
+        for block in reversed(self.blocks):
             if trained := [p for p in block.parameters() if p.requires_grad]:
                 return trained
         raise ValueError(
@@ -182,13 +193,16 @@ class Policy(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy in Hugging Face format: the adapter alone if there is one, else the whole model.
 
-        The tokenizer and the value heads lie beside it.
+        The tokenizer and the value heads lie beside it. Every process calls it; the first one writes.
         """
+        model, heads = whole_state(self.backbone), whole_state(self.value_heads) if self.value_heads else {}
+        if rank() != 0:
+            return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder)
+        self.backbone.save_pretrained(folder, state_dict=model)
         self.tokenizer.save_pretrained(folder)
         if self.value_heads is not None:
-            self.value_heads.save(folder)
+            self.value_heads.save(folder, heads)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,13 +5,14 @@ Legend: B sequences, T response tokens, L prompt and response tokens.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moa_lightning.distributed import in_pieces, like, whole
 from moa_lightning.models.policy import Policy, PolicyOutput
 
 
@@ -24,6 +25,9 @@ class Reference(ABC):
     @abstractmethod
     def setup(self, policy: Policy) -> None:
         """Take what is needed from the freshly loaded policy, before a checkpoint is restored into it."""
+
+    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
+        """The policy has been cut into pieces: do the same to what was taken from it."""
 
     def advance(self, policy: Policy, step: int) -> None:
         """Called before each collected batch, with the number of optimiser steps so far."""
@@ -99,6 +103,11 @@ class FrozenCopy(Reference):
         backbone.requires_grad_(False)
         self._copy = Policy(backbone, policy.tokenizer).eval()
 
+    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
+        """Cut the copy too."""
+        assert self._copy is not None, "setup was not called"
+        cut(self._copy)
+
     @torch.no_grad()
     def logprobs(
         self,
@@ -141,6 +150,10 @@ class LaggedCopy(Reference):
         """Copy the trained weights."""
         self._first = self._lagged = self._next = _copy_of(policy)
 
+    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
+        """Copy the pieces instead."""
+        self.setup(policy)
+
     def advance(self, policy: Policy, step: int) -> None:
         """Refresh when the interval is over."""
         if step >= self._step + self.interval:
@@ -178,8 +191,8 @@ class LaggedCopy(Reference):
         moved = self._lagged is not self._first
         return {
             "step": self._step,
-            "lagged": list(self._lagged) if moved else None,
-            "next": list(self._next) if self._next is not self._first else None,
+            "lagged": [whole(weight) for weight in self._lagged] if moved else None,
+            "next": [whole(weight) for weight in self._next] if self._next is not self._first else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,26 +202,37 @@ class LaggedCopy(Reference):
         def taken(saved: list[Tensor] | None) -> list[Tensor]:
             if saved is None:
                 return self._first
-            return [new.to(old) for new, old in zip(saved, self._first, strict=True)]
+            return [like(new, old) for new, old in zip(saved, self._first, strict=True)]
 
         self._lagged, self._next = taken(state["lagged"]), taken(state["next"])
 
 
 def _copy_of(policy: Policy) -> list[Tensor]:
+    in_pieces(policy)
     return [parameter.detach().clone() for parameter in policy.trainable()[0]]
 
 
 @contextmanager
 def _weights(policy: Policy, weights: list[Tensor]) -> Iterator[None]:
-    """Within it the policy's trained weights are these. Tensors change places, so sharded ones stay sharded."""
+    """Within it the policy's trained weights are these.
+
+    Whole tensors change places, without a copy. Pieces are copied over: the sharding knows them by their memory.
+    """
+    cut = in_pieces(policy)  # which changes what its parameters are
     parameters = policy.trainable()[0]
-    present = [parameter.data for parameter in parameters]
-    try:
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.data = weight.to(parameter.device)
+    present = _copy_of(policy) if cut else [parameter.data for parameter in parameters]
+
+    def put(those: list[Tensor]) -> None:
+        in_pieces(policy)
+        for parameter, weight in zip(parameters, those, strict=True):
+            if cut:
+                parameter.data.copy_(weight)
+            else:
+                parameter.data = weight.to(parameter.device)
         torch.clear_autocast_cache()  # it knows a parameter by its object, not by its data
+
+    try:
+        put(weights)
         yield
     finally:
-        for parameter, own in zip(parameters, present, strict=True):
-            parameter.data = own
-        torch.clear_autocast_cache()
+        put(present)

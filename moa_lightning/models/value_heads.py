@@ -3,7 +3,7 @@
 Legend: B sequences, T tokens, N objectives, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,9 +37,10 @@ class ValueHeads(nn.Module):
             values_BTN: Tensor = self.linear(hidden_BTD.to(self.linear.weight.dtype))
         return values_BTN.float()
 
-    def save(self, folder: str | Path) -> None:
-        """Write the heads and their objectives' names beside the policy."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.linear.state_dict().items()}
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the heads and their objectives' names beside the policy; ``state`` is theirs if it was in pieces."""
+        whole = self.state_dict() if state is None else state
+        tensors = {name.removeprefix("linear."): value.detach().cpu().contiguous() for name, value in whole.items()}
         save_file(tensors, Path(folder) / FILE_NAME, metadata={"objectives": "\n".join(self.objectives)})
 
     def restore(self, folder: str | Path) -> bool:

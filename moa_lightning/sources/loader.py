@@ -5,8 +5,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from moa_lightning.distributed import rank, world_size
+from moa_lightning.distributed import all_objects, rank, world_size
 from moa_lightning.types import Experience, Minibatch, PromptBatch, Responses, RewardTable
 
 Row = dict[str, Any]
@@ -65,8 +66,8 @@ class ExperienceLoader:
         self.rows, self.batch_size, self.collect = rows, batch_size, collect
         self.minibatches, self.updates_per_batch, self.seed = minibatches, updates_per_batch, seed
         self.responses_per_prompt = responses_per_prompt
-        self.batches = len(rows) // (batch_size * world_size())
-        if self.batches == 0:
+        self.prompts_per_batch = batch_size * world_size()
+        if len(rows) < self.prompts_per_batch:
             raise ValueError(
                 f"{len(rows)} training prompts do not fill one batch of {batch_size} prompts on each of "
                 f"{world_size()} processes; lower data.batch_size"
@@ -78,31 +79,37 @@ class ExperienceLoader:
             )
         self.epoch = 0
         self.position = 0  # minibatches handed out in this epoch
+        self.used = 0  # prompts that this epoch's earlier batches took, over all processes
         self.experience: Experience | None = None  # the batch in flight
 
     def __len__(self) -> int:
-        """Minibatches in one epoch."""
-        return self.batches * self.updates_per_batch
+        """Minibatches in one epoch: those handed out, and those to come."""
+        begun = self.position % self.updates_per_batch
+        left = (len(self.rows) - self.used) // self.prompts_per_batch * self.updates_per_batch
+        return self.position - begun + left
 
     def __iter__(self) -> Iterator[Minibatch]:
         """The rest of the present epoch; after it, the next iteration is the next epoch."""
         if self.position >= len(self):  # the last epoch ended without being asked for one more minibatch
-            self.epoch, self.position, self.experience = self.epoch + 1, 0, None
+            self.epoch, self.position, self.used, self.experience = self.epoch + 1, 0, 0, None
         order = self._order()
         while self.position < len(self):
             batch, update = divmod(self.position, self.updates_per_batch)
             if update == 0 or self.experience is None:
-                chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                self.experience = self.collect([self.rows[i] for i in chosen], self._seed(batch))
+                taken = order[self.used : self.used + self.prompts_per_batch]
+                self.experience = self.collect([self.rows[i] for i in taken[rank() :: world_size()]], self._seed(batch))
             experience = self.experience
             picked = self._pick(experience, batch, update)
-            self.position += 1  # before the yield: a checkpoint taken after this step must not repeat it
+            # Before the yield: a checkpoint taken after this step must not repeat it.
+            self.position += 1
+            if update == self.updates_per_batch - 1:
+                self.used += self.prompts_per_batch
             yield Minibatch(experience.select(picked), experience if update == 0 else None)
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed(-1))
         order: list[int] = torch.randperm(len(self.rows), generator=generator).tolist()
-        return order[rank() :: world_size()]
+        return order
 
     def _pick(self, experience: Experience, batch: int, update: int) -> torch.Tensor:
         sweep, minibatch = divmod(update, self.minibatches)
@@ -122,25 +129,37 @@ class ExperienceLoader:
         return (self.seed * 1_000_003 + self.epoch * 10_007 + batch + 1) * 100_003 % (2**62)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and the batch in flight: plain containers and tensors only."""
+        """Position, and the batch in flight of every process: plain containers and tensors only."""
         between = self.position % self.updates_per_batch != 0
         return {
             "epoch": self.epoch,
             "position": self.position,
-            "experience": _to_plain(self.experience) if between else None,
+            "used": self.used,
+            "experiences": all_objects(_to_plain(self.experience)) if between else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position."""
-        self.epoch, self.position = state["epoch"], state["position"]
-        saved = state["experience"]
-        self.experience = None if saved is None else _to_experience(saved)
+        """Go on from a saved position; with another number of processes, from the next batch of prompts."""
+        self.epoch, self.position, self.used = state["epoch"], state["position"], state["used"]
+        saved, self.experience = state["experiences"], None
+        if saved is None:
+            return
+        if len(saved) == world_size():
+            self.experience = _to_experience(saved[rank()])
+            return
+        update = self.position % self.updates_per_batch
+        self.position += self.updates_per_batch - update
+        self.used += len(saved) * len(saved[0]["mask_BT"]) // self.responses_per_prompt
+        rank_zero_warn(
+            f"the checkpoint was written by {len(saved)} processes and this run has {world_size()}: the batch in "
+            f"flight ends after {update} of its {self.updates_per_batch} updates; the run goes on with the next prompts"
+        )
 
 
 def _to_plain(record: Any) -> Any:
     if is_dataclass(record):
         return {f.name: _to_plain(getattr(record, f.name)) for f in fields(record)}
-    return record
+    return record.cpu() if isinstance(record, torch.Tensor) else record
 
 
 def _to_experience(plain: dict[str, Any]) -> Experience:

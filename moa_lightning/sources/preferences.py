@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moa_lightning.distributed import all_sum
+from moa_lightning.distributed import all_sum, world_size
 from moa_lightning.functional.preference import bradley_terry_wins, group_softmax
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.signals import Signal
@@ -135,6 +135,7 @@ class PreferenceRows(Source):
             returns_BTN=None,
             values_BTN=None,
             tokens_per_row=trained / rows,
+            row_share=rows / world_size() / max(len(group_B), 1),
             group_B=group_B,
             wins_BN=wins_BN,
             log_prior_B=log_prior_B,

@@ -12,6 +12,7 @@ from moa_lightning.models import LoRA, Policy, PolicyConfig
 from moa_lightning.models.loading import load_model, load_tokenizer
 from moa_lightning.signals import GradientPlace
 from moa_lightning.sources import Rollout
+from moa_lightning.strategies import FSDP2Strategy
 from moa_lightning.types import Experience, Responses, RewardTable
 from tests import tiny
 
@@ -118,9 +119,11 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.parametrize("combiner", [Gramian(at="parameters"), GAPO(at="last_layer"), DynamicWeights(at="parameters")])
 def test_a_strategy_that_keeps_parameters_in_pieces_is_refused(combiner):
     at, name = combiner.at, type(combiner).__name__
-    with pytest.raises(ValueError, match=f"{name} takes gradients at {at}, which ModelParallelStrategy keeps in"):
-        check_strategy(combiner, ModelParallelStrategy())
+    with pytest.raises(ValueError, match=f"{name} takes gradients at {at}, which FSDP2Strategy keeps in"):
+        check_strategy(combiner, FSDP2Strategy())
     for strategy in (DDPStrategy(), SingleDeviceStrategy()):
         check_strategy(combiner, strategy)
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy does not know how .*; use strategy FSDP2Strategy"):
+        check_strategy(Linear(), ModelParallelStrategy())
     for other in (Linear(), MGDAUB(), Gramian()):
-        check_strategy(other, ModelParallelStrategy())
+        check_strategy(other, FSDP2Strategy())

@@ -1,0 +1,90 @@
+"""Sharding a policy over processes with FSDP2, block by block."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from moa_lightning.models.policy import Policy
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """How a policy is cut up.
+
+    Args:
+        generation: how the policy samples. ``gathered`` puts it together once for each batch of prompts, which takes
+            the memory of the whole model; ``layerwise`` puts one block together at a time, for each token.
+        param_dtype: of the gathered parameters, and so of the computation; ``None`` is their own.
+        reduce_dtype: of the gradients while they are summed; ``None`` is that of the computation.
+        cpu_offload: keep the pieces in the main memory, and the optimiser there.
+        reshard_after_forward: drop a block's gathered parameters between its forward and its backward pass.
+    """
+
+    generation: Literal["gathered", "layerwise"] = "gathered"
+    param_dtype: Precision | None = None
+    reduce_dtype: Precision | None = "float32"
+    cpu_offload: bool = False
+    reshard_after_forward: bool = True
+
+    def apply(self, policy: Policy, mesh: DeviceMesh) -> None:
+        """Shard every block, the value heads (in their own precision), and then what is left. In place."""
+        offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        exact = MixedPrecisionPolicy(reduce_dtype=_dtype(self.reduce_dtype))
+        mixed = MixedPrecisionPolicy(param_dtype=_dtype(self.param_dtype), reduce_dtype=_dtype(self.reduce_dtype))
+        for block in policy.blocks:
+            fully_shard(
+                block,
+                mesh=mesh,
+                mp_policy=mixed,
+                offload_policy=offload,
+                reshard_after_forward=self.reshard_after_forward,
+            )
+        if policy.value_heads is not None:
+            fully_shard(policy.value_heads, mesh=mesh, mp_policy=exact, offload_policy=offload)
+        # The root is the policy, not the model in it: its forward pass uses the parts of the model one by one.
+        fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=offload)
+        register_fsdp_forward_method(policy, "generate")
+        # The hidden states are a view of the decoder's; nothing here changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        policy.keep_together = _gathered if self.generation == "gathered" else _layer_by_layer
+
+
+@contextmanager
+def _gathered(policy: nn.Module) -> Iterator[bool]:
+    """Within it all parameters are whole; processes may run forward passes on their own."""
+    parts = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield False
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not policy, recurse=False)
+            part.reshard()
+
+
+@contextmanager
+def _layer_by_layer(policy: nn.Module) -> Iterator[bool]:
+    """Within it processes must run the same number of forward passes: those that are done go on for the others."""
+    yield True
+
+
+def _dtype(name: Precision | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)

@@ -1,0 +1,141 @@
+"""Runs of a few steps in one process or in two, on the same global batches, for tests that compare them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+
+from moa_lightning.combiners import MOPO, Linear
+from moa_lightning.data import PromptData
+from moa_lightning.distributed import all_sum, rank, whole_state, world_size
+from moa_lightning.losses import ClippedSurrogate, LossKL, WeightedLikelihood
+from moa_lightning.models import LaggedCopy, LoRA, Policy, PolicyConfig
+from moa_lightning.module import AlignmentModule
+from moa_lightning.rewards import FunctionReward, Length, Objective
+from moa_lightning.sources import Rollout
+from moa_lightning.strategies import FSDP2Strategy
+from tests import pairs
+
+STRATEGIES = {
+    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
+    "fsdp2-layerwise": lambda: FSDP2Strategy(process_group_backend="gloo", generation="layerwise"),
+    "hsdp": lambda: FSDP2Strategy(process_group_backend="gloo", replicas=2),
+}
+
+
+class Losses(Callback):
+    """The mean over the processes of each step's loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(all_sum(outputs["loss"].detach().double())) / world_size())
+
+
+class Films(PromptData):
+    def rows(self, stage: Any) -> list[dict[str, Any]]:
+        return [{"prompt": text} for text in pairs.PROMPTS[:4] * 3]
+
+
+def goodness(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """No opinion on what has neither kind of word."""
+    counts = [sum((w in {"good", "fine"}) - (w in {"bad", "dull"}) for w in text.split()) for text in completions]
+    return [float(c) if c else None for c in counts]
+
+
+def scripted(policy: Policy, input_ids_BP: torch.Tensor, attention_mask_BP: torch.Tensor, config: Any) -> torch.Tensor:
+    """Responses that depend on the prompt and on how many of its kind came before in the batch, not on the process."""
+    rows, seen = [], {}
+    for ids, mask in zip(input_ids_BP.tolist(), attention_mask_BP.tolist(), strict=True):
+        key = tuple(i for i, m in zip(ids, mask, strict=True) if m)
+        seen[key] = seen.get(key, 0) + 1
+        generator = torch.Generator().manual_seed(sum(key) * 101 + seen[key] % 4)
+        length = int(torch.randint(1, config.max_new_tokens, (1,), generator=generator))
+        words = torch.randint(3, 14, (length,), generator=generator).tolist()
+        rows.append([*ids, *words, 1, *[0] * (config.max_new_tokens - length - 1)])
+    return torch.tensor(rows)
+
+
+def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
+    policy = PolicyConfig(str(folder / "policy"), lora=LoRA(r=2) if case.get("lora") else None)
+    optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
+    combiner = case.get("combiner", Linear)()
+    offline = {"objectives": pairs.objectives(), "source": pairs.PreferenceRows(max_response_length=8)}
+    online = {
+        "objectives": {
+            "good": Objective(FunctionReward(goodness)),
+            "short": Objective(Length(divisor=8.0), scale=-1.0),
+        },
+        "source": Rollout(max_new_tokens=6, num_generations=4, num_iterations=case.get("passes", 1)),
+    }
+    pieces = offline if case.get("offline") else online
+    likelihood = isinstance(combiner, MOPO)
+    return AlignmentModule(
+        policy=policy,
+        combiner=combiner,
+        loss=WeightedLikelihood() if likelihood else ClippedSurrogate(),
+        kl=LossKL(0.05) if likelihood or case.get("offline") else None,
+        reference=LaggedCopy(2) if case.get("lagged") else None,
+        optimizer=optimizer,
+        **pieces,
+    )
+
+
+def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
+    """Losses, final weights and the combiner's state; ``one`` is a single process with the batches of both."""
+    seed_everything(0, verbose=False)
+    alone, losses = strategy == "one", Losses()
+    if case.get("scripted", True):
+        Policy.generate = scripted  # type: ignore[method-assign]  # the process is the test's own
+    moa = module(case, folder)
+    size = 4 if alone else 2
+    data = pairs.data(folder / "data.jsonl", batch_size=size) if case.get("offline") else Films(batch_size=size)
+    trainer = Trainer(
+        default_root_dir=folder / "run",
+        accelerator="cpu",
+        devices=1 if alone else 2,
+        strategy="auto" if alone else STRATEGIES[strategy](),
+        max_steps=case.get("steps", 3),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[losses],
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+    )
+    trainer.fit(moa, datamodule=data, **options)
+    if path := case.get("save"):
+        trainer.save_checkpoint(folder / f"{strategy}-{path}")
+    if case.get("export"):
+        moa.policy.save_pretrained(folder / f"exported-{strategy}")
+    return {"losses": losses.losses, "weights": whole_state(moa.policy), "state": moa.combiner_state}
+
+
+def one_of_two(number: int, port: int, strategy: str, cases: dict[str, dict[str, Any]], folder: Path) -> None:
+    """What a launcher would start: this process runs all cases after one another, with its peer."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+        "HF_HUB_OFFLINE": "1",
+    }
+    torch.set_num_threads(1)
+    for name, case in cases.items():
+        options = (
+            {"ckpt_path": folder / f"{strategy}-{case['resume']}", "weights_only": True} if "resume" in case else {}
+        )
+        result = run(strategy, case, folder, **options)
+        if rank() == 0:
+            torch.save(result, folder / f"{strategy}-{name}.pt")
