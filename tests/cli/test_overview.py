@@ -38,7 +38,13 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
         moa(command, "--help")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    named = {"sft": "--data.path", "reward": "--output", "label": "--objectives", "compare": "--runs", "combiners": "--name"}
+    named = {
+        "sft": "--data.path",
+        "reward": "--output",
+        "label": "--objectives",
+        "compare": "--runs",
+        "combiners": "--name",
+    }
     expected = (named | {"export": "--merge"}).get(command, "--model.combiner")
     assert expected in printed
 
