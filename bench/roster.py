@@ -19,6 +19,7 @@ class Entry:
     name: str
     combiner: Combiner
     gradients_off: bool = False  # set so that it asks for none, though it could
+    period: int = 1  # of so many steps the first one is dear
 
     @property
     def of_gradients(self) -> bool:
@@ -28,7 +29,7 @@ class Entry:
     @property
     def kind(self) -> str:
         """What its cost is due to, which is what the limits are about."""
-        if self.of_gradients:
+        if self.of_gradients and self.period == 1:
             return f"gradients, {self.combiner.gradients_at.value.replace('_', ' ')}"
         return "scores" if isinstance(self.combiner, ScoreCombiner) else "weights"
 
@@ -46,7 +47,7 @@ class Entry:
         """The largest share of a step with ``Linear`` that it may add, of time and of memory; ``None``: no claim."""
         if self.name == "Linear":
             return None
-        if not self.of_gradients:
+        if not self.of_gradients or self.period > 1:
             return {"scores": 0.02, "weights": 0.03}[self.kind]
         at_representation = self.combiner.gradients_at is GradientPlace.REPRESENTATION
         return 0.30 if at_representation and objectives == 2 else None
@@ -55,9 +56,10 @@ class Entry:
 def exported() -> list[Entry]:
     """Each exported combiner as it is without arguments, ``Linear`` first."""
     found = [
-        Entry(name, of_class())
+        Entry(name, combiner, period=combiner.interval if isinstance(combiner, package.DynamicWeights) else 1)
         for name, of_class in inspect.getmembers(package, inspect.isclass)
         if issubclass(of_class, Combiner) and not inspect.isabstract(of_class)
+        for combiner in [of_class()]
     ]
     return sorted(found, key=lambda entry: entry.name != "Linear")
 
@@ -70,6 +72,7 @@ def variants() -> list[Entry]:
         Entry("Lagrangian, optimistic", package.Lagrangian(dual=package.Optimistic())),
         Entry("CAID, iterated", package.CAID(interval=1)),
         Entry("DynamicWeights, front", package.DynamicWeights(lr=0.0, growth_scale=1.0), gradients_off=True),
+        Entry("DynamicWeights, each step", package.DynamicWeights(interval=1)),
         Entry("Gramian, CAGrad", package.Gramian(weighting=CAGradWeighting(c=0.5))),
     ]
 

@@ -13,8 +13,10 @@ from tests import pairs, tiny
 from tests.test_matrix import Films, FunctionReward, goodness
 
 MODES = {
-    "DynamicWeights": lambda: DynamicWeights(lr=0.5, growth_scale=0.1, reference={"good": -9.0, "short": -9.0}),
-    "DynamicWeights at the last layer": lambda: DynamicWeights(lr=0.5, at="last_layer"),
+    "DynamicWeights": lambda: DynamicWeights(
+        lr=0.5, interval=2, growth_scale=0.1, reference={"good": -9.0, "short": -9.0}
+    ),
+    "DynamicWeights at the last layer": lambda: DynamicWeights(lr=0.5, interval=1, at="last_layer"),
     "CTWA": lambda: CTWA(lr=0.5, targets=1.0),
     "Lagrangian": lambda: Lagrangian(thresholds={"short": -0.1}, window=2, dual=PID(kp=1.0, ki=1.0)),
     "CAID": lambda: CAID(reference_batches=2, interval=1, window=2),

@@ -2,7 +2,7 @@
 
 from moa_lightning.functional.advantages import gae, group_relative, masked_moments
 from moa_lightning.functional.dual import DualSolution, one_shot_dual
-from moa_lightning.functional.dynamic import front_factor, influence, mirror_step
+from moa_lightning.functional.dynamic import front_factor, grow_front, influence, mirror_step
 from moa_lightning.functional.gramian import parameter_gradients, representation_gramian, weights_from_gramian
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.functional.mopo import mopo_dual, mopo_ratio, robust_value
@@ -57,6 +57,7 @@ __all__ = [
     "group_softmax",
     "group_standardize",
     "group_sum",
+    "grow_front",
     "hypervolume",
     "influence",
     "ipo_loss",

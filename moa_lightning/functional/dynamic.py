@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from moa_lightning.functional.pareto import hypervolume, non_dominated
+
 
 def influence(gram_NN: Tensor) -> Tensor:
     """How much a step along the sum of all gradients improves each objective: ``g_i . sum_j g_j``, without unit.
@@ -46,6 +48,27 @@ def mirror_step(log_weights_N: Tensor, influence_N: Tensor, lr: float) -> Tensor
         [0.75, 0.25]
     """
     return (log_weights_N + lr * influence_N).log_softmax(0)
+
+
+def grow_front(front_AN: Tensor, point_N: Tensor, reference_N: Tensor) -> tuple[Tensor, float]:
+    """The front with one more point, and by how much its hypervolume has grown.
+
+    Args:
+        front_AN: points that do not dominate each other; A may be 0.
+        point_N: the new one.
+        reference_N: that the hypervolume is counted from.
+
+    Returns:
+        The points that are not dominated now, each once, and the growth, at least 0.
+
+    Example:
+        >>> front, origin = torch.tensor([[2.0, 1.0]]), torch.zeros(2)
+        >>> grow_front(front, torch.tensor([1.0, 2.0]), origin)[1], grow_front(front, torch.ones(2), origin)[1]
+        (1.0, 0.0)
+    """
+    points_AN = torch.cat([front_AN, point_N.unsqueeze(0)])
+    grown_AN = points_AN[non_dominated(points_AN)].unique(dim=0)
+    return grown_AN, max(hypervolume(grown_AN, reference_N) - hypervolume(front_AN, reference_N), 0.0)
 
 
 def front_factor(growth: float, scale: float) -> float:

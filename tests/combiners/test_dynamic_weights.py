@@ -30,7 +30,7 @@ def start(combiner, weights=(1.0, 1.0)):
 
 def test_the_weights_follow_the_gradients():
     """Influences .8 and -.4: see the functional."""
-    combiner = DynamicWeights(lr=0.1)
+    combiner = DynamicWeights(lr=0.1, interval=1)
     combined = combiner.combine(given(CONFLICT), start(combiner))
     expected_N = torch.tensor([0.08, -0.04]).softmax(0)
     torch.testing.assert_close(combined.weights_N, expected_N)
@@ -41,7 +41,7 @@ def test_the_weights_follow_the_gradients():
 
 
 def test_a_weight_next_to_nothing_comes_back_and_one_of_0_does_not():
-    combiner = DynamicWeights(lr=10.0)
+    combiner = DynamicWeights(lr=10.0, interval=1)
     state = start(combiner)
     for _ in range(60):
         state = combiner.combine(given(CONFLICT), state).state
@@ -52,6 +52,17 @@ def test_a_weight_next_to_nothing_comes_back_and_one_of_0_does_not():
     assert state["log_weights"].exp()[1] > 0.5
     none = combiner.combine(given(CONFLICT[::-1]), start(combiner, (1.0, 0.0)))
     assert none.weights_N.tolist() == [1.0, 0.0]
+
+
+def test_between_two_looks_the_weights_stay_and_no_gradients_are_asked_for():
+    combiner = DynamicWeights(lr=0.1, interval=3)
+    combined = combiner.combine(given(CONFLICT), start(combiner))
+    weights_N, bare = combined.weights_N, replace(given(CONFLICT), gramian=None)
+    for _ in range(2):
+        combined = combiner.combine(bare, combined.state)
+        torch.testing.assert_close(combined.weights_N, weights_N)
+    combined = combiner.combine(given(CONFLICT), combined.state)
+    torch.testing.assert_close(combined.weights_N, torch.tensor([0.16, -0.08]).softmax(0))
 
 
 def test_without_a_step_it_is_the_weighted_sum_and_asks_for_no_gradients():
@@ -96,8 +107,8 @@ def test_resume_keeps_what_was_learnt_under_the_configured_reference():
 
 
 def test_bad_input_is_refused():
-    for settings in ({"lr": -0.1}, {"lr": torch.nan}, {"growth_scale": 0.0}):
-        with pytest.raises(ValueError, match="DynamicWeights needs a finite lr >= 0 and growth_scale > 0"):
+    for settings in ({"lr": -0.1}, {"lr": torch.nan}, {"growth_scale": 0.0}, {"interval": 0}):
+        with pytest.raises(ValueError, match="needs finite lr >= 0 and growth_scale > 0"):
             DynamicWeights(**settings)
     with pytest.raises(ValueError, match="reference names 'c', which is no trained objective; they are a, b"):
         start(DynamicWeights(reference={"c": 0.0}))
