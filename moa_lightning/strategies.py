@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moa_lightning.models.policy import Policy
 from moa_lightning.models.reference import Reference
-from moa_lightning.models.sharding import Precision, ShardingPlan
+from moa_lightning.models.sharding import Mesh, Precision, ShardingPlan, replicated
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -52,7 +51,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             raise ValueError(f"FSDP2Strategy.replicas must be at least 1, got {replicas}")
         self.replicas = replicas
         self.plan = ShardingPlan(generation, param_dtype, reduce_dtype, cpu_offload, reshard_after_forward)  # type: ignore[arg-type]
-        self.mesh: DeviceMesh
+        self.mesh: Mesh
 
     def setup_environment(self) -> None:
         """Start the process group; one mesh over all processes, or replicas times pieces."""
@@ -65,8 +64,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
         self.mesh = self.device_mesh["data_parallel"]
         if self.replicas > 1:
-            shape = (self.replicas, processes // self.replicas)
-            self.mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicas", "pieces"))
+            self.mesh = replicated(self.root_device.type, self.replicas, processes)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Compare the names of the weights first: loading itself does not mind what is missing."""

@@ -84,7 +84,7 @@ class DynamicWeights(FirstWeights):
             "log_weights": named_weights(self.weights, objectives, weights_N).log(),
             "since_look": torch.zeros(()),
             "factor": torch.ones(()),
-            "reference": named_point("DynamicWeights.reference", self.reference, objectives, "for the first evaluation"),
+            "reference": named_point("DynamicWeights.reference", self.reference, objectives, "to count from the first"),
             "front": torch.zeros(0, len(objectives)),
         }
 

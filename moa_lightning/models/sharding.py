@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -21,6 +21,8 @@ from torch.distributed.fsdp import (
 from moa_lightning.models.policy import Policy
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Mesh = DeviceMesh
+"""Processes in one row, or in rows of replicas."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ShardingPlan:
     cpu_offload: bool = False
     reshard_after_forward: bool = True
 
-    def apply(self, policy: Policy, mesh: DeviceMesh) -> None:
+    def apply(self, policy: Policy, mesh: Mesh) -> None:
         """Shard every block, the value heads (in their own precision), and then what is left. In place."""
         offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
         exact = MixedPrecisionPolicy(reduce_dtype=_dtype(self.reduce_dtype))
@@ -63,6 +65,11 @@ class ShardingPlan:
         # The hidden states are a view of the decoder's; nothing here changes them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         policy.keep_together = _gathered if self.generation == "gathered" else _layer_by_layer
+
+
+def replicated(device_type: str, replicas: int, processes: int) -> Mesh:
+    """So many copies of the model, each over an equal part of the processes."""
+    return init_device_mesh(device_type, (replicas, processes // replicas), mesh_dim_names=("replicas", "pieces"))
 
 
 @contextmanager
