@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, Strate
 
 from moa_lightning.models.policy import Policy
 from moa_lightning.models.reference import Reference
-from moa_lightning.models.sharding import Mesh, Precision, ShardingPlan, replicated
+from moa_lightning.models.sharding import Generation, Mesh, Precision, ShardingPlan, replicated
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -32,7 +32,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         replicas: int = 1,
-        generation: str = "gathered",
+        generation: Generation = "gathered",
         param_dtype: Precision | None = None,
         reduce_dtype: Precision | None = "float32",
         cpu_offload: bool = False,
@@ -50,7 +50,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if replicas < 1:
             raise ValueError(f"FSDP2Strategy.replicas must be at least 1, got {replicas}")
         self.replicas = replicas
-        self.plan = ShardingPlan(generation, param_dtype, reduce_dtype, cpu_offload, reshard_after_forward)  # type: ignore[arg-type]
+        self.plan = ShardingPlan(generation, param_dtype, reduce_dtype, cpu_offload, reshard_after_forward)
         self.mesh: Mesh
 
     def setup_environment(self) -> None:

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
 from moa_lightning.models.policy import Policy
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Generation = Literal["gathered", "layerwise"]
 Mesh = DeviceMesh
 """Processes in one row, or in rows of replicas."""
 
@@ -38,11 +40,21 @@ class ShardingPlan:
         reshard_after_forward: drop a block's gathered parameters between its forward and its backward pass.
     """
 
-    generation: Literal["gathered", "layerwise"] = "gathered"
+    generation: Generation = "gathered"
     param_dtype: Precision | None = None
     reduce_dtype: Precision | None = "float32"
     cpu_offload: bool = False
     reshard_after_forward: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse names without meaning."""
+        for setting, value, known in (
+            ("generation", self.generation, get_args(Generation)),
+            ("param_dtype", self.param_dtype or "float32", get_args(Precision)),
+            ("reduce_dtype", self.reduce_dtype or "float32", get_args(Precision)),
+        ):
+            if value not in known:
+                raise ValueError(f"{setting} of a sharded policy must be {' or '.join(known)}, got '{value}'")
 
     def apply(self, policy: Policy, mesh: Mesh) -> None:
         """Shard every block, the value heads (in their own precision), and then what is left. In place."""
@@ -58,13 +70,20 @@ class ShardingPlan:
                 reshard_after_forward=self.reshard_after_forward,
             )
         if policy.value_heads is not None:
-            fully_shard(policy.value_heads, mesh=mesh, mp_policy=exact, offload_policy=offload)
+            fully_shard(
+                policy.value_heads,
+                mesh=mesh,
+                mp_policy=exact,
+                offload_policy=offload,
+                reshard_after_forward=self.reshard_after_forward,
+            )
         # The root is the policy, not the model in it: its forward pass uses the parts of the model one by one.
         fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=offload)
         register_fsdp_forward_method(policy, "generate")
         # The hidden states are a view of the decoder's; nothing here changes them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        policy.keep_together = _gathered if self.generation == "gathered" else _layer_by_layer
+        gathered = partial(_gathered, reshards=self.reshard_after_forward)
+        policy.keep_together = gathered if self.generation == "gathered" else _layer_by_layer
 
 
 def replicated(device_type: str, replicas: int, processes: int) -> Mesh:
@@ -73,8 +92,8 @@ def replicated(device_type: str, replicas: int, processes: int) -> Mesh:
 
 
 @contextmanager
-def _gathered(policy: nn.Module) -> Iterator[bool]:
-    """Within it all parameters are whole; processes may run forward passes on their own."""
+def _gathered(policy: nn.Module, reshards: bool) -> Iterator[bool]:
+    """Within it all parameters are whole; processes may run forward passes on their own. ``reshards``: afterwards."""
     parts = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -83,7 +102,7 @@ def _gathered(policy: nn.Module) -> Iterator[bool]:
         yield False
     finally:
         for part in parts:
-            part.set_reshard_after_forward(part is not policy, recurse=False)
+            part.set_reshard_after_forward(reshards and part is not policy, recurse=False)
             part.reshard()
 
 
