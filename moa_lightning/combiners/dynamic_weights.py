@@ -103,9 +103,9 @@ class DynamicWeights(FirstWeights):
         return {"front_factor": state["factor"].expand_as(state["log_weights"])} if self.growth_scale else {}
 
     def resume(self, saved: State, fresh: State) -> State:
-        """All that was learnt, counted from the configuration's reference where it names one."""
-        reference_N = fresh["reference"].where(fresh["reference"].isfinite(), saved["reference"])
-        return saved | {"reference": reference_N}
+        """All that was learnt, counted from the configuration's reference where it names one; a factor if it asks."""
+        kept = saved if self.growth_scale else saved | {"factor": fresh["factor"]}
+        return kept | {"reference": fresh["reference"].where(fresh["reference"].isfinite(), saved["reference"])}
 
     def combine(self, signals: Signals, state: State) -> Combined:
         """The weighted sum times the factor; at a look, under weights that have moved on this minibatch's gradients."""

@@ -104,6 +104,10 @@ def test_resume_keeps_what_was_learnt_under_the_configured_reference():
     state = now.resume(saved, start(now))
     assert state["reference"].tolist() == [1.0, 0.5]
     assert all(torch.equal(state[name], saved[name]) for name in saved if name != "reference")
+    fell = before.evaluated(torch.tensor([0.5, 0.5]), saved)
+    assert float(before.resume(fell, start(before))["factor"]) == 0.5
+    plain = DynamicWeights()  # does not look at the front: a factor would stay for good
+    assert float(plain.resume(fell, start(plain))["factor"]) == 1.0
 
 
 def test_bad_input_is_refused():
