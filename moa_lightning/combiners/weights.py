@@ -22,7 +22,7 @@ def named_weights(
         progress: share of the run that is done, for schedules.
 
     Raises:
-        ValueError: a name is missing or unknown, a weight is negative or not finite, or all are 0.
+        ValueError: a name is missing or unknown, a weight or their sum is negative or not finite, or all are 0.
     """
     if weights is None:
         values = [float(w) for w in default_N]
@@ -42,6 +42,8 @@ def named_weights(
     total = sum(values)
     if total == 0:
         raise ValueError(f"at least one objective needs a weight above 0; all are 0{when}")
+    if total == math.inf:
+        raise ValueError(f"the weights' sum is not finite{when}; give smaller ones, since only their ratios count")
     return torch.tensor([value / total for value in values], dtype=torch.float32)
 
 

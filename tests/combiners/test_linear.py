@@ -30,6 +30,7 @@ def test_weights_come_from_the_objectives_or_from_the_combiner():
         ({"a": -1.0, "b": 1.0}, "objective 'a' must be a finite number >= 0"),
         ({"a": float("nan"), "b": 1.0}, "objective 'a' must be a finite number >= 0"),
         ({"a": 0.0, "b": 0.0}, "at least one objective needs a weight above 0"),
+        ({"a": 1e308, "b": 1e308}, "the weights' sum is not finite; give smaller ones"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(weights, message):
