@@ -62,7 +62,9 @@ def scripted(policy: Policy, input_ids_BP: torch.Tensor, attention_mask_BP: torc
 
 
 def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
-    policy = PolicyConfig(str(folder / "policy"), lora=LoRA(r=2) if case.get("lora") else None)
+    policy = PolicyConfig(
+        str(folder / "policy"), lora=LoRA(r=2, lora_dropout=case.get("dropout", 0.0)) if case.get("lora") else None
+    )
     optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
     combiner = case.get("combiner", Linear)()
     offline = {"objectives": pairs.objectives(), "source": pairs.PreferenceRows(max_response_length=8)}

@@ -1,6 +1,7 @@
 """What is installed, shipped and promised: wheel, sdist, image, pins, import rules, the table of papers."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -177,3 +178,21 @@ def test_no_combiner_is_longer_than_two_pages() -> None:
     files = sorted((ROOT / "moa_lightning/combiners").rglob("*.py"))
     assert len(files) > 20, "the search itself is broken"
     assert {f.name: n for f in files if (n := len(f.read_text().splitlines())) > 120} == {}
+
+
+def test_a_file_is_all_that_a_new_combiner_takes(tmp_path: Path) -> None:
+    """In a copy of the package: found by its name on the command line, and by what looks for combiners."""
+    shutil.copytree(ROOT / "moa_lightning", tmp_path / "moa_lightning", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "moa_lightning/combiners/linear.py").read_text()
+    (tmp_path / "moa_lightning/combiners/mine.py").write_text(text.replace("class Linear(", "class Mine("))
+    look = "import inspect, moa_lightning.combiners as c; print([n for n, _ in inspect.getmembers(c, inspect.isclass)])"
+    config = ["fit", "--config", str(ROOT / "configs/demo.yaml"), "--model.combiner=Mine", "--print_config"]
+
+    def python(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+        return subprocess.run([sys.executable, "-c", *arguments], check=True, **options).stdout
+
+    assert "'Mine'" in python(look)
+    printed = python("from moa_lightning.cli import main; main()", *config)
+    assert re.search(r"class_path: moa_lightning\.combiners\.\S*Mine$", printed, re.MULTILINE)

@@ -58,24 +58,25 @@ def test_two_processes_are_one(folder, strategy, monkeypatch):
         torch.testing.assert_close(found[name]["state"], alone["state"], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+PASSES = {"combiner": PAMA, "passes": 2, "scripted": False}
+LAGGED = {"combiner": MOPO, "offline": True, "lagged": True}
+DROPOUT = {"combiner": PAMA, "lora": True, "dropout": 0.3, "scripted": False}
 RESUMED = {
-    "straight": {"combiner": PAMA, "passes": 2, "steps": 6, "scripted": False},
-    "half": {"combiner": PAMA, "passes": 2, "steps": 3, "scripted": False, "save": "half.ckpt"},
-    "whole": {"combiner": PAMA, "passes": 2, "steps": 6, "scripted": False, "resume": "half.ckpt", "export": True},
-    "straight-lagged": {"combiner": MOPO, "offline": True, "lagged": True, "steps": 6},
-    "half-lagged": {"combiner": MOPO, "offline": True, "lagged": True, "steps": 3, "save": "lagged.ckpt"},
-    "whole-lagged": {"combiner": MOPO, "offline": True, "lagged": True, "steps": 6, "resume": "lagged.ckpt"},
-    "straight-lora": {"combiner": PAMA, "lora": True, "steps": 6, "scripted": False},
-    "half-lora": {"combiner": PAMA, "lora": True, "steps": 3, "scripted": False, "save": "lora.ckpt"},
-    "whole-lora": {"combiner": PAMA, "lora": True, "steps": 6, "scripted": False, "resume": "lora.ckpt"},
+    f"{part}-{kind}": case | more
+    for kind, case in {"passes": PASSES, "lagged": LAGGED, "lora": DROPOUT}.items()
+    for part, more in {
+        "straight": {"steps": 6},
+        "half": {"steps": 3, "save": f"{kind}.ckpt"},
+        "whole": {"steps": 6, "resume": f"{kind}.ckpt", "export": kind == "passes"},
+    }.items()
 }
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2-layerwise"])
 def test_a_run_resumed_between_two_passes_is_the_whole_to_the_bit(folder, strategy):
     found = both(strategy, RESUMED, folder)
-    for kind in ("", "-lagged", "-lora"):
-        straight, half, whole = (found[f"{part}{kind}"] for part in ("straight", "half", "whole"))
+    for kind in ("passes", "lagged", "lora"):
+        straight, half, whole = (found[f"{part}-{kind}"] for part in ("straight", "half", "whole"))
         assert half["losses"] + whole["losses"] == straight["losses"]
         torch.testing.assert_close(whole["weights"], straight["weights"], rtol=0, atol=0)
         torch.testing.assert_close(whole["state"], straight["state"], rtol=0, atol=0, equal_nan=True)
@@ -83,7 +84,7 @@ def test_a_run_resumed_between_two_passes_is_the_whole_to_the_bit(folder, strate
     assert saved["state_dict"].keys() == {n for n in saved["state_dict"] if "lora_" in n or "value_heads" in n}
     # What was exported opens as plain transformers, with the weights of the run.
     model = AutoModelForCausalLM.from_pretrained(folder / f"exported-{strategy}")
-    weights = found["whole"]["weights"]
+    weights = found["whole-passes"]["weights"]
     assert all(torch.equal(value, weights[f"backbone.{name}"]) for name, value in model.state_dict().items())
 
 

@@ -1,4 +1,8 @@
-"""Combiners: the ways N objectives become one update. One file each."""
+"""Combiners: the ways N objectives become one update. One file each, and a file in this folder is all it takes."""
+
+import importlib
+import inspect
+import pkgutil
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.caid import CAID
@@ -45,3 +49,10 @@ __all__ = [
     "SmoothTchebycheff",
     "Tchebycheff",
 ]
+
+# The imports above are for readers and type checkers; a combiner in a file of its own is exported without one.
+for _file in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_file.name}")
+    for _name, _class in inspect.getmembers(_module, inspect.isclass):
+        if issubclass(_class, Combiner) and _class.__module__ == _module.__name__ and not inspect.isabstract(_class):
+            globals().setdefault(_name, _class)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import all_objects, rank, world_size
+from moa_lightning.random_streams import random_state, restore_random_state
 from moa_lightning.types import Experience, Minibatch, PromptBatch, Responses, RewardTable
 
 Row = dict[str, Any]
@@ -81,6 +82,7 @@ class ExperienceLoader:
         self.position = 0  # minibatches handed out in this epoch
         self.used = 0  # prompts that this epoch's earlier batches took, over all processes
         self.experience: Experience | None = None  # the batch in flight
+        self.random: dict[str, Any] | None = None  # random streams to go on with (dropout, rewards that draw)
 
     def __len__(self) -> int:
         """Minibatches in one epoch: those handed out, and those to come."""
@@ -92,6 +94,9 @@ class ExperienceLoader:
         """The rest of the present epoch; after it, the next iteration is the next epoch."""
         if self.position >= len(self):  # the last epoch ended without being asked for one more minibatch
             self.epoch, self.position, self.used, self.experience = self.epoch + 1, 0, 0, None
+        if self.random is not None:
+            restore_random_state(self.random)  # now, when nothing but the training draws from it any more
+            self.random = None
         order = self._order()
         while self.position < len(self):
             batch, update = divmod(self.position, self.updates_per_batch)
@@ -129,19 +134,22 @@ class ExperienceLoader:
         return (self.seed * 1_000_003 + self.epoch * 10_007 + batch + 1) * 100_003 % (2**62)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, and the batch in flight of every process: plain containers and tensors only."""
+        """Position; of every process the batch in flight and the random streams. Plain containers and tensors."""
         between = self.position % self.updates_per_batch != 0
         return {
             "epoch": self.epoch,
             "position": self.position,
             "used": self.used,
             "experiences": all_objects(_to_plain(self.experience)) if between else None,
+            "random": all_objects(random_state()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved position; with another number of processes, from the next batch of prompts."""
         self.epoch, self.position, self.used = state["epoch"], state["position"], state["used"]
         saved, self.experience = state["experiences"], None
+        if len(state["random"]) == world_size():
+            self.random = state["random"][rank()]
         if saved is None:
             return
         if len(saved) == world_size():
