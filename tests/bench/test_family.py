@@ -67,6 +67,20 @@ def test_every_exported_combiner_has_a_row_for_every_number_of_objectives(quick)
         assert sum(line.startswith(f"{name:26}") for line in printed.split("\n")) == 2
 
 
+def test_multipliers_move_in_every_step_that_is_measured(monkeypatch):
+    steps, plain = [], package.DualUpdate.stepped
+    monkeypatch.setattr(package.DualUpdate, "stepped", lambda *given: steps.append(1) or plain(*given))
+    bench = family.Bench.build(family.build_policy(family.QUICK.size), family.QUICK, 2)
+    moving = [e for e in [*exported(), *variants()] if hasattr(e.combiner, "dual") and e.name != "CAID"]  # it solves
+    assert {"Lagrangian", "MOPO", "CAID, iterated"} <= {entry.name for entry in moving}
+    for entry in moving:
+        state = bench.start(entry)
+        for _ in range(1 + family.DEFAULT.repeats):
+            steps.clear()
+            state = entry.combiner.observe(bench.experience, state)
+            assert steps, entry.name
+
+
 def test_linear_adds_nothing_to_itself(quick):
     for row in (row for row in quick[0] if row["combiner"] == "Linear"):
         assert row["added_seconds"] == row["added_bytes"] == 0
