@@ -32,5 +32,5 @@ MEANINGS = {
     Claim.OWN_SCALE: "nor on the unit of any one of them",
     Claim.SHIFT: "a constant on one objective's scores changes nothing (in advantages there is none)",
     Claim.NON_CONFLICT: "before clipping, no objective gets worse to first order where the gradients are taken",
-    Claim.MIN_NORM: "no convex combination of the gradients, as they are scaled, is shorter",
+    Claim.MIN_NORM: "no convex combination of the gradients, as they are scaled, is shorter, where max_iters suffices",
 }

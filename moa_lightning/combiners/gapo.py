@@ -32,7 +32,8 @@ class GAPO(GradientCombiner):
     Args:
         power: of the norm that each gradient is divided by.
         at: where gradients are taken: ``representation``, ``last_layer`` or all trained ``parameters``.
-        max_iters: iterations of the Frank-Wolfe solver.
+        max_iters: iterations of the Frank-Wolfe solver, at most. So many come near for a few objectives; 16 take
+            thousands to the shortest direction, though without conflict it is before.
         epsilon: step size below which it stops.
     """
 

@@ -33,7 +33,8 @@ class MGDAUB(GradientCombiner):
     Args:
         normalize: divide each gradient by its norm first, so that an objective of large scale is not ignored
             (the norm's minimum goes to the shortest gradients).
-        max_iters: iterations of the Frank-Wolfe solver.
+        max_iters: iterations of the Frank-Wolfe solver, at most. So many come near for a few objectives; 16 take
+            thousands to the shortest direction, though without conflict it is before.
         epsilon: step size below which it stops.
     """
 

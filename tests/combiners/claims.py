@@ -33,7 +33,7 @@ def same_update(combiner, rows, others):
 
 
 def precise(combiner):
-    """With the solver that it has run to its end, for inequalities that hold at the solution."""
+    """With the solver that it has run to its end, for what holds at the solution alone."""
     if hasattr(combiner, "max_iters"):
         return dataclasses.replace(combiner, max_iters=5_000, epsilon=1e-7)
     return combiner
@@ -122,7 +122,7 @@ def _advantages(rows):
 
 
 def no_conflict(combiner, rows):
-    combined = run(precise(combiner), rows, math.inf)
+    combined = run(combiner, rows, math.inf)
     angles_KK, lengths_K = _gram(rows, torch.cat([_advantages(rows), combined.score.unsqueeze(-1)], -1))
     # In units of what is summed: where all of it cancels, the rest is rounding and points anywhere.
     summed = (lengths_K[:-1] * combined.weights_N).sum()
