@@ -1,10 +1,14 @@
 """Runs of a few steps in one process or in two, on the same global batches, for tests that compare them."""
 
 import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -92,8 +96,6 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
     """Losses, final weights and the combiner's state; ``one`` is a single process with the batches of both."""
     seed_everything(0, verbose=False)
     alone, losses = strategy == "one", Losses()
-    if case.get("scripted", True):
-        Policy.generate = scripted  # type: ignore[method-assign]  # the process is the test's own
     moa = module(case, folder)
     size = 4 if alone else 2
     data = pairs.data(folder / "data.jsonl", batch_size=size) if case.get("offline") else Films(batch_size=size)
@@ -112,7 +114,8 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
         limit_val_batches=0,
         gradient_clip_val=1.0,
     )
-    trainer.fit(moa, datamodule=data, **options)
+    with patch.object(Policy, "generate", scripted if case.get("scripted", True) else Policy.generate):
+        trainer.fit(moa, datamodule=data, **options)
     if path := case.get("save"):
         trainer.save_checkpoint(folder / f"{strategy}-{path}")
     if case.get("export"):
@@ -120,8 +123,12 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
     return {"losses": losses.losses, "weights": whole_state(moa.policy), "state": moa.combiner_state}
 
 
-def one_of_two(number: int, port: int, strategy: str, cases: dict[str, dict[str, Any]], folder: Path) -> None:
-    """What a launcher would start: this process runs all cases after one another, with its peer."""
+Cell = tuple[str, str, dict[str, Any]]
+"""A strategy, a name, and what to run under it."""
+
+
+def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path) -> None:
+    """What a launcher would start: this process runs all cells after one another, with its peer."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -134,10 +141,24 @@ def one_of_two(number: int, port: int, strategy: str, cases: dict[str, dict[str,
         "HF_HUB_OFFLINE": "1",
     }
     torch.set_num_threads(1)
-    for name, case in cases.items():
-        options = (
-            {"ckpt_path": folder / f"{strategy}-{case['resume']}", "weights_only": True} if "resume" in case else {}
-        )
-        result = run(strategy, case, folder, **options)
+    for strategy, name, case in cells:
+        options = {}
+        if "resume" in case:
+            options = {"ckpt_path": folder / f"{strategy}-{case['resume']}", "weights_only": True}
+        try:
+            result = run(strategy, case, folder, **options)
+        except ValueError as error:
+            if not case.get("refused"):
+                raise
+            result = {"refused": str(error)}
         if rank() == 0:
             torch.save(result, folder / f"{strategy}-{name}.pt")
+
+
+def both(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What each cell came to, by strategy and name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, args=(port, cells, folder), nprocs=2)
+    return {(strategy, name): torch.load(folder / f"{strategy}-{name}.pt") for strategy, name, _ in cells}

@@ -1,10 +1,7 @@
 """Two processes against one on the same global batches: the same losses, the same weights."""
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
 from moa_lightning.combiners import MGDAUB, MOPO, PAMA, Linear
@@ -31,14 +28,6 @@ CASES |= {
 }
 
 
-def both(strategy, cases, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(processes.one_of_two, args=(port, strategy, cases, folder), nprocs=2)
-    return {name: torch.load(folder / f"{strategy}-{name}.pt") for name in cases}
-
-
 @pytest.fixture
 def folder(tmp_path):
     tiny.policy_folder(tmp_path / "policy", scale=1.0)
@@ -46,16 +35,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_are_one(folder, strategy, monkeypatch):
-    monkeypatch.setattr(processes.Policy, "generate", processes.Policy.generate)  # put back afterwards
-    found = both(strategy, CASES, folder)
-    for name, case in CASES.items():
-        alone = processes.run("one", case, folder)
-        assert len(set(alone["losses"])) > 1, name
-        torch.testing.assert_close(found[name]["losses"], alone["losses"], rtol=1e-4, atol=1e-5, msg=name)
-        torch.testing.assert_close(found[name]["weights"], alone["weights"], rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(found[name]["state"], alone["state"], rtol=1e-4, atol=1e-5, equal_nan=True)
+@pytest.mark.slow
+def test_two_processes_are_one(folder):
+    layerwise = "PAMA-online-full"
+    cells = [(strategy, name, case) for strategy in ("ddp", "fsdp2") for name, case in CASES.items()]
+    found = processes.both([*cells, ("fsdp2-layerwise", layerwise, CASES[layerwise])], folder)
+    alone = {name: processes.run("one", case, folder) for name, case in CASES.items()}
+    for (strategy, name), result in found.items():
+        cell = f"{strategy} {name}"
+        assert len(set(alone[name]["losses"])) > 1, cell
+        torch.testing.assert_close(result["losses"], alone[name]["losses"], rtol=1e-4, atol=1e-5, msg=cell)
+        torch.testing.assert_close(result["weights"], alone[name]["weights"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(result["state"], alone[name]["state"], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 PASSES = {"combiner": PAMA, "passes": 2, "scripted": False}
@@ -70,26 +61,24 @@ RESUMED = {
         "whole": {"steps": 6, "resume": f"{kind}.ckpt", "export": kind == "passes"},
     }.items()
 }
+OTHER = {"combiner": Linear, "resume": "lora.ckpt", "refused": True}  # another combiner, no adapter
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2-layerwise"])
-def test_a_run_resumed_between_two_passes_is_the_whole_to_the_bit(folder, strategy):
-    found = both(strategy, RESUMED, folder)
-    for kind in ("passes", "lagged", "lora"):
-        straight, half, whole = (found[f"{part}-{kind}"] for part in ("straight", "half", "whole"))
-        assert half["losses"] + whole["losses"] == straight["losses"]
-        torch.testing.assert_close(whole["weights"], straight["weights"], rtol=0, atol=0)
-        torch.testing.assert_close(whole["state"], straight["state"], rtol=0, atol=0, equal_nan=True)
-    saved = torch.load(folder / f"{strategy}-lora.ckpt", weights_only=True)
-    assert saved["state_dict"].keys() == {n for n in saved["state_dict"] if "lora_" in n or "value_heads" in n}
-    # What was exported opens as plain transformers, with the weights of the run.
-    model = AutoModelForCausalLM.from_pretrained(folder / f"exported-{strategy}")
-    weights = found["whole-passes"]["weights"]
-    assert all(torch.equal(value, weights[f"backbone.{name}"]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_checkpoint_of_another_model_is_refused(folder, strategy):
-    lora = {"combiner": Linear, "lora": True, "steps": 1, "save": "other.ckpt"}
-    with pytest.raises(mp.ProcessRaisedException, match=r"ValueError: the checkpoint .*; use the run's own"):
-        both(strategy, {"lora": lora, "full": {"combiner": Linear, "resume": "other.ckpt"}}, folder)
+@pytest.mark.slow
+def test_a_run_resumed_between_two_passes_is_the_whole_to_the_bit(folder):
+    strategies = ("ddp", "fsdp2")
+    cells = [(strategy, name, case) for strategy in strategies for name, case in (*RESUMED.items(), ("other", OTHER))]
+    found = processes.both(cells, folder)
+    for strategy in strategies:
+        for kind in ("passes", "lagged", "lora"):
+            straight, half, whole = (found[strategy, f"{part}-{kind}"] for part in ("straight", "half", "whole"))
+            assert half["losses"] + whole["losses"] == straight["losses"]
+            torch.testing.assert_close(whole["weights"], straight["weights"], rtol=0, atol=0)
+            torch.testing.assert_close(whole["state"], straight["state"], rtol=0, atol=0, equal_nan=True)
+        saved = torch.load(folder / f"{strategy}-lora.ckpt", weights_only=True)
+        assert saved["state_dict"].keys() == {n for n in saved["state_dict"] if "lora_" in n or "value_heads" in n}
+        # What was exported opens as plain transformers, with the weights of the run.
+        model = AutoModelForCausalLM.from_pretrained(folder / f"exported-{strategy}")
+        weights = found[strategy, "whole-passes"]["weights"]
+        assert all(torch.equal(value, weights[f"backbone.{name}"]) for name, value in model.state_dict().items())
+        assert "use the run's own config.yaml" in found[strategy, "other"]["refused"]
