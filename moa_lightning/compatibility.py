@@ -7,7 +7,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.combiners import Combiner
-from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
+from moa_lightning.losses import (
+    ClippedSurrogate,
+    KLPenalty,
+    PairwiseLogistic,
+    PolicyLoss,
+    RewardKL,
+    WeightedLikelihood,
+)
 from moa_lightning.models import Reference
 from moa_lightning.rewards import RewardPanel
 from moa_lightning.signals import SIGNALS_OF_LOSSES, GradientPlace, Signal
@@ -16,6 +23,24 @@ from moa_lightning.strategies import FSDP2Strategy
 
 # Scores are compared too: their baseline is the mean over a prompt's responses.
 _COMPARING = frozenset({Signal.WINS, Signal.GROUPS, Signal.SCORES})
+
+
+def fitting_loss(combiner: Combiner) -> PolicyLoss:
+    """The loss that goes with a combiner's score, for a user who names none.
+
+    Raises:
+        ValueError: the combiner is one of the user's that does not say what it reads.
+    """
+    if not hasattr(combiner, "needs"):
+        raise ValueError(
+            f"combiner {_name(combiner)} does not say what it reads; give it a line such as: "
+            "needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES})"
+        )
+    if Signal.PAIRS in combiner.needs:
+        return PairwiseLogistic()
+    if combiner.gives_weights and Signal.ADVANTAGES not in combiner.needs:
+        return WeightedLikelihood()
+    return ClippedSurrogate()
 
 
 def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPenalty, panel: RewardPanel) -> None:
@@ -133,10 +158,16 @@ def _check_needs(combiner: Combiner, source: Source, loss: PolicyLoss) -> None:
     ):
         lacking = sorted(wanted - giver.provides)
         if lacking:
+            fitting = f": {', '.join(_losses_with(lacking))}" if giver is loss else ""
             raise ValueError(
                 f"{_name(taker)} needs {', '.join(lacking)}, which {_name(giver)} does not provide; choose another "
-                f"{kind}"
+                f"{kind}{fitting}"
             )
+
+
+def _losses_with(signals: Sequence[Signal]) -> list[str]:
+    known = (PairwiseLogistic, WeightedLikelihood, ClippedSurrogate)
+    return [kind.__name__ for kind in known if kind.provides >= {*signals}]
 
 
 def _name(piece: object) -> str:

@@ -16,11 +16,11 @@ from torch import nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
+from moa_lightning import compatibility
 from moa_lightning.combiners import PAMA, Combiner
-from moa_lightning.compatibility import check_checkpoint, check_minibatches, check_pieces, check_strategy, check_weights
 from moa_lightning.distributed import all_sum
 from moa_lightning.finite import require_finite
-from moa_lightning.losses import ClippedSurrogate, KLPenalty, PolicyLoss, RewardKL
+from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.losses.base import with_values_in_graph
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_model, load_tokenizer
@@ -44,7 +44,7 @@ class AlignmentModule(LightningModule):
         objectives: what it is aligned to, by name; bigger is better.
         combiner: how N objectives become one update; ``None`` is ``PAMA()``.
         source: where experience comes from; ``None`` is ``Rollout()``.
-        loss: from the combined score to a loss; ``None`` is ``ClippedSurrogate()``.
+        loss: from the combined score to a loss; ``None`` is the one that goes with the combiner.
         kl: how the policy is held near its reference; ``None`` is ``RewardKL()``.
         reference: what the policy is held near; ``None`` is ``AdapterOff`` with an adapter, else ``FrozenCopy``.
         optimizer: from parameters to an optimiser; ``None`` is AdamW with learning rate 1e-5.
@@ -72,7 +72,7 @@ class AlignmentModule(LightningModule):
         self.panel = RewardPanel(objectives)
         self.combiner = combiner or PAMA()
         self.source = source or Rollout()
-        self.loss = loss or ClippedSurrogate()
+        self.loss = loss or compatibility.fitting_loss(self.combiner)
         self.kl = kl or RewardKL()
         has_adapter = policy.lora is not None or policy.is_adapter
         self.reference = reference or (AdapterOff() if has_adapter else FrozenCopy())
@@ -82,7 +82,7 @@ class AlignmentModule(LightningModule):
         self.strict_loading = False  # frozen weights are in no checkpoint; check_weights is as strict as that allows
 
         self.reference.check(has_adapter)
-        check_pieces(self.combiner, self.source, self.loss, self.kl, self.panel)
+        compatibility.check_pieces(self.combiner, self.source, self.loss, self.kl, self.panel)
         # Memory of combiner and KL control: plain float32 tensors, since bf16-true would cast buffers.
         self.weights = ScheduledWeights(self.combiner, self.panel)
         self.combiner_state: State = self.weights.start()
@@ -109,7 +109,7 @@ class AlignmentModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
-        check_strategy(self.combiner, self.trainer.strategy)
+        compatibility.check_strategy(self.combiner, self.trainer.strategy)
         self.weights.check(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
@@ -146,7 +146,7 @@ class AlignmentModule(LightningModule):
             ValueError: too few prompts, or minibatches that do not come out even.
         """
         source = self.source
-        check_minibatches(self.combiner, self.loss, source, batch_size)
+        compatibility.check_minibatches(self.combiner, self.loss, source, batch_size)
         counts = (source.responses_per_prompt, source.minibatches, source.updates_per_batch)
         return ExperienceLoader(rows, batch_size, self.collect, *counts, seed)
 
@@ -276,7 +276,9 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another combiner or other objectives; take the memory up again."""
-        saved = check_checkpoint(checkpoint.get("moa"), self.objective_names, self.combiner, self.reference)
+        saved = compatibility.check_checkpoint(
+            checkpoint.get("moa"), self.objective_names, self.combiner, self.reference
+        )
         fresh = self.weights.resume(saved.get("progress", 0.0), self.combiner_state)
         self.combiner_state = self.combiner.resume(saved["combiner_state"], fresh)
         self.kl_state = saved["kl_state"]
@@ -290,7 +292,7 @@ class AlignmentModule(LightningModule):
 
     def check_weights(self, names: Iterable[str]) -> None:
         """Refuse a checkpoint whose weights are not those that are trained here."""
-        check_weights(set(names), self._trained_keys(), set(self.state_dict()))
+        compatibility.check_weights(set(names), self._trained_keys(), set(self.state_dict()))
 
     def _trained_keys(self) -> set[str]:
         named = self.named_parameters(remove_duplicate=False)  # a tied weight goes by two names

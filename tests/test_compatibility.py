@@ -2,8 +2,8 @@
 
 import pytest
 
-from moa_lightning.combiners import GDPO, MODPO, MOPO, PAMA, Linear
-from moa_lightning.compatibility import check_minibatches, check_pieces
+from moa_lightning.combiners import GDPO, MODPO, MOPO, PAMA, Combiner, Linear
+from moa_lightning.compatibility import check_minibatches, check_pieces, fitting_loss
 from moa_lightning.losses import ClippedSurrogate, LossKL, PairwiseLogistic, RewardKL, WeightedLikelihood
 from moa_lightning.rewards import FromLabels, Length, Objective, RewardPanel
 from moa_lightning.sources import PreferenceRows, Rollout
@@ -85,3 +85,19 @@ def test_responses_to_a_prompt_stay_in_one_minibatch():
     ):
         with pytest.raises(ValueError, match=f"{name} compares .*num_mini_batches 4 must divide data.batch_size 3"):
             check_minibatches(combiner, loss, source, 3)
+
+
+def test_without_a_loss_the_one_that_goes_with_the_combiner_is_taken():
+    assert fitting_loss(MOPO()) == WeightedLikelihood()
+    assert fitting_loss(MODPO()) == PairwiseLogistic()
+    for combiner in (Linear(), PAMA(), GDPO()):
+        assert fitting_loss(combiner) == ClippedSurrogate()
+
+
+def test_a_combiner_that_does_not_say_what_it_reads_is_refused():
+    class Silent(Combiner):
+        def combine(self, signals, state):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="combiner Silent does not say what it reads; give it a line such as: needs"):
+        fitting_loss(Silent())

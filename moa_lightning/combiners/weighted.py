@@ -16,7 +16,7 @@ from moa_lightning.types import State
 class Weighted(Combiner):
     """A combiner that trains with the weights that it is given; ``state["weights"]`` are those of the moment."""
 
-    weights: dict[str, Weight] | None
+    weights: dict[str, Weight] | None = None  # a subclass without a field of this name takes the objectives' own
 
     def schedules(self, defaults: Mapping[str, Weight]) -> dict[str, WeightSchedule]:
         """Those among its weights, or among the objectives' where it has none of its own."""

@@ -19,6 +19,7 @@ _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (.+)")
 _AMBIGUOUS = re.compile(r"Multiple subclasses with name (\w+)\..*: (.*)\.$", re.MULTILINE)
 _UNKNOWN_FIELD = re.compile(r"Option '([^']+)' is not accepted(?: \(fields: ([^()]*)\))?")
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'")
+_FIELD_OF_NOTHING = re.compile(r"NestedArg\(key='([^']+)', val='([^']*)'\)")
 _REQUIRED = re.compile(r"the following arguments are required: (?:(?:fit|validate|test|predict)\.)?(\S+)")
 _WRONG_VALUE = re.compile(r"Expected an? (.+?)\. Got value: .*$", re.MULTILINE)
 _WRONG_FOR_ALL = re.compile(r"- Expected an? (.+?)\.?$", re.MULTILINE)
@@ -56,8 +57,8 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
     """
     path = ".".join(_KEY.findall(message))
     if found := _REQUIRED.search(message):
-        name = found[1].strip(",")
-        start = "; configs/demo.yaml is a whole one to start from" if name.startswith("model.") else ""
+        name = f"{path}.{found[1]}".strip(".,")
+        start = "; configs/demo.yaml is a whole one to start from" if name.startswith("model.") and not path else ""
         return f"{name} is missing; give it as --{name}=..., or in a config file (--config){start}"
     if found := _UNKNOWN_FLAG.search(message):
         given = found[1] or found[2]
@@ -78,6 +79,10 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
     base = _base_of(path, bases)
     if (found := _UNKNOWN_CLASS.search(message)) and base is not None:
         return _unknown_class(found[1].strip(), path, base, "a number, " if "<class 'float'>" in message else "")
+    if (found := _FIELD_OF_NOTHING.search(message)) and base is not None and "abstract" in message:
+        known = ", ".join(kind.__name__ for kind in concrete(base))
+        field = f"--{path}.{found[1]}={found[2]}"
+        return f"{path} has no class yet whose field this is; write --{path}=NAME {field}; known: {known}"
     wanted = _WRONG_VALUE.findall(message) or _WRONG_FOR_ALL.findall(message)
     if wanted and (refused := _GIVEN.search(message)):  # the first one is the innermost
         if base is not None and (why := _no_class(refused[1].strip(), path, base)):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torchjd.aggregation import Weighting
 
 from moa_lightning import combiners, data, losses, models, rewards, sources
 from moa_lightning.callbacks import (
@@ -39,6 +40,7 @@ class AlignmentParser(OneLineErrors, LightningArgumentParser):
     nameable = (
         combiners.Combiner,
         combiners.DualUpdate,
+        Weighting,
         sources.Source,
         sources.AdvantageEstimator,
         losses.PolicyLoss,
@@ -96,7 +98,6 @@ class AlignmentCLI(LightningCLI):
             {
                 "model.combiner": {"class_path": "moa_lightning.combiners.PAMA"},
                 "model.source": {"class_path": "moa_lightning.sources.Rollout"},
-                "model.loss": {"class_path": "moa_lightning.losses.ClippedSurrogate"},
                 "model.kl": {"class_path": "moa_lightning.losses.RewardKL"},
                 "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5}},
                 "checkpoint.filename": "step-{step}",

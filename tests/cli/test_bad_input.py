@@ -146,6 +146,21 @@ FLAGS = [
         ),
         ("KrumWeighting cannot weigh 2 objectives", "at least 4"),
     ),
+    Flags(
+        "weighting without its setting",
+        ("--model.combiner=Gramian", "--model.combiner.weighting=CAGradWeighting"),
+        ("model.combiner.weighting.c is missing; give it as --model.combiner.weighting.c=...",),
+    ),
+    Flags(
+        "weighting that is not there",
+        ("--model.combiner=Gramian", "--model.combiner.weighting=UPGradWeigting"),
+        ("unknown weighting 'UPGradWeigting'; did you mean 'UPGradWeighting'?",),
+    ),
+    Flags(
+        "field of a class not named",
+        ("--model.loss.cliprange=0.3",),
+        ("write --model.loss=NAME --model.loss.cliprange=0.3; known: ClippedSurrogate",),
+    ),
     Flags("column", ("--data.prompt_column=promt",), ("no column 'promt'", "did you mean 'prompt'")),
     Flags("policy", ("--model.policy.path=./nowhere",), ("policy.path: folder './nowhere' does not exist",)),
     Flags("checkpoint", ("--ckpt_path=nowhere.ckpt",), ("ckpt_path: 'nowhere.ckpt' does not exist",)),

@@ -21,6 +21,10 @@ class Rows(SimpleNamespace):
     def __len__(self):
         return len(self.mask_BT)
 
+    @property
+    def counted_rows(self):
+        return len(self)
+
 
 def case(seed=0, masked=()):
     """An experience and an output on it, of 8 responses with up to 4 tokens."""

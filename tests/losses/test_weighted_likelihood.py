@@ -18,6 +18,10 @@ class Rows(SimpleNamespace):
     def __len__(self):
         return len(self.mask_BT)
 
+    @property
+    def counted_rows(self):
+        return len(self)
+
     def select(self, rows):
         return Rows(**{k: v[rows] if torch.is_tensor(v) else v for k, v in vars(self).items()})
 
