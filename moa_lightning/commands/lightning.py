@@ -40,7 +40,6 @@ class AlignmentParser(OneLineErrors, LightningArgumentParser):
     nameable = (
         combiners.Combiner,
         combiners.DualUpdate,
-        Weighting,
         sources.Source,
         sources.AdvantageEstimator,
         losses.PolicyLoss,
@@ -49,7 +48,8 @@ class AlignmentParser(OneLineErrors, LightningArgumentParser):
         models.LoRA,
         rewards.Reward,
         rewards.Objective,
-        WeightSchedule,
+        WeightSchedule,  # before Weighting: a key "weight" is in both names
+        Weighting,
         data.PromptData,
         data.PreferenceFormat,
         torch.optim.Optimizer,
