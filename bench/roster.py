@@ -8,7 +8,8 @@ from torchjd.aggregation import CAGradWeighting
 from moa_lightning import combiners as package
 from moa_lightning.combiners import Combiner
 from moa_lightning.combiners.scores import ScoreCombiner
-from moa_lightning.losses import ClippedSurrogate, PairwiseLogistic, PolicyLoss, WeightedLikelihood
+from moa_lightning.compatibility import fitting_loss
+from moa_lightning.losses import PolicyLoss
 from moa_lightning.signals import GradientPlace, Signal
 
 
@@ -36,12 +37,7 @@ class Entry:
     @property
     def loss(self) -> PolicyLoss:
         """The loss that goes with it."""
-        if Signal.PAIRS in self.combiner.needs:
-            return PairwiseLogistic()
-        # PAMA's weights are advantages without their negative part: they too go with the surrogate.
-        if self.combiner.gives_weights and Signal.ADVANTAGES not in self.combiner.needs:
-            return WeightedLikelihood()
-        return ClippedSurrogate()
+        return fitting_loss(self.combiner)
 
     def limit(self, objectives: int) -> float | None:
         """The largest share of a step with ``Linear`` that it may add, of time and of memory; ``None``: no claim."""

@@ -276,9 +276,8 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another combiner or other objectives; take the memory up again."""
-        saved = compatibility.check_checkpoint(
-            checkpoint.get("moa"), self.objective_names, self.combiner, self.reference
-        )
+        saved, names = checkpoint.get("moa"), self.objective_names
+        saved = compatibility.check_checkpoint(saved, names, self.combiner, self.reference)
         fresh = self.weights.resume(saved.get("progress", 0.0), self.combiner_state)
         self.combiner_state = self.combiner.resume(saved["combiner_state"], fresh)
         self.kl_state = saved["kl_state"]

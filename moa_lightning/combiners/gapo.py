@@ -6,16 +6,12 @@ Legend: N objectives.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-from torchjd.aggregation import MGDAWeighting
-
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.gradients import GradientCombiner, Place
-from moa_lightning.types import State
+from moa_lightning.combiners.gradients import MinNorm, Place
 
 
 @dataclass(frozen=True)
-class GAPO(GradientCombiner):
+class GAPO(MinNorm):
     """Train on the min-norm combination of gradients that were divided by a power of their norm.
 
     MGDA by itself follows the objective with the shortest gradient; scaled, it follows none for its length
@@ -49,17 +45,7 @@ class GAPO(GradientCombiner):
         Claim.MIN_NORM,
     }
 
-    def __post_init__(self) -> None:
-        """Refuse a solver that cannot run."""
-        if self.max_iters < 1 or not self.epsilon > 0:
-            raise ValueError("GAPO needs max_iters >= 1 and epsilon > 0")
-
     @property
     def norm_power(self) -> float:
         """``power``."""
         return float(self.power)
-
-    def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
-        """The min-norm point."""
-        weights_N: Tensor = MGDAWeighting(epsilon=self.epsilon, max_iters=self.max_iters)(gram_NN)
-        return weights_N

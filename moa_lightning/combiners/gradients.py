@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torchjd.aggregation import MGDAWeighting
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import Claim
@@ -70,6 +71,28 @@ class GradientCombiner(Combiner):
         score_BT = (signals.advantages_BTN.where(signals.present_BTN(), 0.0) * weights_N).sum(-1)
         shares_N = weights_N if weights_N.any() else torch.full_like(weights_N, 1 / len(weights_N))
         return Combined(score_BT, shares_N)
+
+
+class MinNorm(GradientCombiner):
+    """The min-norm point of the gradients, by TorchJD's Frank-Wolfe solver."""
+
+    max_iters: int
+    epsilon: float
+
+    @property
+    @abstractmethod
+    def norm_power(self) -> float:
+        """Each gradient is divided by its norm to this power first."""
+
+    def __post_init__(self) -> None:
+        """Refuse a solver that cannot run."""
+        if self.max_iters < 1 or not self.epsilon > 0:
+            raise ValueError(f"{type(self).__name__} needs max_iters >= 1 and epsilon > 0")
+
+    def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
+        """The min-norm point."""
+        weights_N: Tensor = MGDAWeighting(epsilon=self.epsilon, max_iters=self.max_iters)(gram_NN)
+        return weights_N
 
 
 def surrogate_gramian(signals: Signals) -> Tensor:

@@ -6,16 +6,12 @@ Legend: N objectives.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from torchjd.aggregation import MGDAWeighting
-
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.gradients import GradientCombiner, Place
-from moa_lightning.types import State
+from moa_lightning.combiners.gradients import MinNorm, Place
 
 
 @dataclass(frozen=True)
-class MGDAUB(GradientCombiner):
+class MGDAUB(MinNorm):
     """Train on the weighted sum whose gradient at the last hidden state has the smallest norm.
 
     ``min_c c'Gc`` over the simplex, G the Gram matrix of the N surrogate gradients at the shared representation,
@@ -50,17 +46,7 @@ class MGDAUB(GradientCombiner):
     }
     at: ClassVar[Place] = "representation"  # type: ignore[misc]  # what makes it MGDA-UB is no setting
 
-    def __post_init__(self) -> None:
-        """Refuse a solver that cannot run."""
-        if self.max_iters < 1 or not self.epsilon > 0:
-            raise ValueError("MGDAUB needs max_iters >= 1 and epsilon > 0")
-
     @property
     def norm_power(self) -> float:
         """1 with ``normalize``."""
         return float(self.normalize)
-
-    def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
-        """The min-norm point."""
-        weights_N: Tensor = MGDAWeighting(epsilon=self.epsilon, max_iters=self.max_iters)(gram_NN)
-        return weights_N

@@ -3,21 +3,7 @@ import torch
 
 from moa_lightning.combiners import MGDAUB
 from moa_lightning.functional import representation_gramian, token_logprobs
-from moa_lightning.signals import Signals
-
-
-def combine(combiner, jacobian):
-    """A batch whose N gradients at the representation are the rows of ``jacobian`` up to rotation."""
-    jacobian = torch.tensor(jacobian)
-    count = len(jacobian)
-    given = Signals(
-        mask_BT=torch.ones(1, 1, dtype=torch.bool),
-        valid_BN=torch.ones(1, count, dtype=torch.bool),
-        advantages_BTN=torch.ones(1, 1, count),
-        ratio_BT=torch.ones(1, 1),
-        gramian=lambda _: jacobian @ jacobian.T,
-    )
-    return combiner.combine(given, combiner.init([f"o{i}" for i in range(count)], torch.ones(count)))
+from tests.combiners.gradients import combine
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,17 @@ class DualUpdate(ABC):
         return torch.where(violated_M & (duals_M >= 0.99 * self.largest), batches_M + 1, 0.0)
 
 
+class Capped(DualUpdate):
+    """A step whose multipliers stop at a cap."""
+
+    cap: float
+
+    @property
+    def largest(self) -> float:
+        """The cap."""
+        return self.cap
+
+
 def require_positive(dual: DualUpdate, **settings: float) -> None:
     """Refuse settings that are not finite numbers above 0."""
     if not all(0 < value < math.inf for value in settings.values()):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moa_lightning.combiners.duals.base import DualUpdate, require_positive
+from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.types import State
 
 
 @dataclass(frozen=True)
-class Exponential(DualUpdate):
+class Exponential(Capped):
     """Gradient steps on the multiplier's logarithm: ``log lambda <- log lambda + lr lambda v``. Plain, not Adam.
 
     Small multipliers move slowly, large ones fast, and none becomes negative.
@@ -40,11 +40,6 @@ class Exponential(DualUpdate):
                 f"Exponential needs floor <= start <= cap, got {self.floor}, {self.start} and {self.cap}; Projected "
                 "starts at 0"
             )
-
-    @property
-    def largest(self) -> float:
-        """The cap."""
-        return self.cap
 
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
         """One multiplicative step."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moa_lightning.combiners.duals.base import DualUpdate, require_positive
+from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.types import State
 
 
 @dataclass(frozen=True)
-class Optimistic(DualUpdate):
+class Optimistic(Capped):
     """The projected step, with the violation extrapolated: ``lambda <- min([lambda + lr (2 v - v_before)]+, cap)``.
 
     Where policy and multipliers chase each other, plain steps circle the solution; these spiral into it.
@@ -33,11 +33,6 @@ class Optimistic(DualUpdate):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         require_positive(self, lr=self.lr, cap=self.cap)
-
-    @property
-    def largest(self) -> float:
-        """The cap."""
-        return self.cap
 
     def init(self, count: int) -> State:
         """No slack before the first."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moa_lightning.combiners.duals.base import DualUpdate, require_positive
+from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.types import State
 
 
 @dataclass(frozen=True)
-class PID(DualUpdate):
+class PID(Capped):
     """A controller on the violation: ``lambda = [kp v + ki I + kd [v - v_before]+]+``, at most ``cap``; I sums the v.
 
     The proportional part acts at once and fades as the threshold is reached, which damps what the sum alone (that is
@@ -40,11 +40,6 @@ class PID(DualUpdate):
         require_positive(self, ki=self.ki, cap=self.cap)
         if not (0 <= self.kp < math.inf and 0 <= self.kd < math.inf):
             raise ValueError(f"PID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")
-
-    @property
-    def largest(self) -> float:
-        """The cap."""
-        return self.cap
 
     def init(self, count: int) -> State:
         """No slack before the first; a sum that gives the first multipliers."""

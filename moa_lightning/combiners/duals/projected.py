@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moa_lightning.combiners.duals.base import DualUpdate, require_positive
+from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.types import State
 
 
 @dataclass(frozen=True)
-class Projected(DualUpdate):
+class Projected(Capped):
     """Projected gradient descent on the dual: ``lambda <- min([lambda + lr v]+, cap)``. Plain, without momentum.
 
     Source: Agnihotri et al., arXiv 2505.10892, Algorithm 1.
@@ -29,11 +29,6 @@ class Projected(DualUpdate):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         require_positive(self, lr=self.lr, cap=self.cap)
-
-    @property
-    def largest(self) -> float:
-        """The cap."""
-        return self.cap
 
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
         """One projected step."""
