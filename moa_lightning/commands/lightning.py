@@ -25,13 +25,16 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
+from moa_lightning.checkpoints import newest_whole
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.module import AlignmentModule
 from moa_lightning.schedules import WeightSchedule
 
 WandbMode = Literal["online", "offline", "off"]
-_CHECKPOINTS_THAT_LIGHTNING_FINDS = ("last", "best", "hpc", "registry")
+_CHECKPOINTS_THAT_LIGHTNING_FINDS = ("best", "hpc", "registry")
+
+_GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
 
 
 class AlignmentParser(OneLineErrors, LightningArgumentParser):
@@ -117,23 +120,38 @@ class AlignmentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the run a folder of its own, or that of the checkpoint it goes on from; evaluations get one inside it.
 
+        Each process decides this for itself: nothing is written there before all have met.
+
         Raises:
             ValueError: the checkpoint does not exist.
         """
         config = self.config[self.subcommand]
         root, checkpoint = Path(config.trainer.default_root_dir), config.get("ckpt_path")
-        if checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
+        last = checkpoint == "last"
+        if last:
+            config.ckpt_path = checkpoint = self._newest(root)
+        elif checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
             if not Path(checkpoint).exists():
                 raise ValueError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
             root = _run_of(Path(checkpoint)) or root
         folder = root
-        if self.subcommand == "fit" and not checkpoint:
+        if self.subcommand == "fit" and not checkpoint and not last:
             folder = _free_folder(root)
             if folder != root:
                 rank_zero_only(print)(f"{root} holds a run already; this one goes to {folder}")
         elif self.subcommand in {"validate", "test"}:
             folder = _free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
         config.trainer.default_root_dir = str(folder)
+
+    def _newest(self, root: Path) -> str | None:
+        """What ``ckpt_path: last`` means: the newest whole checkpoint of the run folder, or a start in it."""
+        folder = Path(self.config[self.subcommand].checkpoint.dirpath or root / "checkpoints")
+        found = newest_whole(folder)
+        if found is None and self.subcommand != "fit":
+            raise ValueError(f"ckpt_path: 'last' finds no whole checkpoint in {folder}; give a path")
+        how = f"goes on from {found}" if found else f"starts in {root}: there is no checkpoint yet"
+        rank_zero_only(print)(f"ckpt_path=last: {how}")
+        return None if found is None else str(found)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with tracking added to the user's loggers and callbacks."""
@@ -197,6 +215,9 @@ class RunConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write. What a resumed run went on from is left out: the file is for running it anew."""
+        if self.config.ckpt_path is None and trainer.is_global_zero:  # an attempt that left no checkpoint
+            for name in _GROWING:
+                Path(trainer.default_root_dir, name).unlink(missing_ok=True)
         self.config = self.config.clone()
         self.config.ckpt_path = None
         super().setup(trainer, pl_module, "fit")
