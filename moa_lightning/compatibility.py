@@ -89,6 +89,17 @@ def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batc
         )
 
 
+def check_columns(data: Any, source: Source, panel: RewardPanel) -> None:
+    """Refuse data without a column that the source or a reward reads; without data there is nothing to check.
+
+    Raises:
+        ValueError: one line with the column.
+    """
+    if data is not None:
+        source.check(data.columns)
+        panel.check(data.columns - {"responses"} if source.reads_candidates else data.columns)
+
+
 def check_strategy(combiner: Combiner, strategy: Strategy) -> None:
     """Refuse a strategy under which the combiner's gradients cannot be had.
 

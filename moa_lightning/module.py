@@ -5,7 +5,7 @@ Legend: B sequences, T tokens, N trained objectives.
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning import compatibility
+from moa_lightning.agreement import together
 from moa_lightning.combiners import PAMA, Combiner
 from moa_lightning.distributed import all_sum
 from moa_lightning.finite import require_finite
@@ -52,6 +53,8 @@ class AlignmentModule(LightningModule):
         value_learning_rate: of the value heads; ``None`` is the optimiser's.
         seed: of evaluations: each one answers with the same random numbers, so that they can be compared.
     """
+
+    settings: Mapping[str, str] = {}  # the command line's, by dotted key: the same on all processes
 
     def __init__(
         self,
@@ -109,18 +112,17 @@ class AlignmentModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
-        compatibility.check_strategy(self.combiner, self.trainer.strategy)
-        self.weights.check(self.trainer)
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            self.source.check(data.columns)
-            self.panel.check(data.columns - {"responses"} if self.source.reads_candidates else data.columns)
-        config = load_config(self.policy_config)
-        self.tokenizer = load_tokenizer(self.policy_config)
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = self.source.encoder(self.tokenizer, (int(self.tokenizer.eos_token_id),), context)
-        if data is not None:
-            data.screen(stage, self.encoder.problem)
+        with together(self, stage):
+            compatibility.check_strategy(self.combiner, self.trainer.strategy)
+            self.weights.check(self.trainer)
+            data = getattr(self.trainer, "datamodule", None)
+            compatibility.check_columns(data, self.source, self.panel)
+            config = load_config(self.policy_config)
+            self.tokenizer = load_tokenizer(self.policy_config)
+            context = getattr(config.get_text_config(), "max_position_embeddings", None)
+            self.encoder = self.source.encoder(self.tokenizer, (int(self.tokenizer.eos_token_id),), context)
+            if data is not None:
+                data.screen(stage, self.encoder.problem)
 
     def configure_model(self) -> None:
         """Load the policy, its value heads and its reference. Called again by some strategies: then nothing happens."""
@@ -173,8 +175,6 @@ class AlignmentModule(LightningModule):
             self.panel.setup(self.device)
             self._panel_device = self.device
         return Actors(self.policy, self.reference, self.panel, self.encoder, self.kl, self.kl_state)
-
-    # Training.
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
         """One update: forward pass, signals, combination, loss. The same for every source and combiner."""

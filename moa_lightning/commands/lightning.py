@@ -1,5 +1,6 @@
 """LightningCLI for ``moa fit | validate | test | predict``."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torchjd.aggregation import Weighting
 
 from moa_lightning import combiners, data, losses, models, rewards, sources
+from moa_lightning.agreement import flat
 from moa_lightning.callbacks import (
     MetricsFile,
     ObjectiveMetrics,
@@ -188,6 +190,9 @@ class AlignmentCLI(LightningCLI):
             torch.set_num_threads(1)
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+        if self.trainer.world_size > 1:
+            resolved = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
+            self.model.settings = flat(resolved[self.subcommand])
 
     def after_predict(self) -> None:
         """Say where the responses are."""

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
 
+from moa_lightning.distributed import is_distributed
+
 
 class Stage(StrEnum):
     """Which rows are asked for."""
@@ -47,6 +49,19 @@ class PromptData(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.seed = seed
+        self._unprepared: Exception | None = None
+
+    def prepare_data(self) -> None:
+        """Call :meth:`prepare`. With several processes an error waits for ``setup``: the others would wait here."""
+        try:
+            self.prepare()
+        except Exception as error:
+            if not is_distributed():
+                raise
+            self._unprepared = error
+
+    def prepare(self) -> None:
+        """What one process of each node does before the others: read, download, build."""
 
     @abstractmethod
     def rows(self, stage: Stage) -> Sequence[Row]:
@@ -55,6 +70,8 @@ class PromptData(LightningDataModule, ABC):
     @property
     def columns(self) -> set[str]:
         """Names of the columns beside ``prompt``."""
+        if self._unprepared is not None:
+            raise self._unprepared
         rows = self.rows(Stage.TRAIN)
         return set(rows[0]) - {"prompt"} if len(rows) else set()
 

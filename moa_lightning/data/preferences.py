@@ -78,7 +78,7 @@ class Preferences(PromptData):
         self.on_bad_row, self.limit = on_bad_row, limit
         self._read_rows: dict[Stage, list[_Placed]] = {}
 
-    def prepare_data(self) -> None:
+    def prepare(self) -> None:
         """Read everything once on one process, so that the others find it in the cache."""
         self.rows(Stage.TRAIN)
 

@@ -73,7 +73,7 @@ class Prompts(PromptData):
         self.limit, self.val_limit = limit, val_limit
         self._rows: dict[Stage, list[Row]] = {}
 
-    def prepare_data(self) -> None:
+    def prepare(self) -> None:
         """Read everything once on one process, so that the others find it in the cache."""
         self._load()
 

@@ -139,7 +139,7 @@ class Reviews(PromptData):
         """The openings of a stage."""
         return self._train if stage == Stage.TRAIN else self._held_out
 
-    def prepare_data(self) -> None:
+    def prepare(self) -> None:
         """Build the policy and teach it the grammar, unless its folder holds it already."""
         assert self.trainer is not None
         self._module()
