@@ -127,8 +127,15 @@ Cell = tuple[str, str, dict[str, Any]]
 """A strategy, a name, and what to run under it."""
 
 
-def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path) -> None:
-    """What a launcher would start: this process runs all cells after one another, with its peer."""
+def free_port() -> int:
+    """One that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def join(number: int, port: int) -> None:
+    """What a launcher would tell this process of the two of them."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -141,6 +148,11 @@ def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path) -> N
         "HF_HUB_OFFLINE": "1",
     }
     torch.set_num_threads(1)
+
+
+def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path) -> None:
+    """This process runs all cells after one another, with its peer."""
+    join(number, port)
     for strategy, name, case in cells:
         options = {}
         if "resume" in case:
@@ -157,8 +169,5 @@ def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path) -> N
 
 def both(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """What each cell came to, by strategy and name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_of_two, args=(port, cells, folder), nprocs=2)
+    mp.spawn(one_of_two, args=(free_port(), cells, folder), nprocs=2)
     return {(strategy, name): torch.load(folder / f"{strategy}-{name}.pt") for strategy, name, _ in cells}
