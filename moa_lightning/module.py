@@ -28,7 +28,7 @@ from moa_lightning.models.loading import load_config, load_model, load_tokenizer
 from moa_lightning.progress import ScheduledWeights
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
-from moa_lightning.sources.loader import PromptLoader
+from moa_lightning.sources.prompt_loader import PromptLoader
 from moa_lightning.strategies import shard
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
 
@@ -190,7 +190,7 @@ class AlignmentModule(LightningModule):
         self.combiner_state = combined.state or self.combiner_state
         result = self.loss(combined, experience, output, self.kl)
         require_finite(result, experience, self.trainer)
-        self.log("loss", result.loss.detach(), prog_bar=True, batch_size=len(experience))
+        self.log("loss", result.loss.detach(), prog_bar=True, batch_size=len(experience), sync_dist=True)
         step = StepOutput(
             names=self.objective_names,
             weights_N=combined.weights_N.detach(),
@@ -242,10 +242,10 @@ class AlignmentModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         """Respond and score."""
-        return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx))
+        return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str) -> Evaluation:
-        evaluation = self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx))
+        evaluation = self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
         for i, name in enumerate(self.panel.names):
             metric = cast(MeanMetric, self._means[f"mean_of_{name}"])
             metric.update(evaluation.rewards.raw_BN[:, i].double())

@@ -24,6 +24,7 @@ class PromptBatch:
     columns: Columns
     input_ids_BP: Tensor  # int64, left-padded
     attention_mask_BP: Tensor  # int64, 0 on padding
+    stands_in: bool = False  # there only so that this process keeps step with the others: nothing of it counts
 
     def to(self, device: torch.device) -> "PromptBatch":
         """The same batch on a device; Lightning calls it."""
@@ -176,11 +177,21 @@ class Minibatch:
 
 @dataclass
 class Evaluation:
-    """What one ``validation_step``, ``test_step`` or ``predict_step`` returns."""
+    """What one ``validation_step``, ``test_step`` or ``predict_step`` returns.
+
+    It has no rows where prompts do not divide over the processes and this one has none left.
+    """
 
     responses: Responses
     rewards: RewardTable
     kl_B: Tensor  # sum over the response of log pi/pi_ref, in nats
+
+    def counted(self, batch: PromptBatch) -> "Evaluation":
+        """What counts of it: everything, or, of a batch that stands in, no row."""
+        if not batch.stands_in:
+            return self
+        none = torch.arange(0, device=self.kl_B.device)
+        return Evaluation(_select_rows(self.responses, none), _select_rows(self.rewards, none), self.kl_B[none])
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from moa_lightning.combiners import MOPO, Linear
 from moa_lightning.data import PromptData
-from moa_lightning.distributed import all_sum, rank, whole_state, world_size
+from moa_lightning.distributed import all_objects, all_sum, rank, whole_state, world_size
 from moa_lightning.losses import ClippedSurrogate, LossKL, WeightedLikelihood
 from moa_lightning.models import LaggedCopy, LoRA, Policy, PolicyConfig
 from moa_lightning.module import AlignmentModule
@@ -23,27 +24,39 @@ from moa_lightning.sources import Rollout
 from moa_lightning.strategies import FSDP2Strategy
 from tests import pairs
 
+PATIENCE = 120  # seconds after which processes that wait for each other fail, instead of hanging
 STRATEGIES = {
-    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
-    "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
-    "fsdp2-layerwise": lambda: FSDP2Strategy(process_group_backend="gloo", generation="layerwise"),
-    "hsdp": lambda: FSDP2Strategy(process_group_backend="gloo", replicas=2),
+    "ddp": lambda: DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=PATIENCE)),
+    **{
+        name: lambda settings=settings: FSDP2Strategy(
+            process_group_backend="gloo", timeout_seconds=PATIENCE, **settings
+        )
+        for name, settings in {
+            "fsdp2": {},
+            "fsdp2-layerwise": {"generation": "layerwise"},
+            "hsdp": {"replicas": 2},
+        }.items()
+    },
 }
 
 
 class Losses(Callback):
-    """The mean over the processes of each step's loss."""
+    """The mean over the processes of each step's loss, and the rows that batches were collected on."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.rows: list[list[int]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append(float(all_sum(outputs["loss"].detach().double())) / world_size())
+        if batch.collected is not None:
+            rows = all_objects(batch.collected.responses.columns.get("row", []))
+            self.rows.append(sorted({row for of_process in rows for row in of_process}))
 
 
 class Films(PromptData):
     def rows(self, stage: Any) -> list[dict[str, Any]]:
-        return [{"prompt": text} for text in pairs.PROMPTS[:4] * 3]
+        return [{"prompt": text, "row": row} for row, text in enumerate(pairs.PROMPTS[:4] * 3)]
 
 
 def goodness(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
@@ -77,7 +90,12 @@ def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
             "good": Objective(FunctionReward(goodness)),
             "short": Objective(Length(divisor=8.0), scale=-1.0),
         },
-        "source": Rollout(max_new_tokens=6, num_generations=4, num_iterations=case.get("passes", 1)),
+        "source": Rollout(
+            max_new_tokens=6,
+            num_generations=4,
+            num_iterations=case.get("passes", 1),
+            num_mini_batches=case.get("minibatches", 1),
+        ),
     }
     pieces = offline if case.get("offline") else online
     likelihood = isinstance(combiner, MOPO)
@@ -120,11 +138,18 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
         trainer.save_checkpoint(folder / f"{strategy}-{path}")
     if case.get("export"):
         moa.policy.save_pretrained(folder / f"exported-{strategy}")
-    return {"losses": losses.losses, "weights": whole_state(moa.policy), "state": moa.combiner_state}
+    return {
+        "losses": losses.losses,
+        "rows": losses.rows,
+        "weights": whole_state(moa.policy),
+        "state": moa.combiner_state,
+    }
 
 
 Cell = tuple[str, str, dict[str, Any]]
 """A strategy, a name, and what to run under it."""
+Job = Callable[..., dict[str, Any]]
+"""What runs a case under a strategy, in a folder; :func:`run`, or one that has its arguments."""
 
 
 def free_port() -> int:
@@ -150,15 +175,16 @@ def join(number: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
-def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path) -> None:
+def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path, job: Job) -> None:
     """This process runs all cells after one another, with its peer."""
     join(number, port)
     for strategy, name, case in cells:
         options = {}
         if "resume" in case:
-            options = {"ckpt_path": folder / f"{strategy}-{case['resume']}", "weights_only": True}
+            writer = case.get("written_by", strategy)
+            options = {"ckpt_path": folder / f"{writer}-{case['resume']}", "weights_only": True}
         try:
-            result = run(strategy, case, folder, **options)
+            result = job(strategy, case, folder, **options)
         except ValueError as error:
             if not case.get("refused"):
                 raise
@@ -167,7 +193,7 @@ def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path) -> N
             torch.save(result, folder / f"{strategy}-{name}.pt")
 
 
-def both(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def both(cells: Sequence[Cell], folder: Path, job: Job = run) -> dict[tuple[str, str], dict[str, Any]]:
     """What each cell came to, by strategy and name."""
-    mp.spawn(one_of_two, args=(free_port(), cells, folder), nprocs=2)
+    mp.spawn(one_of_two, args=(free_port(), cells, folder, job), nprocs=2)
     return {(strategy, name): torch.load(folder / f"{strategy}-{name}.pt") for strategy, name, _ in cells}

@@ -1,7 +1,6 @@
 """The experience loader: collects a batch, hands it out in minibatches, and can be resumed in between."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -9,32 +8,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import all_objects, rank, world_size
 from moa_lightning.random_streams import random_state, restore_random_state
-from moa_lightning.types import Experience, Minibatch, PromptBatch, Responses, RewardTable
+from moa_lightning.sources.in_flight import InFlight, shared_anew
+from moa_lightning.types import Experience, Minibatch
 
 Row = dict[str, Any]
-
-
-class PromptLoader:
-    """Batches of prompts in order, each process its share; for evaluation.
-
-    Args:
-        rows: rows to go through.
-        batch_size: prompts per batch.
-        encode: from rows to a batch.
-    """
-
-    def __init__(self, rows: Sequence[Row], batch_size: int, encode: Callable[[Sequence[Row]], PromptBatch]) -> None:
-        self.rows = [rows[i] for i in range(rank(), len(rows), world_size())]
-        self.batch_size, self.encode = batch_size, encode
-
-    def __len__(self) -> int:
-        """Batches of this process."""
-        return (len(self.rows) + self.batch_size - 1) // self.batch_size
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        """The batches; the last one may be smaller."""
-        for start in range(0, len(self.rows), self.batch_size):
-            yield self.encode(self.rows[start : start + self.batch_size])
 
 
 class ExperienceLoader:
@@ -80,36 +57,37 @@ class ExperienceLoader:
             )
         self.epoch = 0
         self.position = 0  # minibatches handed out in this epoch
-        self.used = 0  # prompts that this epoch's earlier batches took, over all processes
-        self.experience: Experience | None = None  # the batch in flight
+        self.used = 0  # prompts of this epoch that were collected on, over all processes
+        self.in_flight: InFlight | None = None
         self.random: dict[str, Any] | None = None  # random streams to go on with (dropout, rewards that draw)
 
     def __len__(self) -> int:
         """Minibatches in one epoch: those handed out, and those to come."""
-        begun = self.position % self.updates_per_batch
+        of_this_batch = -self.position % self.updates_per_batch
         left = (len(self.rows) - self.used) // self.prompts_per_batch * self.updates_per_batch
-        return self.position - begun + left
+        return self.position + of_this_batch + left
 
     def __iter__(self) -> Iterator[Minibatch]:
         """The rest of the present epoch; after it, the next iteration is the next epoch."""
         if self.position >= len(self):  # the last epoch ended without being asked for one more minibatch
-            self.epoch, self.position, self.used, self.experience = self.epoch + 1, 0, 0, None
+            self.epoch, self.position, self.used = self.epoch + 1, 0, 0
         if self.random is not None:
             restore_random_state(self.random)  # now, when nothing but the training draws from it any more
             self.random = None
         order = self._order()
         while self.position < len(self):
             batch, update = divmod(self.position, self.updates_per_batch)
-            if update == 0 or self.experience is None:
+            collected = None
+            if update == 0 or self.in_flight is None:
                 taken = order[self.used : self.used + self.prompts_per_batch]
-                self.experience = self.collect([self.rows[i] for i in taken[rank() :: world_size()]], self._seed(batch))
-            experience = self.experience
-            picked = self._pick(experience, batch, update)
+                collected = self.collect([self.rows[i] for i in taken[rank() :: world_size()]], self._seed(batch))
+                picked = [self._pick(collected, batch, later) for later in range(update, self.updates_per_batch)]
+                self.in_flight = InFlight(collected, picked, [1.0] * len(picked))
+                self.used += self.prompts_per_batch
+            minibatch = self.in_flight.take()
             # Before the yield: a checkpoint taken after this step must not repeat it.
             self.position += 1
-            if update == self.updates_per_batch - 1:
-                self.used += self.prompts_per_batch
-            yield Minibatch(experience.select(picked), experience if update == 0 else None)
+            yield Minibatch(minibatch, collected)
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed(-1))
@@ -135,42 +113,40 @@ class ExperienceLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position; of every process the batch in flight and the random streams. Plain containers and tensors."""
-        between = self.position % self.updates_per_batch != 0
+        between = self.in_flight is not None and self.position % self.updates_per_batch != 0
         return {
             "epoch": self.epoch,
             "position": self.position,
             "used": self.used,
-            "experiences": all_objects(_to_plain(self.experience)) if between else None,
+            "prompts_per_batch": self.prompts_per_batch,
+            "in_flight": all_objects(self.in_flight.plain()) if self.in_flight is not None and between else None,
             "random": all_objects(random_state()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position; with another number of processes, from the next batch of prompts."""
+        """Go on from a saved position; another number of processes shares the batch in flight anew."""
         self.epoch, self.position, self.used = state["epoch"], state["position"], state["used"]
-        saved, self.experience = state["experiences"], None
-        if len(state["random"]) == world_size():
-            self.random = state["random"][rank()]
-        if saved is None:
-            return
-        if len(saved) == world_size():
-            self.experience = _to_experience(saved[rank()])
-            return
-        update = self.position % self.updates_per_batch
-        self.position += self.updates_per_batch - update
-        self.used += len(saved) * len(saved[0]["mask_BT"]) // self.responses_per_prompt
-        rank_zero_warn(
-            f"the checkpoint was written by {len(saved)} processes and this run has {world_size()}: the batch in "
-            f"flight ends after {update} of its {self.updates_per_batch} updates; the run goes on with the next prompts"
+        before, saved = len(state["random"]), state["in_flight"]
+        same = before == world_size()
+        self.random = state["random"][rank()] if same else None
+        self.in_flight = None
+        if saved is not None:
+            parts = [InFlight.of(part) for part in saved]
+            self.in_flight = (parts if same else shared_anew(parts, world_size()))[rank()]
+        if not same:
+            rank_zero_warn(self._said(before, state["prompts_per_batch"]))
+
+    def _said(self, before: int, prompts_per_batch: int) -> str:
+        """What goes on, in one line."""
+        left = -self.position % self.updates_per_batch
+        flight = f"the {left} updates left of the batch in flight are shared anew" if left else "no batch is in flight"
+        sizes = (
+            f"of {self.prompts_per_batch} prompts each, as before"
+            if prompts_per_batch == self.prompts_per_batch
+            else f"of {self.prompts_per_batch} prompts each, {prompts_per_batch} before"
         )
-
-
-def _to_plain(record: Any) -> Any:
-    if is_dataclass(record):
-        return {f.name: _to_plain(getattr(record, f.name)) for f in fields(record)}
-    return record.cpu() if isinstance(record, torch.Tensor) else record
-
-
-def _to_experience(plain: dict[str, Any]) -> Experience:
-    return Experience(
-        **{**plain, "responses": Responses(**plain["responses"]), "rewards": RewardTable(**plain["rewards"])}
-    )
+        return (
+            f"the checkpoint was written by {before} processes and this run has {world_size()}: it goes on in epoch "
+            f"{self.epoch} behind {self.used} of {len(self.rows)} prompts, in batches {sizes}; {flight}; random "
+            "streams start anew"
+        )

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from moa_lightning.sources.loader import ExperienceLoader, PromptLoader
+from moa_lightning.sources.loader import ExperienceLoader
+from moa_lightning.sources.prompt_loader import PromptLoader
 from moa_lightning.types import Experience, Responses, RewardTable
 
 
