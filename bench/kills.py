@@ -3,8 +3,8 @@
     python -m bench.kills [--kills 20] [--seed 0] [--steps 8] [--processes 1] [--strategy ddp] [--keep DIR]
 
 One run of the embedded task goes through without a break. Then, for each kill, the same run is started anew, gets
-``SIGKILL`` (with all its processes), and goes on from its last checkpoint by the command that the README gives; killed
-before there is one, it starts anew, in a new folder. Each run evaluates and saves after every step. Every other kill
+``SIGKILL`` (with all its processes), and is called once more by the same command: with ``--ckpt_path=last`` it goes on
+from its last checkpoint, or starts anew where there is none. Each run evaluates and saves after every step. Every other kill
 comes at a moment drawn uniformly over the whole run; those between are aimed, at random within the phases of a run in
 turn: in a rollout, between it and its update, in an update, in an evaluation, in the writing of a checkpoint, each of
 which comes several times in the run. The table says in which phase each kill came, after which step the run went on,
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,9 @@ def draw(number: int, trace: Sequence[tuple[float, str]], end: float, random_num
 
 
 def command(folder: Path, options: argparse.Namespace, steps: int) -> list[str]:
-    """A short run of the embedded task with a checkpoint after every step."""
+    """A short run of the embedded task with a checkpoint after every step; the same command goes on with it."""
     flags = {
+        "ckpt_path": "last",
         "trainer.default_root_dir": folder,
         "trainer.max_steps": steps,
         "trainer.val_check_interval": 1,
@@ -83,14 +84,6 @@ def command(folder: Path, options: argparse.Namespace, steps: int) -> list[str]:
 def moa() -> list[str]:
     """The command line of this environment, with a trace."""
     return [sys.executable, "-m", "bench.kill_trace"]
-
-
-def resume(folder: Path) -> list[str] | None:
-    """As the README has it; ``None`` where there is nothing to go on from."""
-    last = folder / "checkpoints/last.ckpt"
-    if not (last.exists() and (folder / "config.yaml").exists()):
-        return None
-    return [*moa(), "fit", "--config", str(folder / "config.yaml"), "--ckpt_path", str(last)]
 
 
 def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -123,9 +116,10 @@ def kill(arguments: Sequence[str], log: Path, moment: Moment) -> str:
     return "ended" if ended else phases[-1][1] if phases else "starting"
 
 
-def step_of(folder: Path) -> int:
-    """Of the last checkpoint."""
-    return int(torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"])
+def step_of(folder: Path) -> int | None:
+    """Of the last checkpoint; ``None`` where there is none."""
+    last = folder / "checkpoints/last.ckpt"
+    return int(torch.load(last, weights_only=True)["global_step"]) if last.exists() else None
 
 
 def same(one: Path, other: Path) -> bool:
@@ -138,18 +132,13 @@ def same(one: Path, other: Path) -> bool:
 
 
 def kill_and_resume(
-    folder: Path, whole: Path, moment: Moment, run: Callable[[Path], list[str]]
+    folder: Path, whole: Path, moment: Moment, arguments: Sequence[str]
 ) -> tuple[str, int | None, bool]:
     """The phase of the kill, the step that the run went on from (``None``: anew), whether it ended as the other did."""
     log = folder.with_suffix(".log")
-    phase = kill(run(folder), log, moment)
-    again = resume(folder)
-    if again is None:
-        folder = folder.with_name(f"{folder.name}-anew")
-        finish(run(folder), log)
-        return phase, None, same(folder, whole)
+    phase = kill(arguments, log, moment)
     step = step_of(folder)
-    finish(again, log)
+    finish(arguments, log)
     return phase, step, same(folder, whole)
 
 
@@ -163,23 +152,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="of several processes")
     parser.add_argument("--keep", type=Path, help="leave runs, logs and traces there")
     options = parser.parse_args(arguments)
-
-    def run(folder: Path) -> list[str]:
-        return command(folder, options, options.steps)
-
     with tempfile.TemporaryDirectory() as scratch:
         root: Path = (options.keep or Path(scratch)).resolve()
         root.mkdir(parents=True, exist_ok=True)
         whole = root / "whole"
         finish(command(root / "warm", options, 1), root / "warm.log")  # builds the policy, if it has to
-        finish(run(whole), root / "whole.log")
+        finish(command(whole, options, options.steps), root / "whole.log")
         end, trace = time.monotonic(), read(root / "whole.trace")
         random_numbers, matched, phases = random.Random(options.seed), 0, Counter[str]()
         print(f"the whole run: {options.steps} steps, {options.processes} processes, {end - trace[0][0]:.0f} s")
         print(f"{'kill':>4}  {'in phase':<16}{'went on from':>12}   ends alike", flush=True)
         for number in range(1, options.kills + 1):
             moment = draw(number, trace, end, random_numbers)
-            phase, step, alike = kill_and_resume(root / f"kill-{number}", whole, moment, run)
+            folder = root / f"kill-{number}"
+            phase, step, alike = kill_and_resume(folder, whole, moment, command(folder, options, options.steps))
             matched, phases[phase] = matched + alike, phases[phase] + 1
             from_where = "the start" if step is None else f"step {step}"
             print(f"{number:4}  {phase:<16}{from_where:>12}   {'yes' if alike else 'NO'}", flush=True)
