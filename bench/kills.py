@@ -4,11 +4,12 @@
 
 One run of the embedded task goes through without a break. Then, for each kill, the same run is started anew, gets
 ``SIGKILL`` (with all its processes), and is called once more by the same command: with ``--ckpt_path=last`` it goes on
-from its last checkpoint, or starts anew where there is none. Each run evaluates and saves after every step. Every other kill
-comes at a moment drawn uniformly over the whole run; those between are aimed, at random within the phases of a run in
-turn: in a rollout, between it and its update, in an update, in an evaluation, in the writing of a checkpoint, each of
-which comes several times in the run. The table says in which phase each kill came, after which step the run went on,
-and whether policy and value heads at its end are the first one's to the bit. About a minute for each kill on two cores.
+from its last checkpoint, or starts anew where there is none. Each run evaluates and saves after every step. Every
+other kill comes at a moment drawn uniformly over the whole run; those between are aimed, at random within the phases
+of a run in turn: in a rollout, between it and its update, in an update, in an evaluation, in the writing of a
+checkpoint, each of which comes several times in the run. The table says in which phase each kill came, after which
+step the run went on, and whether policy and value heads at its end are the first one's to the bit. About a minute for
+each kill on two cores.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.kill_trace import PHASES, read
+from moa_lightning.checkpoints import newest_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.003
@@ -117,9 +119,9 @@ def kill(arguments: Sequence[str], log: Path, moment: Moment) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """Of the last checkpoint; ``None`` where there is none."""
-    last = folder / "checkpoints/last.ckpt"
-    return int(torch.load(last, weights_only=True)["global_step"]) if last.exists() else None
+    """Of the newest checkpoint that is whole; ``None`` where there is none."""
+    last = newest_whole(folder / "checkpoints")
+    return None if last is None else int(torch.load(last, weights_only=True)["global_step"])
 
 
 def same(one: Path, other: Path) -> bool:
