@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined
+from moa_lightning.distributed import all_sum, world_size
 from moa_lightning.functional.pairwise import dpo_loss, ipo_loss, modpo_logits
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
@@ -77,9 +78,10 @@ class PairwiseLogistic(PolicyLoss):
         logits_P = modpo_logits(difference_P, margin_B[chosen_P] - margin_B[rejected_P], self.beta, combined.weight)
         losses_P = _LOSSES[self.loss_type](logits_P, self.beta, self.label_smoothing)
 
-        # Each prompt counts once, however many pairs its responses make.
+        # Each prompt counts once, however many pairs its responses make, and processes may have unequally many prompts.
         pairs_G = torch.bincount(group_B[chosen_P], minlength=len(groups))
-        share_P = 1 / (pairs_G[group_B[chosen_P]] * max(len(groups), 1)).to(losses_P.dtype)
+        prompts = float(all_sum(torch.tensor(float(len(groups)), device=group_B.device))) / world_size()
+        share_P = 1 / (pairs_G[group_B[chosen_P]] * max(prompts, 1e-8)).to(losses_P.dtype)
         policy_loss = (losses_P * share_P).sum()
         tokens = max(experience.tokens_per_row * experience.counted_rows, 1e-8)
 
@@ -88,14 +90,14 @@ class PairwiseLogistic(PolicyLoss):
 
         kl_loss = mean(kl.loss(output.logprobs_BT, experience.reference_logprobs_BT))
         with torch.no_grad():
-            whole = share_P.sum().clamp(min=torch.finfo(share_P.dtype).tiny)
+            whole = (all_sum(share_P.sum()) / world_size()).clamp(min=torch.finfo(share_P.dtype).tiny)
             terms = {
                 "policy_loss": policy_loss,
                 "kl_loss": kl_loss,
                 "entropy": mean(output.entropy_BT),
                 "pair_accuracy": ((difference_P > 0) * share_P).sum() / whole,
                 "pair_margin": (self.beta * difference_P * share_P).sum() / whole,
-                "pairs": pairs_G.double().mean().float(),
+                "pairs": (pairs_G.sum() / max(prompts, 1e-8)).float(),
             }
         # Without any pair the loss still hangs on the policy, so that backward passes work on every process.
         loss = policy_loss + kl_loss + 0.0 * log_ratio_B.sum()

@@ -71,5 +71,5 @@ class WeightedLikelihood(PolicyLoss):
             total, squares = all_sum(torch.stack([row_B.sum(), row_B.square().sum()])).double()
             all_rows = all_sum(torch.tensor(float(len(row_B)), device=row_B.device, dtype=torch.float64))
             terms["ess"] = (total.square() / squares.clamp(min=1e-30) / all_rows).float()
-            terms["capped_ratio"] = (weights > capped).float().mean()
+            terms["capped_ratio"] = (weights > capped).float().reshape(len(weights), -1).mean(1).sum() / rows
         return LossTerms(policy_loss + kl_loss, terms)
