@@ -58,7 +58,7 @@ class RunFiles(EvaluationCallback):
         self._seconds_before, self._started = self._seconds(), None
         if self.save_policy:  # by every process: pieces are put together
             policy: Any = pl_module.policy
-            policy.save_pretrained(Path(trainer.default_root_dir) / "policy")
+            policy.save_pretrained(Path(trainer.default_root_dir) / "policy", _record(trainer, pl_module))
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -104,6 +104,16 @@ class RunFiles(EvaluationCallback):
         """Go on from there."""
         self._first, self._last = state_dict["first"], state_dict["last"]
         self._seconds_before = state_dict["seconds"]
+
+
+def _record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What the policy's folder says of it: a run that goes on writes its summary anew, and the policy only at the end."""
+    module: Any = pl_module
+    return {
+        "steps": trainer.global_step,
+        "combiner": type(module.combiner).__name__,
+        "objectives": list(module.objective_names),
+    }
 
 
 def _report(pl_module: LightningModule) -> dict[str, Any]:

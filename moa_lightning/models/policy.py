@@ -5,7 +5,8 @@ D hidden size, V vocabulary, K selected tokens.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from moa_lightning.distributed import rank, whole_state
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
 from moa_lightning.signals import GradientPlace
+from moa_lightning.stages.folders import whole_folder
+
+RECORD = "moa.json"
+"""What a folder with a policy says of it, for programs."""
 
 
 @dataclass(frozen=True)
@@ -190,19 +195,29 @@ class Policy(nn.Module):
             "combiner's gradients at the representation, or at all parameters"
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
         """Write the policy in Hugging Face format: the adapter alone if there is one, else the whole model.
 
-        The tokenizer and the value heads lie beside it. Every process calls it; the first one writes.
+        The tokenizer and the value heads lie beside it. Every process calls it; the first one writes. A folder that
+        is there already stays until the new one is whole.
+
+        Args:
+            folder: where to.
+            record: plain values about this policy, written as ``moa.json``.
+
+        Raises:
+            ValueError: the folder cannot be written.
         """
         model, heads = whole_state(self.backbone), whole_state(self.value_heads) if self.value_heads else {}
         if rank() != 0:
             return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder, state_dict=model)
-        self.tokenizer.save_pretrained(folder)
-        if self.value_heads is not None:
-            self.value_heads.save(folder, heads)
+        with whole_folder(folder, overwrite=True, only_writer=True) as target:
+            self.backbone.save_pretrained(target, state_dict=model)
+            self.tokenizer.save_pretrained(target)
+            if self.value_heads is not None:
+                self.value_heads.save(target, heads)
+            if record is not None:
+                (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
