@@ -107,7 +107,7 @@ class RunFiles(EvaluationCallback):
 
 
 def _record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """What the policy's folder says of it: a run that goes on writes its summary anew, and the policy only at the end."""
+    """What the policy's folder says of it. The summary may be of a later step: a resumed run writes it first."""
     module: Any = pl_module
     return {
         "steps": trainer.global_step,

@@ -2,9 +2,13 @@
 
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 _NOT_FOR_USERS = (
     # Names that are deprecated one library further down.
@@ -33,6 +37,43 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def shows_progress() -> bool:
+    """Whether bars are drawn: on the main process, on a terminal, and not in CI, which keeps every line of a log."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0 and sys.stderr.isatty() and not os.environ.get("CI")
+
+
+def progress(items: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
+    """The items, with a bar on stderr while they are gone through.
+
+    Args:
+        items: with a length, so that the bar knows how much is left.
+        what: is being done.
+        unit: of the items, in the singular.
+    """
+    from tqdm import tqdm
+
+    bar: Iterable[Item] = tqdm(
+        items, desc=what, unit=f" {unit}", leave=False, disable=not shows_progress(), dynamic_ncols=True
+    )
+    return bar
+
+
+@contextmanager
+def library_bars() -> Iterator[None]:
+    """Within it transformers shows its bars for weights that are read and written, where bars are drawn at all."""
+    from transformers.utils import logging as library
+
+    switches: dict[bool, Any] = {True: library.enable_progress_bar, False: library.disable_progress_bar}
+    before = bool(library.is_progress_bar_enabled())
+    switches[shows_progress()]()
+    try:
+        yield
+    finally:
+        switches[before]()
 
 
 @contextmanager

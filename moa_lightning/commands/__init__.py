@@ -47,7 +47,18 @@ def run(command: str, args: list[str]) -> None:
     else:
         from moa_lightning.commands.export import export
 
-        _call(export, args)
+        _call(export, _named(args, "run", "output"))
+
+
+def _named(args: list[str], *names: str) -> list[str]:
+    """The arguments with the first ones that have no name given these: ``export RUN DIR``."""
+    left = [name for name in names if not any(a.partition("=")[0] == f"--{name}" for a in args)]
+    named, is_value = args[:1], False
+    for argument in args[1:]:
+        free = not argument.startswith("-") and not is_value
+        is_value = argument.startswith("--") and "=" not in argument
+        named.append(f"--{left.pop(0)}={argument}" if free and left else argument)
+    return named
 
 
 def _call(function: Callable[..., None], args: list[str], parser: "type[OneLineErrors] | None" = None) -> None:

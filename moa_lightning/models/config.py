@@ -34,6 +34,8 @@ class PolicyConfig:
         path: folder or hub id. Value heads saved there for the same objectives are taken up again.
         lora: train this adapter instead of all weights; ``None`` is full fine-tuning. A folder that holds an
             adapter already goes on with that adapter.
+        base: of a folder that holds an adapter, the base model by folder or hub id; ``None`` is the one that the
+            adapter names.
         dtype: of the weights; ``auto`` is the checkpoint's.
         quantization: fields of ``transformers.BitsAndBytesConfig`` (such as ``load_in_4bit: true``); needs ``lora``.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
@@ -48,6 +50,7 @@ class PolicyConfig:
 
     path: str
     lora: LoRA | None = None
+    base: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     quantization: dict[str, Any] | None = None
     gradient_checkpointing: bool = False

@@ -127,7 +127,7 @@ def _base_of(policy: PolicyConfig) -> str:
             f"policy.path: '{policy.path}' holds a {config.peft_type.value} adapter, which puts tokens before the "
             "prompt; only adapters of layers (LoRA and its relatives) can be trained"
         )
-    return str(config.base_model_name_or_path)
+    return policy.base or str(config.base_model_name_or_path)
 
 
 def _open_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:

@@ -1,14 +1,17 @@
 """``moa export``: from a run's adapter to a folder for plain transformers."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moa_lightning.models import ValueHeads
 from tests import tiny
 from tests.cli.task import Task, complaint, make, moa
 
@@ -53,9 +56,25 @@ def test_a_merged_policy_can_be_evaluated_and_trained_on(adapted: Task, tmp_path
 
 
 def test_without_merging_the_adapter_is_copied(adapted: Task, tmp_path: Path) -> None:
-    moa("export", "--run", adapted.root / "policy", "--output", tmp_path / "adapter", "--merge=false")
-    source = {path.name: path.read_bytes() for path in (adapted.root / "policy").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == source
+    moa("export", adapted.root / "policy", tmp_path / "adapter", "--merge", "false")
+    source = adapted.root / "policy" / "adapter_model.safetensors"
+    assert (tmp_path / "adapter" / source.name).read_bytes() == source.read_bytes()
+    assert not (tmp_path / "adapter" / "value_heads.safetensors").exists()
+    exported = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    assert torch.equal(exported, logits(AutoPeftModelForCausalLM.from_pretrained(adapted.root / "policy")))
+
+
+def test_value_heads_go_along_when_asked(adapted: Task, tmp_path: Path) -> None:
+    for merge in ("true", "false"):
+        folder = tmp_path / merge
+        moa("export", adapted.root, folder, f"--merge={merge}", "--value_heads=true")
+        heads = ValueHeads(32, ("short", "good"))
+        assert heads.restore(folder)
+        assert heads.linear.weight.any()
+    # vLLM reads each .safetensors of a folder but those that an index leaves out.
+    index = json.loads((tmp_path / "true" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == load_file(tmp_path / "true" / "model.safetensors").keys()
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
 
 
 def test_a_used_folder_is_refused(adapted: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,9 +103,13 @@ def test_a_failure_leaves_the_old_folder(adapted: Task, tmp_path: Path, capsys: 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = complaint(capsys, "export", "--run", tmp_path, "--output", tmp_path / "out")
-    assert line == f"'{tmp_path}' holds no policy; give the folder of a finished run, or a Hugging Face folder"
+    assert line == (
+        f"'{tmp_path}' holds no policy and no checkpoint; give the folder of a run, or a Hugging Face folder"
+    )
     assert not (tmp_path / "out").exists()
     line = complaint(capsys, "export", "--run", tmp_path)
     assert line == "output is missing; give it as --output=..., or in a config file (--config)"
     line = complaint(capsys, "export", "--rum", tmp_path, "--output", tmp_path / "out")
     assert line == "unknown option '--rum'; did you mean '--run'?"
+    line = complaint(capsys, "export", tmp_path, tmp_path / "out", tmp_path / "again")
+    assert line == f"'{tmp_path / 'again'}' is not expected here; options are written --name=value"

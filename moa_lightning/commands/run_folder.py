@@ -1,0 +1,189 @@
+"""A run's folder, read again: its settings, its numbers, its policy, its checkpoints."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from moa_lightning.callbacks import ParetoFront
+from moa_lightning.distributed import read_pieces
+from moa_lightning.models import LoRA, PolicyConfig
+from moa_lightning.models.policy import RECORD
+
+_PART_OF_POLICY = "policy."
+_TRUE_PRECISION = {"bf16-true": "bfloat16", "16-true": "float16"}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds of a policy."""
+
+    weights: dict[str, Tensor]  # those that were trained, by their names in the policy
+    objectives: list[str]
+    summary: dict[str, Any]  # as in summary.json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, or a folder in Hugging Face format alone.
+
+    Args:
+        folder: as it was given.
+        policy: where the policy lies in Hugging Face format, if it does.
+        settings: ``config.yaml``; empty without one.
+        config: its file.
+    """
+
+    folder: Path
+    policy: Path | None
+    settings: Mapping[str, Any]
+    config: Path | None
+
+    @classmethod
+    def open(cls, given: str) -> "RunFolder":
+        """Read what there is.
+
+        Raises:
+            ValueError: there is no such folder, or it holds neither a policy nor checkpoints.
+        """
+        folder = Path(given).expanduser()
+        policy = next((path for path in (folder / "policy", folder) if _is_model(path)), None)
+        root = folder.absolute().parent if policy == folder and folder.name == "policy" else folder
+        config = root / "config.yaml"
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        run = cls(root if settings else folder, policy, settings, config if settings else None)
+        if policy is None and not run.checkpoints():
+            raise ValueError(
+                f"'{given}' holds no policy and no checkpoint; give the folder of a run, or a Hugging Face folder"
+            )
+        return run
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, the newest first."""
+        found = [path for path in (self.folder / "checkpoints").glob("*.ckpt") if not path.name.startswith(".")]
+        return sorted(found, key=lambda path: (path.stat().st_mtime, path.stem == "last"), reverse=True)
+
+    def checkpoint(self, asked: str) -> Path:
+        """``last`` is the newest one; anything else is a path, from here or from the run's folder.
+
+        Raises:
+            ValueError: there is none, with those that are there.
+        """
+        there = self.checkpoints()
+        if asked == "last" and there:
+            return there[0]
+        for path in (Path(asked).expanduser(), self.folder / asked, self.folder / "checkpoints" / asked):
+            if path.exists():
+                return path
+        names = ", ".join(path.name for path in there) or "none"
+        raise ValueError(f"checkpoint '{asked}' does not exist; in '{self.folder / 'checkpoints'}' there is {names}")
+
+    def policy_config(self, base: str | None) -> PolicyConfig:
+        """How the run loaded its policy, for a machine that need not have its accelerator.
+
+        Args:
+            base: in place of the folder or hub id that the run started from.
+
+        Raises:
+            ValueError: there is no record of it.
+        """
+        if "model" not in self.settings:
+            raise ValueError(
+                f"'{self.folder}' has no config.yaml, which says what the checkpoint is of; export its policy/ instead"
+            )
+        given = dict(self.settings["model"]["policy"])
+        if base is not None:
+            given["base" if PolicyConfig(given["path"]).is_adapter else "path"] = base
+        # Weights are the same without these; the adapter of a quantised model goes onto the model itself.
+        given |= {"attn_implementation": None, "quantization": None, "gradient_checkpointing": False}
+        given["options"] = {
+            k: v for k, v in (given.get("options") or {}).items() if k not in {"device_map", "max_memory"}
+        }
+        given["lora"] = LoRA(**given["lora"]) if given.get("lora") else None
+        try:
+            return PolicyConfig(**{**given, "dtype": self.dtype})
+        except TypeError as error:
+            raise ValueError(f"'{self.config}' does not say how the policy is built: {error}") from error
+
+    @property
+    def dtype(self) -> Any:
+        """Of the weights in the run; ``auto`` without a record."""
+        precision = str(self.settings.get("trainer", {}).get("precision"))
+        loaded = self.settings.get("model", {}).get("policy", {}).get("dtype", "auto")
+        return _TRUE_PRECISION.get(precision, loaded)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the run's base model was."""
+        return bool(self.settings.get("model", {}).get("policy", {}).get("quantization"))
+
+    def record(self) -> dict[str, Any]:
+        """What the policy's folder says of it; empty if it was written without."""
+        return _json(self.policy / RECORD) if self.policy is not None else {}
+
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``, if it is of the policy in ``policy/``."""
+        found, steps = _json(self.folder / "summary.json"), self.record().get("steps")
+        return found if steps is None or steps == found.get("steps") else {}
+
+
+def read_checkpoint(path: Path) -> Saved:
+    """A checkpoint's trained weights, and the numbers of its last evaluation. A file, or a folder with pieces.
+
+    Raises:
+        ValueError: it does not open, or is none of an alignment.
+    """
+    try:
+        if path.is_dir():
+            whole = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+            state = read_pieces(path, "state_dict.")
+        else:
+            whole = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+            state = whole["state_dict"]
+        moa, callbacks = whole["moa"], whole.get("callbacks", {})
+    except Exception as error:  # a truncated file makes torch raise anything
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(f"checkpoint '{path}' does not open: {reason}; another one: --checkpoint=PATH") from error
+    evaluated = callbacks.get("RunFiles", {})
+    first, last = evaluated.get("first", {}), evaluated.get("last", {})
+    objectives = {
+        name: {
+            "start": first.get(name, end)[0],
+            "end": end[0],
+            "std_error": end[1],
+            "start_std_error": first.get(name, end)[1],
+        }
+        for name, end in last.items()
+    }
+    summary = {
+        "combiner": moa["combiner"],
+        "steps": int(whole["global_step"]),
+        "seconds": evaluated.get("seconds"),
+        "objectives": objectives,
+        "evaluated_at": moa.get("evaluated_at"),
+        "hypervolume": _hypervolume(callbacks.get("ParetoFront")),
+    }
+    weights = {k.removeprefix(_PART_OF_POLICY): v for k, v in state.items() if k.startswith(_PART_OF_POLICY)}
+    return Saved(weights, list(moa["objectives"]), summary)
+
+
+def _hypervolume(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not state or not state["points"]:
+        return None
+    front = ParetoFront()
+    front.load_state_dict(state)
+    return {"start": front.hypervolume(1), "end": front.hypervolume(), "reference": front.reference}
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
