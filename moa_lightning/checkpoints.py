@@ -1,11 +1,130 @@
-"""Checkpoints on disk: whether one is whole, and which is the newest whole one of a folder."""
+"""Checkpoints on disk: written whole or not at all, checked before a run goes on from one, found by step."""
 
+import os
 import pickle
+import shutil
 import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+
+from moa_lightning.distributed import pieces_on_disk
+
+META = "meta.pt"
+"""What a checkpoint in pieces holds besides the pieces; Lightning's name for it."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning plugin: a checkpoint appears once it is whole and on the disk, and is checked before it is loaded.
+
+    It is written beside its place without a second copy in memory, flushed, and moved there. Where writing fails, what
+    was there before stays. Remote paths are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write it.
+
+        Raises:
+            ValueError: one line with why it could not be written, such as a disk that is full.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        replacement = Replacement(Path(path))
+        try:
+            with explained(replacement.target, bytes_of(checkpoint)):
+                replacement.prepare()
+                with replacement.path.open("wb") as file:
+                    torch.save(checkpoint, file)
+                replacement.commit()
+        finally:
+            replacement.clear()
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Callable[..., Any] | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read it.
+
+        Raises:
+            ValueError: it is not whole; one line with the newest that is.
+        """
+        if "://" not in str(path) and Path(path).exists():
+            require_whole(Path(path))
+        content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        return content
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove it at once: what is half removed is not where checkpoints are looked for."""
+        if "://" in str(path) or not Path(path).is_dir():
+            super().remove_checkpoint(path)
+            return
+        hidden = _beside(Path(path), "removed")
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+
+
+class Replacement:
+    """Something written beside its place, and moved there when all of it is on the disk.
+
+    Args:
+        target: its place: a file or folder, where one may be already.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target, self.path = target, _beside(target, "partial")
+
+    def prepare(self, folder: bool = False) -> None:
+        """Make room for it; a folder is made."""
+        self.clear()  # what a run left that was killed while it wrote
+        (self.path if folder else self.path.parent).mkdir(parents=True, exist_ok=True)
+
+    def commit(self) -> None:
+        """Flush it and move it to its place."""
+        for written in [*self.path.rglob("*"), self.path]:
+            _flush(written)
+        former = _beside(self.target, "former")
+        _remove(former)
+        if self.target.is_dir() or (self.path.is_dir() and self.target.exists()):  # no folder is replaced at a stroke
+            os.replace(self.target, former)
+        os.replace(self.path, self.target)
+        _flush(self.target.parent)
+        _remove(former)
+
+    def clear(self) -> None:
+        """Remove what was written beside the place."""
+        _remove(self.path)
+
+
+@contextmanager
+def explained(target: Path, size: int) -> Iterator[None]:
+    """Within it a failure to write is told in one line, with the bytes that were to be written and those that are free.
+
+    Raises:
+        ValueError: instead of the ``OSError``, wherever torch has hidden it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = next((e for e in _chain(error) if isinstance(e, OSError)), None)
+        if cause is None:
+            raise
+        folder = next(folder for folder in target.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(folder).free
+        raise ValueError(
+            f"checkpoint {target} could not be written: {cause.strerror or cause}; it takes {size / 2**20:.1f} MiB, "
+            f"and {free / 2**20:.1f} MiB are free there. Earlier checkpoints are untouched: make room, or change "
+            "checkpoint.dirpath, and go on with --ckpt_path=last"
+        ) from error
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -26,13 +145,37 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def require_whole(path: Path) -> None:
+    """Nothing if a checkpoint is whole.
+
+    Raises:
+        ValueError: one line that names it and the newest whole one in its folder.
+    """
+    if (why := problem(path)) is None:
+        return
+    other = newest_whole(path.parent)
+    offer = f"the newest whole one beside it is {other}" if other else "there is no whole one beside it"
+    raise ValueError(f"checkpoint {path} cannot be used: {why}; {offer}")
+
+
 def problem(path: Path) -> str | None:
     """Why a checkpoint is not whole; ``None`` if it is. Reads all of it: the check sums that torch wrote must hold."""
+    files = [path, *path.iterdir()] if path.is_dir() else [path]
+    return _problem(
+        path, tuple(file.stat().st_mtime_ns for file in files), tuple(file.stat().st_size for file in files)
+    )
+
+
+@lru_cache
+def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str | None:
+    """Read once, as long as the files stay as they are."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        return f"it is cut off or no checkpoint ({error})"
+        if path.is_dir():
+            broken = _damaged(path / META) or _damaged_piece(path)
+        else:
+            broken = _damaged(path)
+    except (OSError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
+        return f"it is cut off or no checkpoint ({' '.join(str(error).split())})"
     if broken is not None:
         return f"what it holds is damaged ({broken})"
     if _step(path) is None:
@@ -40,10 +183,61 @@ def problem(path: Path) -> str | None:
     return None
 
 
+def _damaged(file: Any) -> str | None:
+    """The first part of what torch.save wrote whose check sum does not hold."""
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip()
+
+
+def _damaged_piece(folder: Path) -> str | None:
+    for name, offset, length in pieces_on_disk(folder):
+        with (folder / name).open("rb") as file:
+            file.seek(offset)
+            if _damaged(BytesIO(file.read(length))) is not None:
+                return name
+    return None
+
+
 def _step(path: Path) -> int | None:
     """Optimiser steps behind a checkpoint, without reading its tensors; ``None`` if it does not say."""
     try:
-        content = torch.load(path, mmap=True, map_location="meta", weights_only=True)
+        file = path / META if path.is_dir() else path
+        content = torch.load(file, mmap=True, map_location="meta", weights_only=True)
         return int(content["global_step"])
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
         return None
+
+
+def bytes_of(content: Any) -> int:
+    """Of all tensors in plain containers."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    children = content.values() if isinstance(content, Mapping) else content
+    return sum(bytes_of(child) for child in children) if isinstance(content, Mapping | list | tuple) else 0
+
+
+def _beside(path: Path, state: str) -> Path:
+    return path.with_name(f".{path.name}.{state}")
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,6 +1,6 @@
 """Which pieces go together: checked before anything is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -147,18 +147,33 @@ def check_checkpoint(
     return saved
 
 
-def check_weights(saved: set[str], trained: set[str], known: set[str]) -> None:
-    """Refuse a checkpoint's weights that are not those that are trained, by their names.
+def check_weights(saved: Mapping[str, Any], trained: set[str], known: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint's weights that are not those that are trained, by their names and shapes.
+
+    Args:
+        saved: tensors of the checkpoint by name, or their shapes.
+        trained: names of those that are trained here.
+        known: all tensors here.
 
     Raises:
         ValueError: one line with how many differ, and one of them.
     """
-    missing, unknown = sorted(trained - saved), sorted(saved - known)
+    missing, unknown = sorted(trained - saved.keys()), sorted(saved.keys() - known.keys())
     if missing or unknown:
         raise ValueError(
             f"the checkpoint is of another model: {len(missing)} weights missing, {len(unknown)} unknown, such as "
             f"{(missing + unknown)[0]}; use the run's own config.yaml"
         )
+    other = sorted(name for name in saved if _shape(saved[name]) != _shape(known[name]))
+    if other:
+        raise ValueError(
+            f"the checkpoint is of another model: {len(other)} weights have another shape, such as {other[0]}: "
+            f"{_shape(saved[other[0]])} there, {_shape(known[other[0]])} here; use the run's own config.yaml"
+        )
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "shape", tensor))
 
 
 def _check_needs(combiner: Combiner, source: Source, loss: PolicyLoss) -> None:

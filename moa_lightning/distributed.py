@@ -1,16 +1,21 @@
 """The only place (with the sharding plan) that talks to torch.distributed. Everything is a no-op in one process."""
 
+import errno
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -44,6 +49,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(all_sum(torch.tensor(float(flag), device=device)) > 0)
 
 
+def all_least(number: int, device: torch.device) -> int:
+    """The least of the processes' numbers."""
+    least = torch.tensor(number, device=device)
+    if is_distributed():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
 def all_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, in the order of their ranks; processes may have different numbers of them."""
     if not is_distributed():
@@ -63,6 +76,18 @@ def all_objects(mine: Any) -> list[Any]:
     objects: list[Any] = [None] * world_size()
     dist.all_gather_object(objects, mine)
     return objects
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within it a ``ValueError`` of one process is raised on all of them, so that none waits for it."""
+    failed = None
+    try:
+        yield
+    except ValueError as error:
+        failed = str(error)
+    if first := next(filter(None, all_objects(failed)), None):
+        raise ValueError(first)
 
 
 def in_pieces(module: nn.Module) -> bool:
@@ -109,3 +134,38 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     if isinstance(other, DTensor):
         return distribute_tensor(tensor.to(other.device, other.dtype), other.device_mesh, other.placements)
     return tensor.to(other)
+
+
+def pieces_on_disk(folder: Path) -> list[tuple[str, int, int]]:
+    """File, offset and length of each piece of a checkpoint that PyTorch's distributed checkpoints wrote."""
+    stored = FileSystemReader(folder).read_metadata().storage_data
+    return [(piece.relative_path, piece.offset, piece.length) for piece in stored.values()]
+
+
+def shapes_on_disk(folder: Path, part: str) -> dict[str, torch.Size]:
+    """Names and whole shapes of the tensors in one part of such a checkpoint."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix(f"{part}."): tensor.size
+        for name, tensor in stored.items()
+        if name.startswith(f"{part}.") and isinstance(tensor, TensorStorageMetadata)
+    }
+
+
+def save_pieces(content: dict[str, Any], folder: Path) -> None:
+    """Write such a checkpoint, each process its pieces.
+
+    Raises:
+        OSError: on every process, if one of them cannot write.
+    """
+    try:
+        save(content, checkpoint_id=folder)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        # torch.save hides what the system said when a disk is full.
+        raise (first if isinstance(first, OSError) else OSError(errno.EIO, "only a part of it was taken")) from error
+
+
+def load_pieces(content: dict[str, Any], folder: Path) -> None:
+    """Read such a checkpoint into tensors that are there, each process its pieces. In place."""
+    load(content, checkpoint_id=folder)

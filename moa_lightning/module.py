@@ -289,9 +289,9 @@ class AlignmentModule(LightningModule):
         self.check_weights(state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
-    def check_weights(self, names: Iterable[str]) -> None:
-        """Refuse a checkpoint whose weights are not those that are trained here."""
-        compatibility.check_weights(set(names), self._trained_keys(), set(self.state_dict()))
+    def check_weights(self, saved: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose weights (or their shapes), by name, are not those that are trained here."""
+        compatibility.check_weights(saved, self._trained_keys(), self.state_dict())
 
     def _trained_keys(self) -> set[str]:
         named = self.named_parameters(remove_duplicate=False)  # a tied weight goes by two names

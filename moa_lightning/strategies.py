@@ -1,12 +1,23 @@
 """Strategies for Lightning's Trainer: FSDP2 over all processes, or over groups of them (HSDP)."""
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from moa_lightning.checkpoints import META, Replacement, bytes_of, explained, require_whole
+from moa_lightning.distributed import load_pieces, save_pieces, shapes_on_disk, together
 from moa_lightning.models.policy import Policy
 from moa_lightning.models.reference import Reference
 from moa_lightning.models.sharding import Generation, Mesh, Precision, ShardingPlan, replicated
@@ -66,13 +77,67 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.replicas > 1:
             self.mesh = replicated(self.root_device.type, self.replicas, processes)
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write one file, or a folder with the pieces of all processes; whole or not at all.
+
+        Raises:
+            ValueError: on every process, one line with why it could not be written.
+        """
+        target = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            with together():
+                super().save_checkpoint(checkpoint, target, storage_options)
+            return
+        content = {"state_dict": checkpoint.pop("state_dict")}
+        content |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        replacement = Replacement(target)
+        try:
+            for write in (
+                partial(self._first_alone, partial(replacement.prepare, folder=True)),
+                partial(save_pieces, content, replacement.path),
+                partial(self._first_alone, partial(torch.save, checkpoint, replacement.path / META)),
+                partial(self._first_alone, replacement.commit),
+            ):
+                with together(), explained(target, bytes_of(content)):
+                    write()
+        finally:
+            self._first_alone(replacement.clear)
+
+    def _first_alone(self, action: Callable[[], object]) -> None:
+        if self.is_global_zero:
+            action()
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Compare the names of the weights first: loading itself does not mind what is missing."""
+        """Compare names and shapes of the weights first: loading itself does not mind what is missing.
+
+        Raises:
+            ValueError: on every process: it is not whole, or of another model.
+        """
         path = Path(self.broadcast(checkpoint_path))
+        with together():
+            if self.is_global_zero:
+                require_whole(path)
         module: Any = self.lightning_module
-        if path.is_file():
-            module.check_weights(torch.load(path, mmap=True, map_location="meta", weights_only=True)["state_dict"])
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        if path.is_dir():
+            return self._load_pieces(path)
+        module.check_weights(torch.load(path, mmap=True, map_location="meta", weights_only=True)["state_dict"])
+        return super().load_checkpoint(path, weights_only)
+
+    def _load_pieces(self, path: Path) -> dict[str, Any]:
+        """Lightning would look for frozen weights too, which are in no checkpoint."""
+        module: Any = self.lightning_module
+        saved = shapes_on_disk(path, "state_dict")
+        module.check_weights(saved)
+        weights: dict[str, Any] = get_model_state_dict(module)
+        weights = {name: weight for name, weight in weights.items() if name in saved}
+        load_pieces({"state_dict": weights}, path)
+        set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
+        for i, optimizer in enumerate(self.optimizers):
+            state = get_optimizer_state_dict(module, optimizer)
+            load_pieces({f"optimizer_{i}": state}, path)
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
+        rest: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
+        return rest
 
     def cut(self, policy: Policy) -> None:
         """Shard a policy over the mesh, in place."""

@@ -1,8 +1,10 @@
 """Runs of a few steps in one process or in two, on the same global batches, for tests that compare them."""
 
 import os
+import resource
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
+from moa_lightning.checkpoints import AtomicCheckpointIO
 from moa_lightning.combiners import MOPO, Linear
 from moa_lightning.data import PromptData
 from moa_lightning.distributed import all_objects, all_sum, rank, whole_state, world_size
@@ -34,6 +37,7 @@ STRATEGIES = {
         for name, settings in {
             "fsdp2": {},
             "fsdp2-layerwise": {"generation": "layerwise"},
+            "fsdp2-pieces": {"save_distributed_checkpoint": True},
             "hsdp": {"replicas": 2},
         }.items()
     },
@@ -80,7 +84,8 @@ def scripted(policy: Policy, input_ids_BP: torch.Tensor, attention_mask_BP: torc
 
 def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
     policy = PolicyConfig(
-        str(folder / "policy"), lora=LoRA(r=2, lora_dropout=case.get("dropout", 0.0)) if case.get("lora") else None
+        str(folder / "policy"),
+        lora=LoRA(r=case.get("r", 2), lora_dropout=case.get("dropout", 0.0)) if case.get("lora") else None,
     )
     optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
     combiner = case.get("combiner", Linear)()
@@ -128,6 +133,7 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[losses],
+        plugins=[AtomicCheckpointIO()],
         num_sanity_val_steps=0,
         limit_val_batches=0,
         gradient_clip_val=1.0,
@@ -135,7 +141,8 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
     with patch.object(Policy, "generate", scripted if case.get("scripted", True) else Policy.generate):
         trainer.fit(moa, datamodule=data, **options)
     if path := case.get("save"):
-        trainer.save_checkpoint(folder / f"{strategy}-{path}")
+        with files_of_at_most(case.get("limit", {}).get(rank())):
+            trainer.save_checkpoint(folder / f"{strategy}-{path}")
     if case.get("export"):
         moa.policy.save_pretrained(folder / f"exported-{strategy}")
     return {
@@ -144,6 +151,17 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
         "weights": whole_state(moa.policy),
         "state": moa.combiner_state,
     }
+
+
+@contextmanager
+def files_of_at_most(size: int | None) -> Iterator[None]:
+    """Within it the system writes no more of a file, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 Cell = tuple[str, str, dict[str, Any]]

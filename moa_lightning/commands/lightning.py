@@ -2,16 +2,16 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torchjd.aggregation import Weighting
 
@@ -27,16 +27,16 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
-from moa_lightning.checkpoints import newest_whole
+from moa_lightning.checkpoints import AtomicCheckpointIO, newest_whole
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
+from moa_lightning.commands.run_config import RunConfig
 from moa_lightning.module import AlignmentModule
+from moa_lightning.preemption import Preemption
 from moa_lightning.schedules import WeightSchedule
 
 WandbMode = Literal["online", "offline", "off"]
 _CHECKPOINTS_THAT_LIGHTNING_FINDS = ("best", "hpc", "registry")
-
-_GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
 
 
 class AlignmentParser(OneLineErrors, LightningArgumentParser):
@@ -169,8 +169,12 @@ class AlignmentCLI(LightningCLI):
             loggers.append(
                 WandbLogger(project=config.wandb_project, save_dir=folder, offline=config.wandb == "offline")
             )
+        plugins = config.trainer.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
         try:
-            trainer: Trainer = super().instantiate_trainer(logger=loggers, **kwargs)
+            trainer: Trainer = super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that this machine lacks
             raise UsageError(f"trainer: {error}") from error
         return trainer
@@ -179,7 +183,7 @@ class AlignmentCLI(LightningCLI):
         observers: list[Callback] = [ObjectiveMetrics(), Throughput()]
         if config.get("enable_progress_bar") in (None, True):
             observers.append(ObjectiveProgressBar())
-        trainer: Trainer = super()._instantiate_trainer(config, [*observers, *callbacks])
+        trainer: Trainer = super()._instantiate_trainer(config, [*observers, *callbacks, Preemption()])
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -207,46 +211,6 @@ class AlignmentCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
             tell(Path(self.trainer.default_root_dir))
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run folder: the record of the run.
-
-    It waits until data, columns and models are known to fit, so that a run which cannot start leaves no folder.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write. What a resumed run went on from is left out: the file is for running it anew."""
-        if self.config.ckpt_path is None and trainer.is_global_zero:  # an attempt that left no checkpoint
-            for name in _GROWING:
-                Path(trainer.default_root_dir, name).unlink(missing_ok=True)
-        self.config = self.config.clone()
-        self.config.ckpt_path = None
-        super().setup(trainer, pl_module, "fit")
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how to go on after Ctrl-C."""
-        if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
-            return
-        root = Path(trainer.default_root_dir)
-        last = root / "checkpoints" / "last.ckpt"
-        goes_on = (
-            f"go on with: moa fit --config {root / 'config.yaml'} --ckpt_path={last}"
-            if last.exists()
-            else "no checkpoint had been written yet; they are at each evaluation (trainer.val_check_interval)"
-        )
-        print(f"\nstopped at step {trainer.global_step}; {goes_on}", file=sys.stderr)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, for ``moa validate``."""
-        super().setup(trainer, pl_module, "validate")
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, for ``moa test``."""
-        super().setup(trainer, pl_module, "test")
 
 
 def _run_of(checkpoint: Path) -> Path | None:

@@ -1,0 +1,49 @@
+"""``config.yaml`` in the run folder, and what is said to a user who stops a run."""
+
+import sys
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+_GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run folder: the record of the run.
+
+    It waits until data, columns and models are known to fit, so that a run which cannot start leaves no folder.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write. What a resumed run went on from is left out: the file is for running it anew."""
+        if self.config.ckpt_path is None and trainer.is_global_zero:  # an attempt that left no checkpoint
+            for name in _GROWING:
+                Path(trainer.default_root_dir, name).unlink(missing_ok=True)
+        self.config = self.config.clone()
+        self.config.ckpt_path = None
+        super().setup(trainer, pl_module, "fit")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on after Ctrl-C."""
+        if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        last = root / "checkpoints" / "last.ckpt"
+        goes_on = (
+            f"go on with: moa fit --config {root / 'config.yaml'} --ckpt_path={last}"
+            if last.exists()
+            else "no checkpoint had been written yet; they are at each evaluation (trainer.val_check_interval)"
+        )
+        print(f"\nstopped at step {trainer.global_step}; {goes_on}", file=sys.stderr)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, for ``moa validate``."""
+        super().setup(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, for ``moa test``."""
+        super().setup(trainer, pl_module, "test")
