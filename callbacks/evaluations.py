@@ -88,9 +88,12 @@ def moments(scores_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def log_everywhere(trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
-    """Log metrics of an evaluation; Lightning drops those of the sanity check, so they go to the loggers directly."""
+    """Log metrics of an evaluation; Lightning drops those of the sanity check, so they go to the loggers directly.
+
+    All processes log, since each of them monitors; they have the same values, which their maximum leaves as they are.
+    """
     if trainer.sanity_checking:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
     else:
-        pl_module.log_dict(metrics, batch_size=1, rank_zero_only=True)
+        pl_module.log_dict(metrics, batch_size=1, reduce_fx="max", sync_dist=True)

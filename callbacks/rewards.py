@@ -55,7 +55,7 @@ class ObjectiveMetrics(Callback):
                 for key, values in combiner_report(pl_module).items()
                 for name, value in values.items()
             }
-        pl_module.log_dict(metrics, batch_size=len(batch.experience), rank_zero_only=True)
+        pl_module.log_dict(metrics, batch_size=len(batch.experience))  # the same on all processes
 
     def _of_collected(self, collected: Experience) -> dict[str, float]:
         rewards, responses = collected.rewards, collected.responses

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from moa_lightning.distributed import all_objects, is_distributed
+from moa_lightning.console import speaks, without_progress_bars
+from moa_lightning.distributed import all_objects, is_distributed, rank
 from moa_lightning.models.loading import load_config
 
 Facts = Mapping[str, str]
@@ -52,6 +53,8 @@ _LONGEST = 80  # characters of a value in a message
 class SharedRefusal(ValueError):
     """A refusal that every process raises with the same words: to print it once is enough."""
 
+    shared = True
+
 
 @contextmanager
 def together(module: Any, stage: str) -> Iterator[None]:
@@ -70,6 +73,8 @@ def together(module: Any, stage: str) -> Iterator[None]:
     if not is_distributed():
         yield
         return
+    if not speaks(rank()):
+        without_progress_bars()
     error: Exception | None = None
     mine: Facts = {}
     try:
@@ -95,11 +100,11 @@ def failure(hosts: Sequence[str], lines: Sequence[str | None]) -> str | None:
     >>> failure(["a", "b"], [None, "file 'x' does not exist"])
     "rank 1 on host b: file 'x' does not exist"
     """
-    failed = [rank for rank, line in enumerate(lines) if line is not None]
+    failed = [number for number, line in enumerate(lines) if line is not None]
     if not failed:
         return None
     first = str(lines[failed[0]])
-    alike = [rank for rank in failed if lines[rank] == first]
+    alike = [number for number in failed if lines[number] == first]
     return first if len(alike) == len(lines) else f"{_who(alike, hosts)}: {first}"
 
 
@@ -115,10 +120,10 @@ def difference(hosts: Sequence[str], answers: Sequence[Facts]) -> str | None:
         values = [answer.get(name, "nothing") for answer in answers]
         commonest, count = Counter(values).most_common(1)[0]
         usual = commonest if 2 * count > len(values) else values[0]
-        strange = [rank for rank, value in enumerate(values) if value != usual]
+        strange = [number for number, value in enumerate(values) if value != usual]
         if strange:
             theirs = values[strange[0]]
-            odd[name] = [rank for rank in strange if values[rank] == theirs], theirs, usual
+            odd[name] = [number for number in strange if values[number] == theirs], theirs, usual
     if not odd:
         return None
     name, (ranks, theirs, usual) = next(iter(odd.items()))
@@ -229,7 +234,7 @@ def _line(error: Exception) -> str:
 
 def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     named = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    where = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    where = list(dict.fromkeys(hosts[number] for number in ranks))
     places = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
     return f"rank{'s' * (len(ranks) > 1)} {named} on host{'s' * (len(where) > 1)} {places}"
 

@@ -5,9 +5,12 @@ Imports of torch and its friends wait until a command is known: ``moa --help`` a
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from moa_lightning.console import launched_as, speaks
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -24,6 +27,8 @@ COMMANDS = {
     "export": "write a run's policy as a plain Hugging Face folder",
     "demo": "the embedded task: warm start, PAMA, before/after table",
 }
+
+_SECONDS_TO_BE_SECOND = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours = next((cause for cause in _causes(error) if _is_ours(cause)), None)
         if os.environ.get("MOA_DEBUG") or ours is None:
             raise
-        _fail(str(ours))
+        _fail(str(ours), shared=getattr(ours, "shared", False))
 
 
 def _run(command: str, args: list[str]) -> None:
@@ -70,8 +75,15 @@ def _is_ours(error: BaseException) -> bool:
     return origin.is_relative_to(PACKAGE) or origin.is_relative_to((PACKAGE / "callbacks").resolve())
 
 
-def _fail(message: str) -> None:
-    print(f"moa: error: {' '.join(message.splitlines())}", file=sys.stderr)
+def _fail(message: str, shared: bool = False) -> None:
+    """End with one line. Of several processes that refuse alike the first one says it."""
+    rank = launched_as()
+    if rank:
+        # The launcher ends the others with the first one. Where that one goes on, this process refuses alone.
+        time.sleep(_SECONDS_TO_BE_SECOND)
+        message = message if shared else f"rank {rank}: {message}"
+    if speaks(rank) or not shared:
+        print(f"moa: error: {' '.join(message.splitlines())}", file=sys.stderr)
     raise SystemExit(2)
 
 

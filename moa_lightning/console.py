@@ -25,8 +25,36 @@ _NOT_FOR_USERS = (
 )
 
 
+def launched_as() -> int:
+    """This process's rank as its launcher names it, before the processes have met; 0 where there is one."""
+    # SLURM names a rank also where it started a single shell, so it is asked last.
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def speaks(rank: int) -> bool:
+    """Whether a process prints: the first one does, all do with ``MOA_ALL_RANKS=1``."""
+    return rank == 0 or os.environ.get("MOA_ALL_RANKS", "0") not in {"", "0"}
+
+
+def without_progress_bars() -> None:
+    """No progress bars of transformers, datasets and the hub in this process."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # it is there
+
+
 def quiet_libraries() -> None:
-    """Silence start-up chatter of Lightning, transformers and datasets; their warnings and errors still show."""
+    """Silence start-up chatter of Lightning, transformers and datasets; their warnings and errors still show.
+
+    Of several processes the first one speaks; the others show errors alone.
+    """
     # By their full names: Lightning sets the levels of the packages above when it is imported.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -37,6 +65,10 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if not speaks(launched_as()):
+        logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
+        warnings.simplefilter("ignore")
+        without_progress_bars()
 
 
 def shows_progress() -> bool:

@@ -147,6 +147,7 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
         moa.policy.save_pretrained(folder / f"exported-{strategy}")
     return {
         "losses": losses.losses,
+        "logged": float(trainer.callback_metrics["loss"]),
         "rows": losses.rows,
         "weights": whole_state(moa.policy),
         "state": moa.combiner_state,

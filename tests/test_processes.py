@@ -45,6 +45,9 @@ def test_two_processes_are_one(folder):
         cell = f"{strategy} {name}"
         assert len(set(alone[name]["losses"])) > 1, cell
         torch.testing.assert_close(result["losses"], alone[name]["losses"], rtol=1e-4, atol=1e-5, msg=cell)
+        assert result["logged"] == pytest.approx(result["losses"][-1], rel=1e-5, abs=1e-7), (
+            cell
+        )  # of both, not rank 0's
         torch.testing.assert_close(result["weights"], alone[name]["weights"], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(result["state"], alone[name]["state"], rtol=1e-4, atol=1e-5, equal_nan=True)
 

@@ -179,6 +179,7 @@ def warm_start(path: str, seed: int = 0) -> None:
 
 
 def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
+    from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.seed import isolate_rng
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -187,7 +188,7 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
     from moa_lightning.stages.folders import whole_folder
     from moa_lightning.stages.supervised import NewModel, build_model, encode, train
 
-    print(f"warm start: teaching a small policy to write film reviews (kept in {folder})")
+    rank_zero_only(print)(f"warm start: teaching a small policy to write film reviews (kept in {folder})")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -201,7 +202,7 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
         torch.manual_seed(seed)
         model = build_model(NewModel("gpt2", len(VOCABULARY), _SHAPE), tokenizer)
         before, after = train(model, examples[256:], examples[:256], int(tokenizer.pad_token_id or 0), fit)
-    print(f"warm start: held-out loss {before:.3f} -> {after:.3f} nats per token")
+    rank_zero_only(print)(f"warm start: held-out loss {before:.3f} -> {after:.3f} nats per token")
     with whole_folder(folder) as finished:
         model.save_pretrained(finished)
         tokenizer.save_pretrained(finished)
