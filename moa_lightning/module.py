@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torchmetrics import MeanMetric
@@ -26,6 +25,7 @@ from moa_lightning.losses.base import with_values_in_graph
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_model, load_tokenizer
 from moa_lightning.progress import ScheduledWeights
+from moa_lightning.resumption import ResumedModule
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.prompt_loader import PromptLoader
@@ -35,7 +35,7 @@ from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, 
 Row = dict[str, Any]
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(ResumedModule):
     """Aligns a policy to several objectives at once.
 
     Automatic optimisation: the Trainer's flags for clipping, accumulation, precision and schedules apply unchanged.
@@ -94,7 +94,6 @@ class AlignmentModule(LightningModule):
         self.encoder: Encoder
         self.tokenizer: PreTrainedTokenizerBase
         self._means = nn.ModuleDict({f"mean_of_{n}": MeanMetric(nan_strategy="ignore") for n in self.panel.names})
-        self.evaluated_at: int | None = None  # the step of the last whole evaluation
         self._evaluated_2N = torch.zeros(2, len(self.objective_names))  # sums and numbers of the values seen in it
         self._panel_device: torch.device | None = None
 
