@@ -16,7 +16,7 @@ class ResumedModule(LightningModule):
         """Evaluate, if that is due after the step of the checkpoint and was not done."""
         fit_loop = self.trainer.fit_loop
         epoch_loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
-        by_the_clock = self.trainer._val_check_time_interval is not None
+        by_the_clock = getattr(self.trainer, "_val_check_time_interval", None) is not None
         if self.trainer.global_step in (0, self.evaluated_at) or fetcher is None or by_the_clock:
             return
         if epoch_loop._should_check_val_fx(fetcher):
