@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moa_lightning.callbacks import EvaluationCallback
-from moa_lightning.checkpoints import newest_whole
+from moa_lightning.checkpoints import AtomicCheckpointIO, newest_whole
 from moa_lightning.combiners import DynamicWeights
 from moa_lightning.module import AlignmentModule
 from moa_lightning.sources import Rollout
@@ -103,6 +103,7 @@ def run(folder: Path, root: Path, moment: str | None = None, number: int = 0) ->
         default_root_dir=root,
         accelerator="cpu",
         max_steps=4,
+        plugins=[AtomicCheckpointIO()],
         val_check_interval=1,
         num_sanity_val_steps=-1,
         logger=False,
