@@ -97,11 +97,12 @@ def progress(items: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
 @contextmanager
 def library_bars() -> Iterator[None]:
     """Within it transformers shows its bars for weights that are read and written, where bars are drawn at all."""
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
     from transformers.utils import logging as library
 
     switches: dict[bool, Any] = {True: library.enable_progress_bar, False: library.disable_progress_bar}
     before = bool(library.is_progress_bar_enabled())
-    switches[shows_progress()]()
+    switches[shows_progress() and not HF_HUB_DISABLE_PROGRESS_BARS]()
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lightning.console import library_bars, progress
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rows import load_rows, require_columns
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
@@ -86,7 +87,7 @@ def reward_model(
     tokenizer, model = _open(base, label)
     limit = _shortest(fit.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     tokenizer.truncation_side, tokenizer.model_max_length = "left", limit
-    encoded = [Pair(*(_tokens(tokenizer, text, limit) for text in pair)) for pair in pairs]
+    encoded = [Pair(*(_tokens(tokenizer, text, limit) for text in pair)) for pair in progress(pairs, "tokens", "pair")]
     held_out, rest = encoded[: data.val_size], encoded[data.val_size :]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: {parameters / 1e6:.2f} M parameters, {len(rest)} pairs, {len(held_out)} held out")
@@ -96,7 +97,7 @@ def reward_model(
     if held_out:
         error = math.sqrt(max(after * (1 - after), 1 / len(held_out)) / len(held_out))
         print(f"held-out accuracy {before:.3f} -> {after:.3f} (standard error {error:.3f}, {len(held_out)} pairs)")
-    with whole_folder(output, overwrite) as folder:
+    with whole_folder(output, overwrite) as folder, library_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"reward model written to {output}")
@@ -143,7 +144,7 @@ def accuracy(model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int) -> 
     """Share of pairs whose chosen text scores higher; a tie counts half. NaN without pairs."""
     model.eval()
     right = 0.0
-    for start in range(0, len(pairs), batch_size):
+    for start in progress(range(0, len(pairs), batch_size), "held-out accuracy", "batch"):
         batch = collate(pairs[start : start + batch_size], _pad_id(model))
         margin_B = margins(model, {name: value.to(model.device) for name, value in batch.items()})
         right += float((margin_B > 0).sum() + 0.5 * (margin_B == 0).sum())
@@ -169,9 +170,10 @@ def _open(base: str, label: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
     config = open_pretrained(AutoConfig, base, "model config")
     config.num_labels, config.id2label, config.label2id = 1, {0: label}, {label: 0}
     config.get_text_config().pad_token_id = tokenizer.pad_token_id  # decoders find a text's last token by it
-    model: PreTrainedModel = open_pretrained(
-        AutoModelForSequenceClassification, base, "sequence classifier", config=config, dtype=torch.float32
-    )
+    with library_bars():
+        model: PreTrainedModel = open_pretrained(
+            AutoModelForSequenceClassification, base, "sequence classifier", config=config, dtype=torch.float32
+        )
     return tokenizer, model
 
 

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moa_lightning.console import library_bars, progress, shows_progress
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rows import load_rows, require_columns
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
@@ -101,8 +102,10 @@ def supervised(
     else:
         assert base is not None
         tokenizer = open_tokenizer(base)
-        model = open_pretrained(AutoModelForCausalLM, base, "causal language model")
-    examples = [encode(tokenizer, p, t, fit.max_length) for p, t in zip(prompts, texts, strict=True)]
+        with library_bars():
+            model = open_pretrained(AutoModelForCausalLM, base, "causal language model")
+    pairs = progress(list(zip(prompts, texts, strict=True)), "tokens", "text")
+    examples = [encode(tokenizer, p, t, fit.max_length) for p, t in pairs]
     held_out, rest = examples[: data.val_size], examples[data.val_size :]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: {parameters / 1e6:.2f} M parameters, {len(rest)} texts, {len(held_out)} held out")
@@ -139,7 +142,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size=vocab_size,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=shows_progress(),
     )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -195,7 +198,7 @@ def train(
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str | Path, overwrite: bool) -> None:
     """Write model, tokenizer and generation config; the folder appears whole."""
-    with whole_folder(output, overwrite) as folder:
+    with whole_folder(output, overwrite) as folder, library_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -226,7 +229,7 @@ def collate_examples(batch: Sequence[Example], pad_id: int) -> dict[str, Tensor]
 def _mean_loss(module: NextToken, batches: Sequence[dict[str, Tensor]]) -> float:
     module.eval()
     total = count = 0.0
-    for batch in batches:
+    for batch in progress(batches, "held-out loss", "batch"):
         learnt = int((batch["labels"][:, 1:] != -100).sum())
         inputs = {name: value.to(module.device) for name, value in batch.items()}
         total += float(module.loss(inputs)) * learnt
