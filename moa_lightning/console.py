@@ -73,9 +73,7 @@ def quiet_libraries() -> None:
 
 def shows_progress() -> bool:
     """Whether bars are drawn: on the main process, on a terminal, and not in CI, which keeps every line of a log."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return getattr(rank_zero_only, "rank", 0) == 0 and sys.stderr.isatty() and not os.environ.get("CI")
+    return launched_as() == 0 and sys.stderr.isatty() and not os.environ.get("CI")
 
 
 def progress(items: Iterable[Item], what: str, unit: str) -> Iterable[Item]:

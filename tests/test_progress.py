@@ -10,7 +10,6 @@ import termios
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as library
 
 from moa_lightning.console import library_bars, progress
@@ -26,7 +25,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, rank: int = 0, c
     """What a bar of three rows writes there."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
-        patch.setattr(rank_zero_only, "rank", rank)
+        patch.setenv("RANK", str(rank))
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
         patch.setattr("huggingface_hub.utils.enable_progress_bars", lambda: None)  # the tests' environment forbids it
         patch.setenv("CI", ci)

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from moa_lightning.callbacks import ParetoFront
+from moa_lightning.checkpoints import META, newest_whole, require_whole
 from moa_lightning.distributed import read_pieces
 from moa_lightning.models import LoRA, PolicyConfig
 from moa_lightning.models.policy import RECORD
@@ -57,31 +58,29 @@ class RunFolder:
         config = root / "config.yaml"
         settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
         run = cls(root if settings else folder, policy, settings, config if settings else None)
-        if policy is None and not run.checkpoints():
+        if policy is None and not any((run.folder / "checkpoints").glob("*.ckpt")):
             raise ValueError(
                 f"'{given}' holds no policy and no checkpoint; give the folder of a run, or a Hugging Face folder"
             )
         return run
 
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints, the newest first."""
-        found = [path for path in (self.folder / "checkpoints").glob("*.ckpt") if not path.name.startswith(".")]
-        return sorted(found, key=lambda path: (path.stat().st_mtime, path.stem == "last"), reverse=True)
-
     def checkpoint(self, asked: str) -> Path:
-        """``last`` is the newest one; anything else is a path, from here or from the run's folder.
+        """``last`` is the newest whole one; anything else is a path, from here or from the run's folder.
 
         Raises:
-            ValueError: there is none, with those that are there.
+            ValueError: there is none, or it is not whole.
         """
-        there = self.checkpoints()
-        if asked == "last" and there:
-            return there[0]
-        for path in (Path(asked).expanduser(), self.folder / asked, self.folder / "checkpoints" / asked):
+        folder = self.folder / "checkpoints"
+        if asked == "last":
+            if (newest := newest_whole(folder)) is None:
+                raise ValueError(f"there is no whole checkpoint in '{folder}'")
+            return newest
+        for path in (Path(asked).expanduser(), self.folder / asked, folder / asked):
             if path.exists():
+                require_whole(path)
                 return path
-        names = ", ".join(path.name for path in there) or "none"
-        raise ValueError(f"checkpoint '{asked}' does not exist; in '{self.folder / 'checkpoints'}' there is {names}")
+        names = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))) or "none"
+        raise ValueError(f"checkpoint '{asked}' does not exist; in '{folder}' there is {names}")
 
     def policy_config(self, base: str | None) -> PolicyConfig:
         """How the run loaded its policy, for a machine that need not have its accelerator.
@@ -133,22 +132,16 @@ class RunFolder:
 
 
 def read_checkpoint(path: Path) -> Saved:
-    """A checkpoint's trained weights, and the numbers of its last evaluation. A file, or a folder with pieces.
+    """The trained weights in a whole checkpoint, and the numbers of its last evaluation. A file, or a folder of pieces.
 
     Raises:
-        ValueError: it does not open, or is none of an alignment.
+        ValueError: it is none of an alignment.
     """
-    try:
-        if path.is_dir():
-            whole = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
-            state = read_pieces(path, "state_dict.")
-        else:
-            whole = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-            state = whole["state_dict"]
-        moa, callbacks = whole["moa"], whole.get("callbacks", {})
-    except Exception as error:  # a truncated file makes torch raise anything
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise ValueError(f"checkpoint '{path}' does not open: {reason}; another one: --checkpoint=PATH") from error
+    whole = torch.load(path / META if path.is_dir() else path, mmap=True, map_location="cpu", weights_only=True)
+    state = read_pieces(path, "state_dict.") if path.is_dir() else whole["state_dict"]
+    if "moa" not in whole:
+        raise ValueError(f"checkpoint '{path}' is none of moa fit")
+    moa, callbacks = whole["moa"], whole.get("callbacks", {})
     evaluated = callbacks.get("RunFiles", {})
     first, last = evaluated.get("first", {}), evaluated.get("last", {})
     objectives = {
