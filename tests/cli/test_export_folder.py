@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from moa_lightning.commands.exporting import merged
 from moa_lightning.commands.model_card import vllm_refuses
 from tests import tiny
 from tests.cli.task import Task, complaint, make, moa
@@ -192,6 +194,15 @@ def test_a_base_that_has_moved(finished: Task, tmp_path: Path, capsys: pytest.Ca
     found = [load_file(tmp_path / f"out-{i}" / "model.safetensors") for i in (0, 1)]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [tiny.gpt2_config(), tiny.llama_config(tie_word_embeddings=True)])
+def test_an_adapter_on_a_tied_embedding_is_not_merged(config: PretrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="merged, it would change both; export it with --merge=false"):
+        merged(adapted)
 
 
 def test_a_checkpoint_of_another_policy(finished: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
