@@ -69,6 +69,19 @@ def goodness(prompts: list[str], completions: list[str], **columns: Any) -> list
     return [float(c) if c else None for c in counts]
 
 
+ORDER = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()  # of the films in the first epoch
+
+
+def good_of_first(prompts: list[str], completions: list[str], row: list[int], **columns: Any) -> list[float | None]:
+    """No opinion on what the second of two processes collects."""
+    return [None if ORDER.index(r) % 2 else float("good" in text) for r, text in zip(row, completions, strict=True)]
+
+
+def short_of_first(prompts: list[str], completions: list[str], row: list[int], **columns: Any) -> list[float | None]:
+    """Nor has this one."""
+    return [None if ORDER.index(r) % 2 else -len(text) / 40 for r, text in zip(row, completions, strict=True)]
+
+
 def scripted(policy: Policy, input_ids_BP: torch.Tensor, attention_mask_BP: torch.Tensor, config: Any) -> torch.Tensor:
     """Responses that depend on the prompt and on how many of its kind came before in the batch, not on the process."""
     rows, seen = [], {}
@@ -102,6 +115,11 @@ def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
             num_mini_batches=case.get("minibatches", 1),
         ),
     }
+    if case.get("silent"):
+        online["objectives"] = {
+            "good": Objective(FunctionReward(good_of_first)),
+            "short": Objective(FunctionReward(short_of_first)),
+        }
     pieces = offline if case.get("offline") else online
     likelihood = isinstance(combiner, MOPO)
     return AlignmentModule(

@@ -8,7 +8,9 @@ from moa_lightning.combiners import MGDAUB, MOPO, PAMA, Linear
 from tests import pairs, processes, tiny
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:objective 'kind' did not score", "ignore:objective 'good' did not score"
+    "ignore:objective 'kind' did not score",
+    "ignore:objective 'good' did not score",
+    "ignore:objective 'short' did not score",
 )
 
 COMBINERS = {"Linear": Linear, "PAMA": PAMA, "MGDAUB": MGDAUB, "MOPO": MOPO}
@@ -23,6 +25,8 @@ CASES = {
     for lora in (False, True)
 }
 CASES |= {
+    "silent-tokens": {"combiner": PAMA, "silent": True},  # one process has no reward at all
+    "silent-gradients": {"combiner": MGDAUB, "silent": True},
     "lagged-full": {"combiner": MOPO, "offline": True, "lagged": True, "steps": 5},
     "lagged-lora": {"combiner": MOPO, "offline": True, "lora": True, "lagged": True, "steps": 5},
 }
