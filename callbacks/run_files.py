@@ -109,11 +109,7 @@ class RunFiles(EvaluationCallback):
 def _record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """What the policy's folder says of it. The summary may be of a later step: a resumed run writes it first."""
     module: Any = pl_module
-    return {
-        "steps": trainer.global_step,
-        "combiner": type(module.combiner).__name__,
-        "objectives": list(module.objective_names),
-    }
+    return {"steps": trainer.global_step, "combiner": type(module.combiner).__name__}
 
 
 def _report(pl_module: LightningModule) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Export:
         self._model: Any = None  # an adapter that lies there already is left as it is
         self._config = self._policy_config()
         self._tokenizer: Any = None
-        if saved is None and run.record() and not run.summary():
+        if saved is None and run.went_on:
             self.notes.append(f"{run.policy} is of step {run.record()['steps']}; --checkpoint=last takes a later one")
 
     def load(self, merge: bool) -> None:

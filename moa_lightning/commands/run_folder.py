@@ -1,6 +1,7 @@
 """A run's folder, read again: its settings, its numbers, its policy, its checkpoints."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +126,14 @@ class RunFolder:
         """What the policy's folder says of it; empty if it was written without."""
         return _json(self.policy / RECORD) if self.policy is not None else {}
 
+    @property
+    def went_on(self) -> bool:
+        """Whether the run went on after ``policy/`` was written, so that its summary is of a later step."""
+        return bool(_json(self.folder / "summary.json").get("steps", 0) > self.record().get("steps", math.inf))
+
     def summary(self) -> dict[str, Any]:
         """``summary.json``, if it is of the policy in ``policy/``."""
-        found, steps = _json(self.folder / "summary.json"), self.record().get("steps")
-        return found if steps is None or steps == found.get("steps") else {}
+        return {} if self.went_on else _json(self.folder / "summary.json")
 
 
 def read_checkpoint(path: Path) -> Saved:

@@ -177,6 +177,26 @@ def test_a_stopped_run_is_exported_from_its_newest_checkpoint(
     assert {path.name for path in tmp_path.iterdir()} == {"stopped", "out"}
 
 
+def test_numbers_of_a_later_step_are_not_those_of_the_policy(
+    finished: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that went on and was killed: its summary is of a later step than its policy."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.root, run)
+    (run / "summary.json").write_text(json.dumps(read(run / "summary.json") | {"steps": 9}))
+    moa("export", run, tmp_path / "out", "--merge=false")
+    assert f"{run / 'policy'} is of step 1; --checkpoint=last takes a later one" in capsys.readouterr().out
+    assert read(tmp_path / "out" / "moa.json")["steps"] == 1
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "There is no evaluation of this step." in text
+    assert "- steps: 1" in text
+
+    (run / "summary.json").unlink()  # a run without evaluations
+    moa("export", run, tmp_path / "silent", "--merge=false")
+    assert "takes a later one" not in capsys.readouterr().out
+    assert "There is no evaluation of this step." in (tmp_path / "silent" / "README.md").read_text()
+
+
 def test_a_base_that_has_moved(finished: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, base = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(finished.root, run)
