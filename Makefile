@@ -8,7 +8,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench bench-family bench-mopo clean
+.PHONY: help install demo test lint format docs bench bench-family bench-mopo bench-sharding clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -50,6 +50,10 @@ bench-family: install  ## Every combiner: what it adds to a step, and where it e
 bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; then the cost of its dual step.
 	@$(BIN)/python -m bench.mopo
 	@$(BIN)/python -m bench.mopo --cost
+
+bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes, without a GPU; the cost of sampling in pieces.
+	@$(BIN)/python -m bench.sharding
+	@$(BIN)/python -m bench.generation
 
 docs: install  ## Write a page for each combiner and a table of all to docs/.
 	@$(BIN)/moa combiners --output=docs
