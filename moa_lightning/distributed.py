@@ -57,6 +57,14 @@ def all_least(number: int, device: torch.device) -> int:
     return int(least)
 
 
+def all_most(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
+    largest = torch.tensor(number, device=device)
+    if is_distributed():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def all_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, in the order of their ranks; processes may have different numbers of them."""
     if not is_distributed():

@@ -23,13 +23,13 @@ from moa_lightning.finite import require_finite
 from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.losses.base import with_values_in_graph
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
-from moa_lightning.models.loading import load_config, load_model, load_tokenizer
+from moa_lightning.models.loading import load_config, load_tokenizer
 from moa_lightning.progress import ScheduledWeights
 from moa_lightning.resumption import ResumedModule
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.prompt_loader import PromptLoader
-from moa_lightning.strategies import shard
+from moa_lightning.strategies import load, place
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
 
 Row = dict[str, Any]
@@ -127,15 +127,13 @@ class AlignmentModule(ResumedModule):
         """Load the policy, its value heads and its reference. Called again by some strategies: then nothing happens."""
         if "policy" in self._modules:
             return
-        backbone = load_model(self.policy_config)
+        backbone, bare = load(self.policy_config, self.trainer.strategy)
         heads = None
         if self.source.needs_values:
             heads = ValueHeads(backbone.config.get_text_config().hidden_size, self.objective_names)
             heads.restore(Path(self.policy_config.path).expanduser())
-        self.policy = Policy(backbone, self.tokenizer, heads).to(self.device)
-        self.policy.check_logits()
-        self.reference.setup(self.policy)
-        shard(self.policy, self.reference, self.trainer.strategy)
+        self.policy = Policy(backbone, self.tokenizer, heads)
+        place(self.policy, self.reference, self.panel, self.trainer.strategy, bare)
         self.encoder = self.source.encoder(self.tokenizer, tuple(self.policy.end_ids), self.encoder.context_length)
 
     # Data: called by the datamodule.

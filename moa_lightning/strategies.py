@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -15,12 +17,25 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import PreTrainedModel
 
 from moa_lightning.checkpoints import META, Replacement, bytes_of, explained, require_whole
-from moa_lightning.distributed import load_pieces, save_pieces, shapes_on_disk, together
+from moa_lightning.distributed import in_pieces, load_pieces, save_pieces, shapes_on_disk, together
+from moa_lightning.models.config import PolicyConfig
+from moa_lightning.models.loading import load_model, load_skeleton
 from moa_lightning.models.policy import Policy
 from moa_lightning.models.reference import Reference
-from moa_lightning.models.sharding import Generation, Mesh, Precision, ShardingPlan, replicated
+from moa_lightning.models.sharding import (
+    Generation,
+    KeepTogether,
+    Mesh,
+    Precision,
+    ShardingPlan,
+    give_memory,
+    replicated,
+)
+from moa_lightning.models.skeleton import Skeleton, UnsuitedError
+from moa_lightning.rewards import RewardPanel
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -141,15 +156,46 @@ class FSDP2Strategy(ModelParallelStrategy):
         return rest
 
     def cut(self, policy: Policy) -> None:
-        """Shard a policy over the mesh, in place."""
+        """Shard a policy over the mesh, in place, and give its pieces memory."""
         self.plan.apply(policy, self.mesh)
+        give_memory(policy, torch.device("cpu") if self.plan.cpu_offload else self.root_device)
+
+    def cut_frozen(self, model: nn.Module) -> KeepTogether:
+        """Shard a model that only answers; see :meth:`ShardingPlan.apply_frozen`."""
+        return self.plan.apply_frozen(model, self.mesh)
 
 
-def shard(policy: Policy, reference: Reference, strategy: Strategy) -> None:
-    """Cut policy and reference into pieces, if the strategy is one that does."""
+def load(config: PolicyConfig, strategy: Strategy) -> tuple[PreTrainedModel, Skeleton | None]:
+    """The policy's model; without its weights, if the strategy cuts it into pieces and their files allow that."""
     if isinstance(strategy, FSDP2Strategy):
-        strategy.cut(policy)
-        reference.shard(policy, strategy.cut)
+        try:
+            return load_skeleton(config)
+        except UnsuitedError as reason:
+            rank_zero_warn(
+                f"each process reads '{config.path}' whole into main memory before it is cut into pieces: {reason}"
+            )
+    return load_model(config), None
+
+
+def place(policy: Policy, reference: Reference, panel: RewardPanel, strategy: Strategy, bare: Skeleton | None) -> None:
+    """Put a freshly loaded policy, its reference and the rewards' models where they compute: cut into pieces, or whole.
+
+    Raises:
+        ValueError: the policy's logits are not what they are taken to be.
+    """
+    if not isinstance(strategy, FSDP2Strategy):
+        policy.to(strategy.root_device).check_logits()
+        reference.setup(policy)
+        return
+    reference.setup(policy)
+    strategy.cut(policy)
+    if bare is not None:
+        with together():  # a file may be gone on one node
+            bare.fill("policy")
+    policy.check_logits()
+    in_pieces(policy)
+    reference.shard(policy, strategy.cut)
+    panel.shard(strategy.cut_frozen)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="PyTorch's fully_shard over all processes")

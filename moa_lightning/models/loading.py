@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from moa_lightning.models.config import PolicyConfig
+from moa_lightning.models.skeleton import Skeleton, UnsuitedError, skeleton
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 
 
@@ -51,8 +52,7 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
 
 def load_model(policy: PolicyConfig) -> PreTrainedModel:
     """The causal language model, with a PEFT adapter if the config asks for one or the folder holds one."""
-    if policy.quantization is not None and policy.lora is None and not policy.is_adapter:
-        raise ValueError("policy.quantization needs policy.lora: quantised weights cannot be trained themselves")
+    check_quantization(policy)
     arguments: dict[str, Any] = {"dtype": policy.dtype, **policy.options}
     if policy.attn_implementation is not None:
         arguments["attn_implementation"] = policy.attn_implementation
@@ -68,16 +68,70 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
             raise ValueError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
     else:
         model = _open(policy, AutoModelForCausalLM, "causal language model", **arguments)
+    _ready(model, policy)
+    return _with_adapter(model, policy)
+
+
+def load_skeleton(policy: PolicyConfig) -> tuple[PreTrainedModel, Skeleton]:
+    """The same model without the weights of its files, and the way to them; an adapter has its own.
+
+    Raises:
+        UnsuitedError: this model cannot be read piece by piece; :func:`load_model` reads it.
+    """
+    check_quantization(policy)
+    if policy.quantization is not None:
+        raise UnsuitedError("it is quantised while it is loaded")
+    if policy.options:
+        raise UnsuitedError(f"policy.options ({', '.join(policy.options)}) are for from_pretrained")
+    if policy.lora is not None and (policy.lora.modules_to_save or policy.lora.options):
+        raise UnsuitedError("its adapter may start from the model's weights (policy.lora.modules_to_save or options)")
+    adapter: Any = None
+    if policy.is_adapter:
+        from peft import PeftConfig
+
+        adapter = _open(policy, PeftConfig, "PEFT adapter")
+        if adapter.modules_to_save or getattr(adapter, "use_dora", False):
+            raise UnsuitedError("its adapter changes whole layers (modules_to_save, DoRA)")
+    arguments: dict[str, Any] = {"trust_remote_code": policy.trust_remote_code}
+    if policy.attn_implementation is not None:
+        arguments["attn_implementation"] = policy.attn_implementation
+    path, revision = (_base_of(policy), None) if policy.is_adapter else (policy.path, policy.revision)
+    bare = skeleton(AutoModelForCausalLM, path, load_config(policy), policy.dtype, revision, **arguments)
+    _ready(bare.model, policy)
+    with bare.posing():
+        model = _with_adapter(bare.model, policy)
+    if (
+        any(parameter.is_meta and parameter.requires_grad for parameter in model.parameters())
+        and model is not bare.model
+    ):
+        raise UnsuitedError("its adapter trains weights of the model itself")
+    return model, bare
+
+
+def check_quantization(policy: PolicyConfig) -> None:
+    """Refuse quantised weights without an adapter.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if policy.quantization is not None and policy.lora is None and not policy.is_adapter:
+        raise ValueError("policy.quantization needs policy.lora: quantised weights cannot be trained themselves")
+
+
+def _ready(model: Any, policy: PolicyConfig) -> None:
     # Before the adapter comes in: it keeps its own dropout, and must not be frozen with the quantised weights.
     if policy.disable_dropout:
         disable_dropout(model)
     if policy.quantization is not None:
         from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=policy.gradient_checkpointing)
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=policy.gradient_checkpointing)
     elif policy.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+
+
+def _with_adapter(model: Any, policy: PolicyConfig) -> PreTrainedModel:
     if policy.is_adapter:
         model = _open_adapter(model, policy)
     elif policy.lora is not None:

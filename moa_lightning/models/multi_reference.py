@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moa_lightning.distributed import in_pieces
 from moa_lightning.functional.pairwise import clip_around_first, confidence_weights, virtual_reference
 from moa_lightning.models.loading import disable_dropout
 from moa_lightning.models.policy import Policy, PolicyOutput
@@ -43,6 +44,7 @@ class MultiReference(Reference):
     trust_remote_code: bool = False
     _first: Reference = field(default_factory=FrozenCopy, init=False, repr=False, compare=False)
     _others: list[Policy] = field(default_factory=list, init=False, repr=False, compare=False)
+    _cut: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -90,6 +92,7 @@ class MultiReference(Reference):
         self._first.shard(policy, cut)
         for other in self._others:
             cut(other)
+        self._cut = True
 
     @torch.no_grad()
     def logprobs(
@@ -106,8 +109,10 @@ class MultiReference(Reference):
         first_BT = self._first.logprobs(policy, *inputs)
         sums = [first_BT.sum(1)]
         for other in self._others:
-            other.to(input_ids_BL.device)
+            if not self._cut:
+                other.to(input_ids_BL.device)
             output: PolicyOutput = other(*inputs)
+            in_pieces(other)  # no backward pass will make the root let go of what it gathered
             sums.append(output.logprobs_BT.sum(1))
         logprobs_BK = torch.stack(sums, 1)
         if self.weights is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moa_lightning.distributed import in_pieces, like, whole
 from moa_lightning.models.policy import Policy, PolicyOutput
+from moa_lightning.models.sharding import copy_pieces
 
 
 class Reference(ABC):
@@ -27,7 +28,10 @@ class Reference(ABC):
         """Take what is needed from the freshly loaded policy, before a checkpoint is restored into it."""
 
     def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
-        """The policy has been cut into pieces: do the same to what was taken from it."""
+        """The policy has been cut into pieces and has its weights: do the same to what was taken from it.
+
+        When that was taken, the policy may have been without weights (on the meta device).
+        """
 
     def advance(self, policy: Policy, step: int) -> None:
         """Called before each collected batch, with the number of optimiser steps so far."""
@@ -96,6 +100,7 @@ class FrozenCopy(Reference):
 
     def __init__(self) -> None:
         self._copy: Policy | None = None
+        self._cut = False
 
     def setup(self, policy: Policy) -> None:
         """Copy the backbone."""
@@ -104,9 +109,11 @@ class FrozenCopy(Reference):
         self._copy = Policy(backbone, policy.tokenizer).eval()
 
     def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
-        """Cut the copy too."""
+        """Cut the copy too, and take each piece from the policy's."""
         assert self._copy is not None, "setup was not called"
         cut(self._copy)
+        copy_pieces(policy.backbone, self._copy.backbone)
+        self._cut = True
 
     @torch.no_grad()
     def logprobs(
@@ -120,8 +127,10 @@ class FrozenCopy(Reference):
     ) -> Tensor:
         """Log-probabilities under the copy, which follows the policy to its device."""
         assert self._copy is not None, "setup was not called"
-        self._copy.to(input_ids_BL.device)
+        if not self._cut:  # pieces are where the strategy wants them
+            self._copy.to(input_ids_BL.device)
         output: PolicyOutput = self._copy(input_ids_BL, attention_mask_BL, mask_BT, temperature)
+        in_pieces(self._copy)  # no backward pass will make the root let go of what it gathered
         return output.logprobs_BT
 
 

@@ -1,8 +1,8 @@
-"""Sharding a policy over processes with FSDP2, block by block."""
+"""Sharding policies, and other models that only answer, over processes with FSDP2, block by block."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -23,6 +23,7 @@ from moa_lightning.models.policy import Policy
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Generation = Literal["gathered", "layerwise"]
+KeepTogether = Callable[[nn.Module], AbstractContextManager[bool]]
 Mesh = DeviceMesh
 """Processes in one row, or in rows of replicas."""
 
@@ -80,10 +81,56 @@ class ShardingPlan:
         # The root is the policy, not the model in it: its forward pass uses the parts of the model one by one.
         fully_shard(policy, mesh=mesh, mp_policy=mixed, offload_policy=offload)
         register_fsdp_forward_method(policy, "generate")
+        register_fsdp_forward_method(policy, "check_logits")
         # The hidden states are a view of the decoder's; nothing here changes them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        gathered = partial(_gathered, reshards=self.reshard_after_forward)
-        policy.keep_together = gathered if self.generation == "gathered" else _layer_by_layer
+        policy.keep_together = self._keeping_together()
+
+    def apply_frozen(self, model: nn.Module, mesh: Mesh) -> KeepTogether:
+        """Shard a model that only answers, such as a reward's: each block, then what is left. In place.
+
+        Returns:
+            What must surround its forward passes: within it the model is whole, or (``layerwise``) processes must run
+            the same number of forward passes, which is what it yields.
+        """
+        offload = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        for part in (*_blocks(model), model):  # in the model's own precision: scores do not depend on the Trainer's
+            # Without a backward pass the root would never let go of what it gathered, unless it is told to.
+            fully_shard(part, mesh=mesh, offload_policy=offload, reshard_after_forward=True)
+        return self._keeping_together()
+
+    def _keeping_together(self) -> KeepTogether:
+        if self.generation == "layerwise":
+            return _layer_by_layer
+        return partial(_gathered, reshards=self.reshard_after_forward)
+
+
+def give_memory(model: nn.Module, device: torch.device) -> None:
+    """Memory for the pieces of parameters without any (meta), uninitialised; weights that were tied stay so."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+    model._apply(lambda tensor: tensor)  # tells the sharding that its parameters are others
+
+
+@torch.no_grad()
+def copy_pieces(source: nn.Module, target: nn.Module) -> None:
+    """Copy the parameters of a model to its twin; both have been cut alike."""
+    for old, new in zip(source.parameters(), target.parameters(), strict=True):
+        new.copy_(old)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The items of a model's lists of modules, but of no list within another one's items."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
+    return found
 
 
 def replicated(device_type: str, replicas: int, processes: int) -> Mesh:

@@ -5,13 +5,19 @@ Legend: B responses.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_lightning.schedules import Weight, check_weights, weight_at
+
+Cut = Callable[[nn.Module], Callable[[nn.Module], AbstractContextManager[bool]]]
+"""Cuts a model that only answers into pieces over the processes, in place. What it returns, called with the model, must
+surround its forward passes; where that yields True, processes must run the same number of them."""
 
 
 class Reward(ABC):
@@ -42,6 +48,13 @@ class Reward(ABC):
         """Load what the reward needs onto the device, before the first score.
 
         May be called again, with the same device or another one.
+        """
+
+    def shard(self, cut: Cut) -> None:
+        """Called before :meth:`setup` where processes hold models in pieces: load the reward's model and cut it.
+
+        All processes call :meth:`score` equally often, with different numbers of responses. Nothing to do for rewards
+        without a model; a model that is left whole takes its memory on every process.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ Legend: B texts, K labels, L tokens.
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
-from moa_lightning.rewards.base import Reward
+from moa_lightning.rewards.base import Cut, Reward
+from moa_lightning.rewards.in_pieces import InPieces
 from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
 
 _LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit say 10**30
@@ -56,7 +58,8 @@ class TextClassifier(Reward):
     """Any ``AutoModelForSequenceClassification`` with its own tokenizer: sentiment, toxicity, a reward model.
 
     The model is frozen, in evaluation mode, computes in its own ``dtype`` whatever the Trainer's precision is, and
-    is no part of the policy: not trained, not sharded, not saved in checkpoints. Each process holds a copy.
+    is no part of the policy: not trained, not saved in checkpoints. Each process holds a copy, or its pieces of one
+    where the strategy cuts models into pieces.
 
     A text without any token (an empty completion for some tokenizers) has no score.
 
@@ -85,6 +88,8 @@ class TextClassifier(Reward):
     _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
     _model: Any = field(default=None, init=False, repr=False, compare=False)
     _label: int = field(default=0, init=False, repr=False, compare=False)
+    _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False, compare=False)
+    _pieces: InPieces | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -129,51 +134,66 @@ class TextClassifier(Reward):
 
     def setup(self, device: torch.device) -> None:
         """Load the weights, the first time, and move them to the device."""
+        self._load()
+        self._device = device
+        if self._pieces is None:
+            self._model.to(device)
+
+    def shard(self, cut: Cut) -> None:
+        """Load the weights and cut them into pieces."""
+        if self._pieces is None:
+            self._load()
+            self._pieces = InPieces(self._model, cut)
+
+    def _load(self) -> None:
         from transformers import AutoModelForSequenceClassification
 
         self.check(set())
-        if self._model is None:
-            model, report = open_pretrained(
-                AutoModelForSequenceClassification,
-                self.path,
-                "sequence classifier",
-                dtype=self.dtype,
-                output_loading_info=True,
-                **self._arguments(),
+        if self._model is not None:
+            return
+        model, report = open_pretrained(
+            AutoModelForSequenceClassification,
+            self.path,
+            "sequence classifier",
+            dtype=self.dtype,
+            output_loading_info=True,
+            **self._arguments(),
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers would fill them with random numbers
+            raise ValueError(
+                f"'{self.path}' is not a trained sequence classifier: it has no weights for {', '.join(missing[:3])}"
             )
-            missing = sorted(report["missing_keys"])
-            if missing:  # transformers would fill them with random numbers
-                raise ValueError(
-                    f"'{self.path}' is not a trained sequence classifier: it has no weights for "
-                    f"{', '.join(missing[:3])}"
-                )
-            self._model = model.eval().requires_grad_(False)
-        self._model.to(device)
+        self._model = model.eval().requires_grad_(False)
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """Scores in the order of the completions."""
         if self._model is None:
             self.setup(torch.device("cpu"))
-        scores: list[float | None] = [None] * len(completions)
-        if not completions:
-            return scores
-        limit = self.max_length or self._limit(self._tokenizer)
-        encoded = self.text.encode(
-            self._tokenizer, prompts, completions, truncation=limit is not None, max_length=limit, padding=False
-        )
+        encoded = self._encode(prompts, completions) if completions else {"input_ids": []}
         lengths = [len(ids) for ids in encoded["input_ids"]]
         # Texts of similar length together: less padding. The longest first: too little memory shows at once.
         order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            inputs = {name: [values[i] for i in rows] for name, values in encoded.items()}
-            for i, score in zip(rows, self._score_batch(inputs), strict=True):
-                scores[i] = score
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        scores: list[float | None] = [None] * len(completions)
+        with self._pieces.passes(len(batches), self._device) if self._pieces else nullcontext(0) as more:
+            for rows in batches:
+                inputs = {name: [values[i] for i in rows] for name, values in encoded.items()}
+                for i, score in zip(rows, self._score_batch(inputs), strict=True):
+                    scores[i] = score
+            for _ in range(more):
+                self._score_batch({"input_ids": [[0]], "attention_mask": [[1]]})
         return scores
 
-    @torch.inference_mode()
+    def _encode(self, prompts: list[str], completions: list[str]) -> Any:
+        limit = self.max_length or self._limit(self._tokenizer)
+        return self.text.encode(
+            self._tokenizer, prompts, completions, truncation=limit is not None, max_length=limit, padding=False
+        )
+
+    @torch.no_grad()
     def _score_batch(self, inputs: dict[str, list[list[int]]]) -> list[float]:
-        device = self._model.device
+        device = self._device
         padding = self._padding_id(inputs["input_ids"])
         self._model.config.get_text_config().pad_token_id = padding
         # On the right, whatever the tokenizer's habit: with absolute positions a text must start at position 0.

@@ -3,6 +3,7 @@
 Legend: B sequences, L tokens.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
-from moa_lightning.rewards.base import Reward
+from moa_lightning.rewards.base import Cut, Reward
+from moa_lightning.rewards.in_pieces import InPieces
 
 
 @dataclass
@@ -40,6 +42,8 @@ class ImplicitReward(Reward):
     revision: str | None = None
     _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
     _model: Any = field(default=None, init=False, repr=False, compare=False)
+    _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False, compare=False)
+    _pieces: InPieces | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -65,6 +69,18 @@ class ImplicitReward(Reward):
 
     def setup(self, device: torch.device) -> None:
         """Load the weights, the first time, and move them to the device."""
+        self._load()
+        self._device = device
+        if self._pieces is None:
+            self._model.to(device)
+
+    def shard(self, cut: Cut) -> None:
+        """Load the weights and cut them into pieces."""
+        if self._pieces is None:
+            self._load()
+            self._pieces = InPieces(self._model.base_model.model, cut)  # peft's own layers stay around it
+
+    def _load(self) -> None:
         from peft import AutoPeftModelForCausalLM
 
         self.check(set())
@@ -73,7 +89,6 @@ class ImplicitReward(Reward):
                 AutoPeftModelForCausalLM, self.path, "PEFT adapter", dtype=self.dtype, **self._arguments()
             )
             self._model = model.eval().requires_grad_(False)
-        self._model.to(device)
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """Scores in the order of the completions."""
@@ -81,11 +96,14 @@ class ImplicitReward(Reward):
             self.setup(torch.device("cpu"))
         texts = [self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))  # similar lengths together: less padding
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         scores: list[float | None] = [None] * len(texts)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            for i, score in zip(rows, self._score_batch([texts[i] for i in rows]), strict=True):
-                scores[i] = score
+        with self._pieces.passes(len(batches), self._device) if self._pieces else nullcontext(0) as more:
+            for rows in batches:
+                for i, score in zip(rows, self._score_batch([texts[i] for i in rows]), strict=True):
+                    scores[i] = score
+            for _ in range(more):
+                self._score_batch([([0, 0], 1)])
         return scores
 
     def _tokens(self, prompt: str, completion: str) -> tuple[list[int], int]:
@@ -98,9 +116,9 @@ class ImplicitReward(Reward):
         answer = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
         return [*ids, *answer, *([] if end is None else [end])], len(ids)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score_batch(self, texts: list[tuple[list[int], int]]) -> list[float]:
-        device = self._model.device
+        device = self._device
         width = max(len(ids) for ids, _ in texts)
         ids_BL = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in texts], device=device)
         real_BL = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in texts], device=device)

@@ -5,14 +5,14 @@ Legend: B responses, N objectives (of ``weights_N``: trained objectives).
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moa_lightning.rewards.base import Objective, Reward
+from moa_lightning.rewards.base import Cut, Objective, Reward
 from moa_lightning.schedules import Weight, weight_at
 from moa_lightning.types import Columns, RewardTable
 
@@ -95,17 +95,20 @@ class RewardPanel:
                     f"the data has a column '{column}', but rewards get an argument of that name already; "
                     "rename the column"
                 )
-        for name, objective in self.objectives.items():
-            try:
-                objective.reward.check(columns)
-            except ValueError as error:
-                raise ValueError(f"objective '{name}': {error}") from error
+        self._each(lambda reward: reward.check(columns))
 
     def setup(self, device: torch.device) -> None:
         """Load the rewards' models onto the device. May be called again."""
+        self._each(lambda reward: reward.setup(device))
+
+    def shard(self, cut: Cut) -> None:
+        """Load the rewards' models in pieces, before :meth:`setup`."""
+        self._each(lambda reward: reward.shard(cut))
+
+    def _each(self, call: Callable[[Reward], None]) -> None:
         for name, objective in self.objectives.items():
             try:
-                objective.reward.setup(device)
+                call(objective.reward)
             except ValueError as error:
                 raise ValueError(f"objective '{name}': {error}") from error
 

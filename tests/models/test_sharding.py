@@ -22,6 +22,9 @@ class Blocks(nn.Module):
     def generate(self):
         """Nothing."""
 
+    def check_logits(self):
+        """Nothing."""
+
     def forward(self, values):
         for block in self.blocks:
             values = block(values)
@@ -56,6 +59,7 @@ def test_sampling_leaves_the_choice_to_reshard_as_it_was(mesh, reshard):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"replicas": 0}, "FSDP2Strategy.replicas must be at least 1, got 0"),
         ({"generation": "gatherd"}, "generation of a sharded policy must be gathered or layerwise, got 'gatherd'"),
         ({"param_dtype": "bf16"}, "param_dtype of a sharded policy must be float32 or bfloat16 or float16, got 'bf16'"),
     ],

@@ -1,0 +1,262 @@
+"""Models without weights, and the way from their files into pieces: no process ever holds such a model whole."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils.hub import cached_file
+
+from moa_lightning.distributed import rank
+
+_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class UnsuitedError(Exception):
+    """A model cannot be read piece by piece; the message says why."""
+
+
+class WeightFiles:
+    """The safetensors files of a checkpoint, opened when they are first read.
+
+    Args:
+        path: folder or hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UnsuitedError: there are none.
+    """
+
+    def __init__(self, path: str, revision: str | None = None) -> None:
+        def found(name: str) -> Path | None:
+            try:
+                file = cached_file(
+                    str(Path(path).expanduser()) if Path(path).is_dir() else path, name, revision=revision
+                )
+            except OSError:
+                return None
+            return None if file is None else Path(file)
+
+        one, index = found(_ONE_FILE), None
+        if one is None:
+            index = found(_INDEX)
+        if one is not None:
+            self._files = dict.fromkeys(_opened(one).keys(), one)
+        elif index is not None:
+            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {name: found(name) for name in set(names.values())}
+            if missing := sorted(name for name, file in files.items() if file is None):
+                raise UnsuitedError(f"{missing[0]} is missing")
+            self._files = {key: file for key, name in names.items() if (file := files[name]) is not None}
+        else:
+            raise UnsuitedError("its weights are not in safetensors files")
+        self._opened: dict[Path, Any] = {}
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the files hold a tensor of this name."""
+        return key in self._files
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._slice(key).get_shape())
+
+    def rows(self, key: str, first: int, last: int) -> Tensor:
+        """The rows first <= i < last of a tensor; nothing else of it is read."""
+        rows: Tensor = self._slice(key)[first:last]
+        return rows
+
+    def whole(self, key: str) -> Tensor:
+        """A tensor."""
+        whole: Tensor = self._open(key).get_tensor(key)
+        return whole
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._opened.clear()
+
+    def _slice(self, key: str) -> Any:
+        return self._open(key).get_slice(key)
+
+    def _open(self, key: str) -> Any:
+        file = self._files[key]
+        if file not in self._opened:
+            self._opened[file] = _opened(file)
+        return self._opened[file]
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UnsuitedError(f"{file.name} does not open: {error}") from error
+
+
+@dataclass
+class Skeleton:
+    """A model whose parameters are on the meta device, with what each of them is called in its files.
+
+    A parameter is known by the module that holds it, which stays the same object when adapters come around it or when
+    it is cut into pieces.
+
+    Args:
+        model: the model; its buffers are real.
+        places: module, attribute and name in the files; of tied weights, each place has the same name.
+        files: what to read.
+    """
+
+    model: PreTrainedModel
+    places: list[tuple[nn.Module, str, str]]
+    files: WeightFiles
+
+    @contextmanager
+    def posing(self) -> Iterator[None]:
+        """Within it parameters look real to code that asks for their device, without memory of their own.
+
+        Adapters are then made where they would be made beside real weights, with the same random numbers.
+        """
+        self._replace(lambda parameter: torch.empty((), dtype=parameter.dtype).expand(parameter.shape))
+        try:
+            yield
+        finally:
+            self._replace(lambda parameter: torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+
+    def _replace(self, make: Callable[[Tensor], Tensor]) -> None:
+        made: dict[int, nn.Parameter] = {}
+        for module, attribute, _ in self.places:
+            old = module._parameters[attribute]
+            assert old is not None
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(make(old), requires_grad=old.requires_grad)
+            module._parameters[attribute] = made[id(old)]
+
+    @torch.no_grad()
+    def fill(self, what: str) -> None:
+        """Read every process's pieces from the files. The model has been cut, and its pieces have memory.
+
+        Args:
+            what: the model is, for the progress bar of the first process.
+        """
+        read: set[int] = set()
+        silent = rank() != 0 or not sys.stderr.isatty()
+        for module, attribute, key in tqdm(self.places, f"loading {what}", unit="tensor", disable=silent, leave=False):
+            parameter = module._parameters[attribute]
+            assert parameter is not None and not parameter.is_meta
+            if id(parameter) in read:
+                continue
+            read.add(id(parameter))
+            if isinstance(parameter, DTensor):
+                first, last = _rows_of(parameter)
+                if last > first:
+                    parameter.to_local().copy_(self.files.rows(key, first, last))
+            else:
+                parameter.copy_(self.files.whole(key))
+        self.files.close()
+
+
+def skeleton(
+    auto_class: Any, path: str, config: PretrainedConfig, dtype: str, revision: str | None = None, **arguments: Any
+) -> Skeleton:
+    """A model as ``auto_class.from_pretrained(path)`` gives it, without its weights.
+
+    Args:
+        auto_class: one of transformers' ``AutoModelFor…`` classes.
+        path: folder or hub id.
+        config: the model's.
+        dtype: of the weights; ``auto`` is the config's.
+        revision: branch, tag or commit on the hub.
+        arguments: for ``from_config``.
+
+    Raises:
+        UnsuitedError: the files do not hold the model's weights one by one, or transformers changes them when it
+            loads them.
+    """
+    wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    if wanted is None:
+        raise UnsuitedError("its config does not say the dtype of its weights")
+    with _parameters_on_meta():
+        model = auto_class.from_config(config, dtype=wanted, **arguments)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsuitedError("it is quantised")
+    if wanted != torch.float32 and (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):
+        raise UnsuitedError("some of its layers stay in float32")
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise UnsuitedError("transformers rearranges its weights when it loads them")
+    files = WeightFiles(path, revision)
+    places = _places(model, files)
+    for key, buffer in model.state_dict(keep_vars=True).items():  # persistent ones are in the files as well
+        if not isinstance(buffer, nn.Parameter):
+            name = _name_in(files, key, model)
+            if name is None or files.shape(name) != tuple(buffer.shape):
+                raise UnsuitedError(f"its files do not hold {key}")
+            buffer.copy_(files.whole(name))
+    if model.can_generate():
+        with suppress(OSError):  # without the file it stays the one that from_config makes from the config
+            folder = Path(path).expanduser()
+            where = str(folder) if folder.is_dir() else path
+            model.generation_config = GenerationConfig.from_pretrained(where, revision=revision or "main")
+    return Skeleton(model.eval(), places, files)
+
+
+def _places(model: PreTrainedModel, files: WeightFiles) -> list[tuple[nn.Module, str, str]]:
+    names: dict[int, str] = {}
+    found = [
+        (module, attribute, parameter, f"{prefix}.{attribute}" if prefix else attribute)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    for _, _, parameter, key in found:
+        name = _name_in(files, key, model)
+        if name is not None and files.shape(name) == tuple(parameter.shape):
+            names.setdefault(id(parameter), name)  # of tied weights one is in the files
+    for _, _, parameter, key in found:
+        if id(parameter) not in names:
+            raise UnsuitedError(f"its files do not hold {key}, or with another shape")
+    return [(module, attribute, names[id(parameter)]) for module, attribute, parameter, _ in found]
+
+
+def _name_in(files: WeightFiles, key: str, model: PreTrainedModel) -> str | None:
+    """What the files call a weight: some hold the model inside the head alone, without its prefix, or the reverse."""
+    prefix = f"{model.base_model_prefix}."
+    return next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in files), None)
+
+
+def _rows_of(parameter: DTensor) -> tuple[int, int]:
+    """The rows of the whole tensor that this process has."""
+    first, last = 0, parameter.shape[0]
+    for i, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "parameters are cut along their first dimension"
+            each = math.ceil(parameter.shape[0] / parameter.device_mesh.size(i))
+            first = min(parameter.device_mesh.get_local_rank(i) * each, last)
+            last = min(first + each, last)
+    assert last - first == parameter.to_local().shape[0], "pieces of another size than expected"
+    return first, last
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it modules make parameters without memory, and buffers as ever: those that no file holds are computed."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one stays the same object
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
