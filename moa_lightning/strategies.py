@@ -88,6 +88,10 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"FSDP2Strategy.replicas {self.replicas} does not divide the {processes} processes of the run"
             )
         self._data_parallel_size = processes
+        if self.plan.cpu_offload and self.root_device.type == "cpu":
+            raise ValueError("FSDP2Strategy.cpu_offload is for GPUs: on a CPU the pieces are in main memory already")
+        if self.plan.cpu_offload and self._process_group_backend is None:
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradients in main memory are summed for their norm
         super().setup_environment()
         self.mesh = self.device_mesh["data_parallel"]
         if self.replicas > 1:

@@ -22,7 +22,7 @@ from moa_lightning.distributed import all_objects, all_sum, rank, whole_state, w
 from moa_lightning.losses import ClippedSurrogate, LossKL, WeightedLikelihood
 from moa_lightning.models import LaggedCopy, LoRA, Policy, PolicyConfig
 from moa_lightning.module import AlignmentModule
-from moa_lightning.rewards import FunctionReward, Length, Objective
+from moa_lightning.rewards import FunctionReward, Length, Objective, TextClassifier
 from moa_lightning.sources import Rollout
 from moa_lightning.strategies import FSDP2Strategy
 from tests import pairs
@@ -39,6 +39,7 @@ STRATEGIES = {
             "fsdp2-layerwise": {"generation": "layerwise"},
             "fsdp2-pieces": {"save_distributed_checkpoint": True},
             "hsdp": {"replicas": 2},
+            "bfloat16": {"param_dtype": "bfloat16"},
         }.items()
     },
 }
@@ -98,6 +99,7 @@ def scripted(policy: Policy, input_ids_BP: torch.Tensor, attention_mask_BP: torc
 def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
     policy = PolicyConfig(
         str(folder / "policy"),
+        gradient_checkpointing=case.get("checkpointing", False),
         lora=LoRA(r=case.get("r", 2), lora_dropout=case.get("dropout", 0.0)) if case.get("lora") else None,
     )
     optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
@@ -120,6 +122,8 @@ def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
             "good": Objective(FunctionReward(good_of_first)),
             "short": Objective(FunctionReward(short_of_first)),
         }
+    if case.get("judge"):
+        online["objectives"]["liked"] = Objective(TextClassifier(str(folder / "judge"), batch_size=3))
     pieces = offline if case.get("offline") else online
     likelihood = isinstance(combiner, MOPO)
     return AlignmentModule(

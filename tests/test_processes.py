@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
 from moa_lightning.combiners import MGDAUB, MOPO, PAMA, Linear
 from tests import pairs, processes, tiny
@@ -30,6 +30,12 @@ CASES |= {
     "lagged-full": {"combiner": MOPO, "offline": True, "lagged": True, "steps": 5},
     "lagged-lora": {"combiner": MOPO, "offline": True, "lora": True, "lagged": True, "steps": 5},
 }
+PLAIN = "PAMA-online-full"
+SHARDED = {
+    "checkpointing-full": CASES[PLAIN] | {"checkpointing": True},
+    "checkpointing-lora": CASES["PAMA-online-lora"] | {"checkpointing": True},
+    "judge": CASES[PLAIN] | {"judge": True},
+}
 
 
 @pytest.fixture
@@ -41,10 +47,19 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one(folder):
-    layerwise = "PAMA-online-full"
+    torch.manual_seed(3)
+    GPT2ForSequenceClassification(tiny.gpt2_config(num_labels=1)).save_pretrained(folder / "judge")
+    tiny.tokenizer().save_pretrained(folder / "judge")
     cells = [(strategy, name, case) for strategy in ("ddp", "fsdp2") for name, case in CASES.items()]
-    found = processes.both([*cells, ("fsdp2-layerwise", layerwise, CASES[layerwise])], folder)
-    alone = {name: processes.run("one", case, folder) for name, case in CASES.items()}
+    cells += [(strategy, PLAIN, CASES[PLAIN]) for strategy in ("fsdp2-layerwise", "hsdp", "bfloat16")]
+    cells += [("fsdp2", name, case) for name, case in SHARDED.items()]
+    cells += [("fsdp2-layerwise", "judge", SHARDED["judge"])]
+    found = processes.both(cells, folder)
+    alone = {name: processes.run("one", case, folder) for name, case in {**CASES, **SHARDED}.items()}
+    rounded = found.pop(("bfloat16", PLAIN))
+    assert all(weight.dtype == torch.float32 for weight in rounded["weights"].values())
+    assert rounded["losses"] != alone[PLAIN]["losses"]
+    torch.testing.assert_close(rounded["losses"], alone[PLAIN]["losses"], rtol=0.05, atol=0.02)
     for (strategy, name), result in found.items():
         cell = f"{strategy} {name}"
         assert len(set(alone[name]["losses"])) > 1, cell

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -67,3 +68,10 @@ def test_sampling_leaves_the_choice_to_reshard_as_it_was(mesh, reshard):
 def test_misspelt_names_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         FSDP2Strategy(**settings)
+
+
+def test_offloading_to_where_the_pieces_are_is_refused():
+    strategy = FSDP2Strategy(cpu_offload=True)
+    strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], LightningEnvironment()
+    with pytest.raises(ValueError, match="cpu_offload is for GPUs"):
+        strategy.setup_environment()
