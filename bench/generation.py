@@ -14,7 +14,7 @@ the highest. ``gathered`` bytes are counted, not timed: what one process receive
 token it samples. The samples must be the same to the bit in all three, and the run fails if they are not.
 
 The interconnect decides here: these processes share memory, and GPUs wait less for parameters and less for Python.
-What holds everywhere is the number of bytes. About a minute on two idle cores.
+What holds everywhere is the number of bytes.
 """
 
 import argparse

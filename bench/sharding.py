@@ -20,7 +20,8 @@ there.
 
 What this cannot see: the allocator's fragmentation, NCCL's buffers, CUDA's context and kernels' workspaces, and how far
 CUDA's streams run ahead. ``--real`` trains a small policy on two real processes and compares: fake tensors must
-count what real ones do. A run takes about three minutes on two idle cores.
+count what real ones do. A run takes some minutes on two cores;
+``--shapes`` and ``--processes`` leave some out.
 """
 
 import argparse
