@@ -63,7 +63,7 @@ class Preemption(Callback):
             return
         self._asked = any_rank(self._asked, pl_module.device)
         loop = trainer.fit_loop.epoch_loop
-        # Where an evaluation is due it begins first: only then does the checkpoint say that it is to be made.
+        # Where an evaluation is due it begins first: then the checkpoint says what it is to draw when it is made anew.
         if self._asked and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()  # the step's row, which Lightning writes after this
@@ -108,14 +108,6 @@ class Preemption(Callback):
                 if code and not isinstance(exception, Stopped):
                     how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
                     print(f"moa: process {number} {how}", file=sys.stderr)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint that the evaluation at its step is still to be made, if it is."""
-        if self._unfinished:
-            # What Lightning finds in the first batch of an evaluation, from which it makes the whole one.
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            for part, before in (("total", progress["total"]["completed"]), ("current", 0)):
-                progress[part] |= {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
 
     def state_dict(self) -> dict[str, Any]:
         """The random streams that an unfinished evaluation began with, of every process."""

@@ -25,12 +25,13 @@ if ((processes == 0)); then
     echo "no GPU here; on the CPU give the number of processes: PROCESSES=2 $0 …  --trainer.accelerator=cpu" >&2
     exit 2
 fi
+# torch 2.13 has one store for all rounds and takes each to have its own: after a restart processes look for each other
+# where the former ones were, and the agents that are left do not tell a new one where to meet.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if ((nodes == 1)); then
     meeting=(--standalone)
 else
     address=${MASTER_ADDR:?with several nodes, MASTER_ADDR is the name or address of the first, on all of them}
-    # torch 2.13: with one store for all rounds the agents that are left do not tell a new one where to meet.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     meeting=(--rdzv-backend=c10d --rdzv-endpoint="$address:${MASTER_PORT:-29400}" --rdzv-id="${RUN_ID:-moa}")
 fi
 logs=()
