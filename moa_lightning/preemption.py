@@ -109,6 +109,14 @@ class Preemption(Callback):
                     how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
                     print(f"moa: process {number} {how}", file=sys.stderr)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint that the evaluation at its step is still to be made, if it is."""
+        if self._unfinished:
+            # What Lightning finds in the first batch of an evaluation, from which it makes the whole one.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for part, before in (("total", progress["total"]["completed"]), ("current", 0)):
+                progress[part] |= {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
+
     def state_dict(self) -> dict[str, Any]:
         """The random streams that an unfinished evaluation began with, of every process."""
         return {"streams": all_objects(self._before)} if self._unfinished else {}

@@ -19,6 +19,8 @@ class ResumedModule(LightningModule):
         by_the_clock = getattr(self.trainer, "_val_check_time_interval", None) is not None
         if self.trainer.global_step in (0, self.evaluated_at) or fetcher is None or by_the_clock:
             return
+        if epoch_loop.val_loop.restarted_mid_evaluation:  # Lightning makes that one anew
+            return
         if epoch_loop._should_check_val_fx(fetcher):
             self.trainer.validating = True
             epoch_loop.val_loop.restarting = False
