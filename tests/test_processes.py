@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
 from moa_lightning.combiners import MGDAUB, MOPO, PAMA, Linear
@@ -101,6 +102,8 @@ def test_a_run_resumed_between_two_passes_is_the_whole_to_the_bit(folder):
         assert saved["state_dict"].keys() == {n for n in saved["state_dict"] if "lora_" in n or "value_heads" in n}
         # What was exported opens as plain transformers, with the weights of the run.
         model = AutoModelForCausalLM.from_pretrained(folder / f"exported-{strategy}")
+        with safe_open(folder / f"exported-{strategy}" / "model.safetensors", framework="pt") as file:
+            assert "lm_head.weight" not in file.keys()  # noqa: SIM118  # it is the embedding
         weights = found[strategy, "whole-passes"]["weights"]
         assert all(torch.equal(value, weights[f"backbone.{name}"]) for name, value in model.state_dict().items())
         assert "use the run's own config.yaml" in found[strategy, "other"]["refused"]

@@ -211,6 +211,9 @@ class Policy(nn.Module):
         model, heads = whole_state(self.backbone), whole_state(self.value_heads) if self.value_heads else {}
         if rank() != 0:
             return
+        for copied, origin in self.causal_lm.all_tied_weights_keys.items():
+            if model.get(origin) is not None:  # put together from pieces, a tied weight is there twice
+                model.pop(copied, None)
         with whole_folder(folder, overwrite=True, only_writer=True) as target:
             self.backbone.save_pretrained(target, state_dict=model)
             self.tokenizer.save_pretrained(target)
