@@ -207,7 +207,8 @@ def closed_form(shape: Decoder, work: Work, shards: int) -> dict[str, int]:
         "gradients": EXACT * pieces(trained, shards),
         "optimizer": 2 * EXACT * pieces(trained, shards) + EXACT * len(trained),
         "reference": 0 if work.lora else EXACT * pieces(backbone, shards),
-        "reward": EXACT * (pieces(backbone, 1) - pieces(shape.head(), 1) + shape.hidden),
+        "reward": EXACT
+        * (pieces(backbone, shards) - pieces(shape.head(), shards) + pieces([(1, shape.hidden)], shards)),
         "gathered to train": outer + block + (max(outer, block) if shards > 1 else 0),
         "gathered to sample": work.element * shards * pieces(backbone + adapters, shards)
         + EXACT * shards * pieces(heads, shards),

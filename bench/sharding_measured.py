@@ -182,6 +182,7 @@ def measure(config: PretrainedConfig, work: Work, layout: Layout, fake: bool = T
         copies: list[Policy] = []
         reference.shard(policy, lambda copy: (plan.apply(copy, mesh), copies.append(copy))[0])
         reward = AutoModelForSequenceClassification.from_config(_classifier(config))
+        plan.apply_frozen(reward, mesh)
         found = _step(policy, work, fake)
         found["reference"] = _held(parameter for copy in copies for parameter in copy.parameters())
         found["reward"] = _held(reward.parameters())

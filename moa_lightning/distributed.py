@@ -114,9 +114,15 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     return dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]  # they are tensors
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its pieces, on every process; itself where it is whole."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_on_first(tensor: Tensor) -> Tensor | None:
+    """A tensor put together from its pieces, in the main memory of the first process; ``None`` on the others.
+
+    Every process calls it. A tensor that is not in pieces is returned by all as it is.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if rank() == 0 else None
 
 
 def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_lightning.distributed import in_pieces, like, whole
+from moa_lightning.distributed import in_pieces, like, whole_on_first
 from moa_lightning.models.policy import Policy, PolicyOutput
 from moa_lightning.models.sharding import copy_pieces
 
@@ -196,12 +196,12 @@ class LaggedCopy(Reference):
         return output.logprobs_BT
 
     def state_dict(self) -> dict[str, Any]:
-        """The two copies that move and the step of the last refresh."""
+        """The two copies that move and the step of the last refresh; of pieces, on the first process alone."""
         moved = self._lagged is not self._first
         return {
             "step": self._step,
-            "lagged": [whole(weight) for weight in self._lagged] if moved else None,
-            "next": [whole(weight) for weight in self._next] if self._next is not self._first else None,
+            "lagged": [whole_on_first(weight) for weight in self._lagged] if moved else None,
+            "next": [whole_on_first(weight) for weight in self._next] if self._next is not self._first else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
