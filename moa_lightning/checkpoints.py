@@ -127,21 +127,22 @@ def explained(target: Path, size: int) -> Iterator[None]:
         ) from error
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path, known_broken: Path | None = None) -> Path | None:
     """The checkpoint with the most steps that is whole, by reading it; ``None`` if there is none.
 
-    Broken ones that are newer are named in a warning.
+    Broken ones that are newer are named in a warning, but for the one that is known already.
     """
     found: list[tuple[int, float, Path]] = []
     for path in sorted(folder.glob("*.ckpt")) if folder.is_dir() else ():
         if (step := _step(path)) is not None:
             found.append((step, path.stat().st_mtime, path))
-        else:
+        elif path != known_broken:
             rank_zero_warn(f"{path} is left out: {problem(path)}")
     for _, _, path in sorted(found, reverse=True):
         if (why := problem(path)) is None:
             return path
-        rank_zero_warn(f"{path} is left out: {why}")
+        if path != known_broken:
+            rank_zero_warn(f"{path} is left out: {why}")
     return None
 
 
@@ -153,7 +154,7 @@ def require_whole(path: Path) -> None:
     """
     if (why := problem(path)) is None:
         return
-    other = newest_whole(path.parent)
+    other = newest_whole(path.parent, known_broken=path)
     offer = f"the newest whole one beside it is {other}" if other else "there is no whole one beside it"
     raise ValueError(f"checkpoint {path} cannot be used: {why}; {offer}")
 

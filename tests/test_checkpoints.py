@@ -58,6 +58,10 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
     with pytest.warns(UserWarning, match=r"last.ckpt is left out: it is cut off or no checkpoint"):
         moa("validate", "--config", task.root / "config.yaml", "--ckpt_path=last")
     assert "goes on from" in capsys.readouterr().out
+    last = task.root / "checkpoints" / "last.ckpt"
+    found = complaint(capsys, "fit", "--config", task.root / "config.yaml", f"--ckpt_path={last}")
+    assert found.startswith(f"checkpoint {last} cannot be used: it is cut off or no checkpoint (")
+    assert f"; the newest whole one beside it is {task.root}/checkpoints/step-4.ckpt" in found
     nothing = f"--trainer.default_root_dir={task.folder / 'none'}"
     found = complaint(capsys, "validate", "--config", task.config, "--ckpt_path=last", nothing)
     assert found == f"ckpt_path: 'last' finds no whole checkpoint in {task.folder / 'none/checkpoints'}; give a path"
