@@ -193,8 +193,8 @@ def place(policy: Policy, reference: Reference, panel: RewardPanel, strategy: St
         return
     reference.setup(policy)
     strategy.cut(policy)
-    if bare is not None:
-        with together():  # a file may be gone on one node
+    with together():  # a file may be gone on one node
+        if bare is not None:
             bare.fill("policy")
     policy.check_logits()
     in_pieces(policy)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_file
 
-from moa_lightning.distributed import rank
+from moa_lightning.console import progress
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -146,10 +144,20 @@ class Skeleton:
 
         Args:
             what: the model is, for the progress bar of the first process.
+
+        Raises:
+            ValueError: a file has gone, or breaks off.
         """
+        try:
+            self._read(what)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the weights of the {what} cannot be read: {' '.join(str(error).split())}") from error
+        finally:
+            self.files.close()
+
+    def _read(self, what: str) -> None:
         read: set[int] = set()
-        silent = rank() != 0 or not sys.stderr.isatty()
-        for module, attribute, key in tqdm(self.places, f"loading {what}", unit="tensor", disable=silent, leave=False):
+        for module, attribute, key in progress(self.places, f"loading {what}", "tensor"):
             parameter = module._parameters[attribute]
             assert parameter is not None and not parameter.is_meta
             if id(parameter) in read:
@@ -161,7 +169,6 @@ class Skeleton:
                     parameter.to_local().copy_(self.files.rows(key, first, last))
             else:
                 parameter.copy_(self.files.whole(key))
-        self.files.close()
 
 
 def skeleton(
