@@ -12,6 +12,7 @@ from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
+from moa_lightning.distributed import together
 from moa_lightning.signals import Signal
 from moa_lightning.types import Evaluation
 
@@ -58,7 +59,8 @@ class RunFiles(EvaluationCallback):
         self._seconds_before, self._started = self._seconds(), None
         if self.save_policy:  # by every process: pieces are put together
             policy: Any = pl_module.policy
-            policy.save_pretrained(Path(trainer.default_root_dir) / "policy", _record(trainer, pl_module))
+            with together():  # the first one writes, and the others go on to what they do together
+                policy.save_pretrained(Path(trainer.default_root_dir) / "policy", _record(trainer, pl_module))
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

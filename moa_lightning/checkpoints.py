@@ -21,6 +21,9 @@ META = "meta.pt"
 """What a checkpoint in pieces holds besides the pieces; Lightning's name for it."""
 
 
+_FORMER = "former"  # of a checkpoint that was put aside for the one that replaces it
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning plugin: a checkpoint appears once it is whole and on the disk, and is checked before it is loaded.
 
@@ -41,8 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with explained(replacement.target, bytes_of(checkpoint)):
                 replacement.prepare()
-                with replacement.path.open("wb") as file:
-                    torch.save(checkpoint, file)
+                save_file(checkpoint, replacement.path)
                 replacement.commit()
         finally:
             replacement.clear()
@@ -69,8 +71,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
             return
         hidden = _beside(Path(path), "removed")
+        _remove(hidden)  # the half of one that a run left that was killed while it removed it
         os.replace(path, hidden)
-        shutil.rmtree(hidden)
+        _remove(hidden)
 
 
 class Replacement:
@@ -92,7 +95,7 @@ class Replacement:
         """Flush it and move it to its place."""
         for written in [*self.path.rglob("*"), self.path]:
             _flush(written)
-        former = _beside(self.target, "former")
+        former = _beside(self.target, _FORMER)
         _remove(former)
         if self.target.is_dir() or (self.path.is_dir() and self.target.exists()):  # no folder is replaced at a stroke
             os.replace(self.target, former)
@@ -103,6 +106,12 @@ class Replacement:
     def clear(self) -> None:
         """Remove what was written beside the place."""
         _remove(self.path)
+
+
+def save_file(content: Any, path: Path) -> None:
+    """``torch.save`` into a file of Python's: given a path, it says nothing of why it could not write."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 @contextmanager
@@ -130,10 +139,12 @@ def explained(target: Path, size: int) -> Iterator[None]:
 def newest_whole(folder: Path, known_broken: Path | None = None) -> Path | None:
     """The checkpoint with the most steps that is whole, by reading it; ``None`` if there is none.
 
-    Broken ones that are newer are named in a warning, but for the one that is known already.
+    One that was put aside to be replaced counts too: a run may have been killed at that moment. Broken ones that are
+    newer are named in a warning, but for the one that is known already.
     """
     found: list[tuple[int, float, Path]] = []
-    for path in sorted(folder.glob("*.ckpt")) if folder.is_dir() else ():
+    former = _beside(Path("*.ckpt"), _FORMER).name
+    for path in sorted([*folder.glob("*.ckpt"), *folder.glob(former)]):
         if (step := _step(path)) is not None:
             found.append((step, path.stat().st_mtime, path))
         elif path != known_broken:
@@ -231,7 +242,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # Lightning's last.ckpt may be a link
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -87,9 +87,10 @@ class Preemption(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An evaluation that was made anew leaves the random streams to the training as the first one would have."""
-        if self._resumed is not None:
+        if self._resumed is not None and trainer.state.fn == TrainerFn.FITTING:
             loader: Any = trainer.train_dataloader
-            loader.random, self._resumed = random_state(), None
+            loader.random = random_state()
+        self._resumed = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the processes that Lightning started: left alone, they would wait for this one."""

@@ -19,8 +19,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from moa_lightning.checkpoints import META, Replacement, bytes_of, explained, require_whole
-from moa_lightning.distributed import in_pieces, load_pieces, save_pieces, shapes_on_disk, together
+from moa_lightning.checkpoints import (
+    META,
+    AtomicCheckpointIO,
+    Replacement,
+    bytes_of,
+    explained,
+    require_whole,
+    save_file,
+)
+from moa_lightning.distributed import all_objects, in_pieces, load_pieces, save_pieces, shapes_on_disk, together
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.loading import load_model, load_skeleton
 from moa_lightning.models.policy import Policy
@@ -88,6 +96,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"FSDP2Strategy.replicas {self.replicas} does not divide the {processes} processes of the run"
             )
         self._data_parallel_size = processes
+        if self._checkpoint_io is None:  # the Trainer was given none
+            self.checkpoint_io = AtomicCheckpointIO()
         if self.plan.cpu_offload and self.root_device.type == "cpu":
             raise ValueError("FSDP2Strategy.cpu_offload is for GPUs: on a CPU the pieces are in main memory already")
         if self.plan.cpu_offload and self._process_group_backend is None:
@@ -103,11 +113,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ValueError: on every process, one line with why it could not be written.
         """
-        target = Path(self.broadcast(filepath))
+        where = self.broadcast(filepath)
         if not self._save_distributed_checkpoint:
-            with together():
-                super().save_checkpoint(checkpoint, target, storage_options)
+            with together():  # not by Lightning's parent class: it removes a folder that is there before it writes
+                self._first_alone(partial(self.checkpoint_io.save_checkpoint, checkpoint, where, storage_options))
             return
+        target = Path(where)
         content = {"state_dict": checkpoint.pop("state_dict")}
         content |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         replacement = Replacement(target)
@@ -115,7 +126,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             for write in (
                 partial(self._first_alone, partial(replacement.prepare, folder=True)),
                 partial(save_pieces, content, replacement.path),
-                partial(self._first_alone, partial(torch.save, checkpoint, replacement.path / META)),
+                partial(self._first_alone, partial(save_file, checkpoint, replacement.path / META)),
                 partial(self._first_alone, replacement.commit),
             ):
                 with together(), explained(target, bytes_of(content)):
@@ -170,15 +181,26 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def load(config: PolicyConfig, strategy: Strategy) -> tuple[PreTrainedModel, Skeleton | None]:
-    """The policy's model; without its weights, if the strategy cuts it into pieces and their files allow that."""
-    if isinstance(strategy, FSDP2Strategy):
+    """The policy's model; without its weights, if the strategy cuts it into pieces and their files allow that.
+
+    Raises:
+        ValueError: it does not open; under sharding on every process.
+    """
+    if not isinstance(strategy, FSDP2Strategy):
+        return load_model(config), None
+    bare, reason = None, None
+    with together():
         try:
-            return load_skeleton(config)
-        except UnsuitedError as reason:
-            rank_zero_warn(
-                f"each process reads '{config.path}' whole into main memory before it is cut into pieces: {reason}"
-            )
-    return load_model(config), None
+            bare = load_skeleton(config)
+        except UnsuitedError as error:
+            reason = str(error)
+    # Files may differ between nodes, and all processes must go the same way from here.
+    if (first := next(filter(None, all_objects(reason)), None)) is None:
+        assert bare is not None
+        return bare
+    rank_zero_warn(f"each process reads '{config.path}' whole into main memory before it is cut into pieces: {first}")
+    with together():
+        return load_model(config), None
 
 
 def place(policy: Policy, reference: Reference, panel: RewardPanel, strategy: Strategy, bare: Skeleton | None) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moa_lightning.checkpoints import newest_whole, problem
+from moa_lightning.checkpoints import AtomicCheckpointIO, explained, newest_whole, problem, save_file
 from tests.cli.conftest import _process_as_before, task  # noqa: F401  # fixtures
 from tests.cli.task import Task, complaint, moa
+from tests.processes import files_of_at_most
 
 
 def policy(root: Path) -> dict[str, torch.Tensor]:
@@ -62,6 +63,12 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
     found = complaint(capsys, "fit", "--config", task.root / "config.yaml", f"--ckpt_path={last}")
     assert found.startswith(f"checkpoint {last} cannot be used: it is cut off or no checkpoint (")
     assert f"; the newest whole one beside it is {task.root}/checkpoints/step-4.ckpt" in found
+    for broken in (task.root / "checkpoints").glob("step-*.ckpt"):
+        cut_off(broken)
+    with pytest.warns(UserWarning, match="is left out"):
+        found = complaint(capsys, *again)
+    assert found.startswith(f"ckpt_path: 'last' finds no whole checkpoint in {task.root}/checkpoints, but broken ones")
+    assert (task.root / "metrics.csv").exists()
     nothing = f"--trainer.default_root_dir={task.folder / 'none'}"
     found = complaint(capsys, "validate", "--config", task.config, "--ckpt_path=last", nothing)
     assert found == f"ckpt_path: 'last' finds no whole checkpoint in {task.folder / 'none/checkpoints'}; give a path"
@@ -81,3 +88,29 @@ def test_the_newest_whole_one_is_by_step(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="left out"):
         assert newest_whole(tmp_path) is None
     assert newest_whole(tmp_path / "nowhere") is None
+
+
+def test_folders_are_removed_and_replaced_whatever_a_killed_run_left(tmp_path: Path) -> None:
+    plugin = AtomicCheckpointIO()
+    content = {"global_step": 3, "state_dict": {}}
+    for name in ("a.ckpt", ".a.ckpt.removed", "b.ckpt"):
+        written(tmp_path / name / "meta.pt", 1)
+    plugin.remove_checkpoint(tmp_path / "a.ckpt")  # a run was killed in the middle of its removal
+    plugin.save_checkpoint(content, tmp_path / "b.ckpt")  # a file in place of a folder
+    (tmp_path / "last.ckpt").symlink_to(written(tmp_path / "c" / "meta.pt", 1).parent)
+    plugin.save_checkpoint(content, tmp_path / "last.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"b.ckpt", "c", "last.ckpt"}
+    assert (tmp_path / "c" / "meta.pt").is_file()
+    (tmp_path / "b.ckpt").rename(tmp_path / ".b.ckpt.former")  # killed between the two renames
+    (tmp_path / "last.ckpt").unlink()
+    assert newest_whole(tmp_path) == tmp_path / ".b.ckpt.former"
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    content = {"global_step": 3, "state_dict": {"weight": torch.zeros(5000)}}
+    with (
+        files_of_at_most(2000),
+        pytest.raises(ValueError, match=r"a.ckpt could not be written: File too large; it takes 0.0 MiB"),
+        explained(tmp_path / "a.ckpt", 0),
+    ):
+        save_file(content, tmp_path / "meta.pt")

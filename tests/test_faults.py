@@ -50,6 +50,8 @@ def test_asked_to_stop_a_run_saves_and_goes_on_to_the_bit(noisy: Task, capsys: p
         assert says in capsys.readouterr().err
         assert torch.load(last, weights_only=True)["global_step"] == step
         interruptions.begin()
+        if step == 2:  # of which it saved that its evaluation is still to be made
+            moa("validate", "--config", roots[moment] / "config.yaml", "--ckpt_path=last")
         moa(*again)
         torch.testing.assert_close(policy(roots[moment]), policy(roots["straight"]), rtol=0, atol=0, msg=moment)
         assert steps_with_a_loss(roots[moment]) == steps_with_a_loss(roots["straight"]), moment

@@ -7,7 +7,7 @@ from moa_lightning.checkpoints import newest_whole, problem
 from moa_lightning.combiners import MOPO, PAMA, Linear
 from moa_lightning.distributed import shapes_on_disk
 from tests import pairs, processes, tiny
-from tests.test_checkpoints import cut_off
+from tests.test_checkpoints import cut_off, written
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:objective 'kind' did not score", "ignore:objective 'good' did not score"
@@ -39,6 +39,7 @@ def test_a_folder_with_pieces_is_whole_or_not_there_and_resumes_to_the_bit(tmp_p
         ("fsdp2-pieces", "rank", DROPOUT | {"r": 3, "resume": "lora.ckpt", "refused": True}),
         ("fsdp2-pieces", "combiner", DROPOUT | {"combiner": Linear, "resume": "lora.ckpt", "refused": True}),
     ]
+    former = written(tmp_path / "fsdp2-one.ckpt" / "meta.pt", 1)  # a folder, in the place of the one file to be
     found = processes.both(cells, tmp_path)
     for kind in KINDS:
         straight = found["fsdp2", f"straight-{kind}"]
@@ -62,7 +63,7 @@ def test_a_folder_with_pieces_is_whole_or_not_there_and_resumes_to_the_bit(tmp_p
     assert "was trained with PAMA, this run uses Linear" in refused["combiner"]
     # Nothing half is left, and what was there before is whole.
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert not (tmp_path / "fsdp2-one.ckpt").exists()
+    assert former.is_file()
     assert problem(folder) is None
     assert torch.load(folder / "meta.pt", weights_only=True)["global_step"] == 2
 

@@ -151,6 +151,10 @@ class AlignmentCLI(LightningCLI):
         found = newest_whole(folder)
         if found is None and self.subcommand != "fit":
             raise ValueError(f"ckpt_path: 'last' finds no whole checkpoint in {folder}; give a path")
+        if found is None and any(folder.glob("*.ckpt")):  # a start would write over what may be all there is of a run
+            raise ValueError(
+                f"ckpt_path: 'last' finds no whole checkpoint in {folder}, but broken ones; remove them to start anew"
+            )
         how = f"goes on from {found}" if found else f"starts in {root}: there is no checkpoint yet"
         rank_zero_only(print)(f"ckpt_path=last: {how}")
         return None if found is None else str(found)

@@ -150,7 +150,7 @@ class Skeleton:
         """
         try:
             self._read(what)
-        except (SafetensorError, OSError) as error:
+        except (UnsuitedError, SafetensorError, OSError) as error:
             raise ValueError(f"the weights of the {what} cannot be read: {' '.join(str(error).split())}") from error
         finally:
             self.files.close()
