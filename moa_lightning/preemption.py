@@ -64,7 +64,10 @@ class Preemption(Callback):
         self._asked = any_rank(self._asked, pl_module.device)
         loop = trainer.fit_loop.epoch_loop
         # Where an evaluation is due it begins first: then the checkpoint says what it is to draw when it is made anew.
-        if self._asked and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+        # By the clock it may be due on some processes alone, and all must stop here or none.
+        by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+        due = not by_the_clock and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if self._asked and not due:
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()  # the step's row, which Lightning writes after this
             self._save_and_stop(trainer)
