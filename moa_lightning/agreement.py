@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moa_lightning import __version__
 from moa_lightning.console import speaks, without_progress_bars
 from moa_lightning.distributed import all_objects, is_distributed, rank
 from moa_lightning.models.loading import load_config
@@ -23,7 +24,7 @@ Facts = Mapping[str, str]
 """What has to be the same everywhere, by the name that a message calls it by."""
 
 _PACKAGE = Path(__file__).resolve().parent
-_LIBRARIES = ("torch", "lightning", "transformers", "tokenizers", "peft", "torchjd", "moa-lightning")
+_LIBRARIES = ("torch", "lightning", "transformers", "tokenizers", "peft", "torchjd")
 _VARIABLES = (  # they change numbers, or have to be the same for the processes to understand each other
     "PL_GLOBAL_SEED",
     "PYTHONHASHSEED",
@@ -186,6 +187,7 @@ def _settings(module: Any, data: Any) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     found = {"the version of python": platform.python_version()}
     found |= {f"the version of {name}": version(name) for name in _LIBRARIES}
+    found["the version of moa-lightning"] = __version__  # of a source tree that nobody installed too
     found["the version of torch"] = torch.__version__  # says for which CUDA it was built
     if torch.cuda.is_available():
         found["the version of CUDA"] = str(torch.version.cuda)

@@ -58,10 +58,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read it.
 
         Raises:
-            ValueError: it is not whole; one line with the newest that is.
+            ValueError: it is not whole, with the newest that is; or it is a folder, which strategies read themselves.
         """
         if "://" not in str(path) and Path(path).exists():
             require_whole(Path(path))
+            if Path(path).is_dir():
+                raise ValueError(
+                    f"checkpoint {path} is in pieces, which this strategy does not put together; use strategy "
+                    "FSDP2Strategy (configs/trainer/fsdp.yaml), or start from what moa export makes of it"
+                )
         content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
         return content
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moa_lightning.checkpoints import newest_whole, problem
+from moa_lightning.checkpoints import AtomicCheckpointIO, newest_whole, problem
 from moa_lightning.combiners import MOPO, PAMA, Linear
 from moa_lightning.distributed import shapes_on_disk
 from tests import pairs, processes, tiny
@@ -68,6 +68,8 @@ def test_a_folder_with_pieces_is_whole_or_not_there_and_resumes_to_the_bit(tmp_p
     assert torch.load(folder / "meta.pt", weights_only=True)["global_step"] == 2
 
     newest = tmp_path / "fsdp2-pieces-passes.ckpt"
+    with pytest.raises(ValueError, match=r"lora.ckpt is in pieces, .* use strategy FSDP2Strategy"):
+        AtomicCheckpointIO().load_checkpoint(folder)
     piece = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     cut_off(piece)
     assert problem(folder).startswith("it is cut off")

@@ -1,6 +1,7 @@
 """Models read piece by piece by two processes: the weights that transformers reads, and never a whole model."""
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
 from bench.memory import MemoryTracker
+from moa_lightning import strategies
 from moa_lightning.distributed import in_pieces, whole_state
 from moa_lightning.models import LoRA, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_skeleton, load_tokenizer
 from moa_lightning.models.sharding import ShardingPlan, copy_pieces, give_memory
 from moa_lightning.models.skeleton import UnsuitedError
 from moa_lightning.rewards import ImplicitReward, TextClassifier
+from moa_lightning.strategies import FSDP2Strategy
 from tests import tiny
 
 DEEP = {"n_layer": 12, "n_embd": 48}
@@ -220,3 +223,24 @@ def test_models_that_cannot_be_read_piece_by_piece_say_why(folder, tmp_path):
     config.save_pretrained(tmp_path / "short")
     with pytest.raises(UnsuitedError, match=r"its files do not hold transformer\.h\.2"):
         load_skeleton(PolicyConfig(str(tmp_path / "short")))
+
+
+def test_all_processes_read_the_policy_whole_where_one_has_to(folder, monkeypatch):
+    policy = PolicyConfig(str(folder / "tied"))
+    assert strategies.load(policy, FSDP2Strategy())[1] is not None
+    monkeypatch.setattr(strategies, "all_objects", lambda mine: [mine, "its weights are not in safetensors files"])
+    with pytest.warns(UserWarning, match="whole into main memory before it is cut into pieces: its weights are not in"):
+        model, bare = strategies.load(policy, FSDP2Strategy())
+    assert bare is None
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_file_that_is_gone_is_the_users_to_know(folder, tmp_path):
+    gone = tmp_path / "gone"
+    shutil.copytree(folder / "tied", gone)
+    _, bare = load_skeleton(PolicyConfig(str(gone)))
+    bare.files.close()
+    (gone / "model.safetensors").unlink()
+    give_memory(bare.model, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the weights of the policy cannot be read: .*model.safetensors"):
+        bare.fill("policy")
