@@ -88,14 +88,19 @@ def all_objects(mine: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Within it a ``ValueError`` of one process is raised on all of them, so that none waits for it."""
-    failed = None
+    """Within it what one process cannot do (``ValueError``, ``OSError``) ends all of them, so that none waits for it.
+
+    Raises:
+        ValueError: on every process, in the words of the first one that failed.
+    """
+    failed: Exception | None = None
     try:
         yield
-    except ValueError as error:
-        failed = str(error)
-    if first := next(filter(None, all_objects(failed)), None):
-        raise ValueError(first)
+    except (ValueError, OSError) as error:
+        failed = error
+    said = None if failed is None else str(failed) or type(failed).__name__
+    if first := next(filter(None, all_objects(said)), None):
+        raise ValueError(first) from failed
 
 
 def in_pieces(module: nn.Module) -> bool:
