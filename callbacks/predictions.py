@@ -27,8 +27,14 @@ class PredictionWriter(Callback):
 
     def file(self, trainer: Trainer) -> Path:
         """Where this process writes."""
+        return self.files(trainer)[rank()]
+
+    def files(self, trainer: Trainer) -> list[Path]:
+        """Where each process writes."""
         path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
-        return path.with_suffix(f".{rank()}{path.suffix}") if world_size() > 1 else path
+        if world_size() == 1:
+            return [path]
+        return [path.with_suffix(f".{number}{path.suffix}") for number in range(world_size())]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a file that is there, before any model is loaded.

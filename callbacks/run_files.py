@@ -33,6 +33,7 @@ class RunFiles(EvaluationCallback):
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
         self._seconds_before = 0.0  # of the run that this one goes on from
+        self._rate: float | None = None  # tokens per second, of this run or the one before
         self._started: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,7 +79,7 @@ class RunFiles(EvaluationCallback):
             "combiner": type(pl_module.combiner).__name__,
             "steps": trainer.global_step,
             "seconds": self._seconds(),
-            "tokens_per_second": _tokens_per_second(trainer),
+            "tokens_per_second": self._tokens_per_second(trainer),
             "seed": None if seed is None else int(seed),
             "objectives": {
                 name: {
@@ -98,14 +99,20 @@ class RunFiles(EvaluationCallback):
         scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(scratch, root / "summary.json")
 
+    def _tokens_per_second(self, trainer: Trainer) -> float | None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared
+            if isinstance(callback, Throughput) and callback.total_seconds > 0:
+                self._rate = callback.total_tokens / callback.total_seconds
+        return self._rate
+
     def state_dict(self) -> dict[str, Any]:
         """The first and last evaluation, and the seconds so far."""
-        return {"first": self._first, "last": self._last, "seconds": self._seconds()}
+        return {"first": self._first, "last": self._last, "seconds": self._seconds(), "rate": self._rate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._first, self._last = state_dict["first"], state_dict["last"]
-        self._seconds_before = state_dict["seconds"]
+        self._seconds_before, self._rate = state_dict["seconds"], state_dict.get("rate")
 
 
 def _record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -121,13 +128,6 @@ def _report(pl_module: LightningModule) -> dict[str, Any]:
     if "thresholds" in report and Signal.WINS in module.combiner.needs and not module.evaluates_wins:
         report["training_thresholds"] = report.pop("thresholds")
     return report
-
-
-def _tokens_per_second(trainer: Trainer) -> float | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared
-        if isinstance(callback, Throughput) and callback.total_seconds > 0:
-            return callback.total_tokens / callback.total_seconds
-    return None
 
 
 def _hypervolume(trainer: Trainer) -> dict[str, Any] | None:

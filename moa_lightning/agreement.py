@@ -58,7 +58,7 @@ class SharedRefusal(ValueError):
 
 
 @contextmanager
-def together(module: Any, stage: str) -> Iterator[None]:
+def in_agreement(module: Any, stage: str) -> Iterator[None]:
     """Within it a process sets itself up; what goes wrong on one stops all, and so does what is not the same on all.
 
     Without several processes it does nothing.

@@ -150,7 +150,7 @@ def newest_whole(folder: Path, known_broken: Path | None = None) -> Path | None:
     found: list[tuple[int, float, Path]] = []
     former = _beside(Path("*.ckpt"), _FORMER).name
     for path in sorted([*folder.glob("*.ckpt"), *folder.glob(former)]):
-        if (step := _step(path)) is not None:
+        if (step := steps_of(path)) is not None:
             found.append((step, path.stat().st_mtime, path))
         elif path != known_broken:
             rank_zero_warn(f"{path} is left out: {problem(path)}")
@@ -195,7 +195,7 @@ def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str 
         return f"it is cut off or no checkpoint ({' '.join(str(error).split())})"
     if broken is not None:
         return f"what it holds is damaged ({broken})"
-    if _step(path) is None:
+    if steps_of(path) is None:
         return "it was not written by Lightning's Trainer"
     return None
 
@@ -215,7 +215,7 @@ def _damaged_piece(folder: Path) -> str | None:
     return None
 
 
-def _step(path: Path) -> int | None:
+def steps_of(path: Path) -> int | None:
     """Optimiser steps behind a checkpoint, without reading its tensors; ``None`` if it does not say."""
     try:
         file = path / META if path.is_dir() else path

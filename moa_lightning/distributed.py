@@ -1,8 +1,9 @@
 """The only place (with the sharding plan) that talks to torch.distributed. Everything is a no-op in one process."""
 
 import errno
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim import Optimizer
 
 
 def is_distributed() -> bool:
@@ -185,6 +193,44 @@ def save_pieces(content: dict[str, Any], folder: Path) -> None:
         raise (first if isinstance(first, OSError) else OSError(errno.EIO, "only a part of it was taken")) from error
 
 
-def load_pieces(content: dict[str, Any], folder: Path) -> None:
-    """Read such a checkpoint into tensors that are there, each process its pieces. In place."""
-    load(content, checkpoint_id=folder)
+def load_pieces(folder: Path, module: nn.Module, key: str, names: Collection[str]) -> None:
+    """Read weights of these names from such a checkpoint into a module, each process its pieces. In place."""
+    weights = {name: weight for name, weight in get_model_state_dict(module).items() if name in names}
+    load({key: weights}, checkpoint_id=folder)
+    set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
+
+
+def load_optimizer_pieces(folder: Path, module: nn.Module, optimizer: Optimizer, key: str) -> None:
+    """Read the state of a module's optimiser from such a checkpoint, each process its pieces. In place."""
+    state = get_optimizer_state_dict(module, optimizer)
+    load({key: state}, checkpoint_id=folder)
+    set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
+
+
+def rows_here(tensor: DTensor) -> tuple[int, int]:
+    """Of a tensor that is cut along its first dimension: the first row that this process has, and the one behind."""
+    first, last = 0, tensor.shape[0]
+    for i, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0
+            each = math.ceil(tensor.shape[0] / tensor.device_mesh.size(i))
+            first = min(tensor.device_mesh.get_local_rank(i) * each, last)
+            last = min(first + each, last)
+    assert last - first == tensor.to_local().shape[0], "pieces of another size than expected"
+    return first, last
+
+
+def fill_piece(tensor: Tensor, read: Callable[[int, int], Tensor], read_all: Callable[[], Tensor]) -> None:
+    """Fill a tensor, or the piece of it that is here, in place.
+
+    Args:
+        tensor: whole or in pieces.
+        read: the rows first <= i < last.
+        read_all: all of it.
+    """
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(read_all())
+        return
+    first, last = rows_here(tensor)
+    if last > first:
+        tensor.to_local().copy_(read(first, last))

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning import compatibility
-from moa_lightning.agreement import together
+from moa_lightning.agreement import in_agreement
 from moa_lightning.combiners import PAMA, Combiner
 from moa_lightning.distributed import all_sum
 from moa_lightning.finite import require_finite
@@ -111,7 +111,7 @@ class AlignmentModule(ResumedModule):
 
     def setup(self, stage: str) -> None:
         """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
-        with together(self, stage):
+        with in_agreement(self, stage):
             compatibility.check_strategy(self.combiner, self.trainer.strategy)
             self.weights.check(self.trainer)
             data = getattr(self.trainer, "datamodule", None)

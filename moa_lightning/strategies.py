@@ -10,13 +10,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from transformers import PreTrainedModel
 
 from moa_lightning.checkpoints import (
@@ -28,7 +21,15 @@ from moa_lightning.checkpoints import (
     require_whole,
     save_file,
 )
-from moa_lightning.distributed import all_objects, in_pieces, load_pieces, save_pieces, shapes_on_disk, together
+from moa_lightning.distributed import (
+    all_objects,
+    in_pieces,
+    load_optimizer_pieces,
+    load_pieces,
+    save_pieces,
+    shapes_on_disk,
+    together,
+)
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.loading import load_model, load_skeleton
 from moa_lightning.models.policy import Policy
@@ -159,14 +160,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         module: Any = self.lightning_module
         saved = shapes_on_disk(path, "state_dict")
         module.check_weights(saved)
-        weights: dict[str, Any] = get_model_state_dict(module)
-        weights = {name: weight for name, weight in weights.items() if name in saved}
-        load_pieces({"state_dict": weights}, path)
-        set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
+        load_pieces(path, module, "state_dict", saved)
         for i, optimizer in enumerate(self.optimizers):
-            state = get_optimizer_state_dict(module, optimizer)
-            load_pieces({f"optimizer_{i}": state}, path)
-            set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
+            load_optimizer_pieces(path, module, optimizer, f"optimizer_{i}")
         rest: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
         return rest
 

@@ -1,6 +1,7 @@
 """Checkpoints: one command that starts and goes on, whole files only, and what is said of broken ones."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -52,13 +53,14 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
     assert f"goes on from {task.root}/checkpoints/last.ckpt" in capsys.readouterr().out
     torch.testing.assert_close(policy(task.root), policy(straight), rtol=0, atol=0)
     moa(*again, "--trainer.max_steps=4")  # it is at its end: nothing more happens to it
+    assert json.loads((task.root / "summary.json").read_text())["tokens_per_second"] > 0  # of before
     torch.testing.assert_close(policy(task.root), policy(straight), rtol=0, atol=0)
     assert {path.name for path in task.root.parent.iterdir()} == {"run", "straight"}
 
     cut_off(task.root / "checkpoints" / "last.ckpt")
     with pytest.warns(UserWarning, match=r"last.ckpt is left out: it is cut off or no checkpoint"):
         moa("validate", "--config", task.root / "config.yaml", "--ckpt_path=last")
-    assert "goes on from" in capsys.readouterr().out
+    assert "ckpt_path=last: loads" in capsys.readouterr().out
     last = task.root / "checkpoints" / "last.ckpt"
     found = complaint(capsys, "fit", "--config", task.root / "config.yaml", f"--ckpt_path={last}")
     assert found.startswith(f"checkpoint {last} cannot be used: it is cut off or no checkpoint (")

@@ -27,7 +27,7 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
-from moa_lightning.checkpoints import AtomicCheckpointIO, newest_whole
+from moa_lightning.checkpoints import AtomicCheckpointIO, newest_whole, require_whole
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.commands.run_config import RunConfig
@@ -130,11 +130,14 @@ class AlignmentCLI(LightningCLI):
         config = self.config[self.subcommand]
         root, checkpoint = Path(config.trainer.default_root_dir), config.get("ckpt_path")
         last = checkpoint == "last"
+        if config.get("weights_only") is None:
+            config.weights_only = True  # checkpoints hold tensors and plain containers: nothing in them can run code
         if last:
             config.ckpt_path = checkpoint = self._newest(root)
         elif checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
             if not Path(checkpoint).exists():
                 raise ValueError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
+            require_whole(Path(checkpoint))
             root = _run_of(Path(checkpoint)) or root
         folder = root
         if self.subcommand == "fit" and not checkpoint and not last:
@@ -155,7 +158,8 @@ class AlignmentCLI(LightningCLI):
             raise ValueError(
                 f"ckpt_path: 'last' finds no whole checkpoint in {folder}, but broken ones; remove them to start anew"
             )
-        how = f"goes on from {found}" if found else f"starts in {root}: there is no checkpoint yet"
+        verb = "goes on from" if self.subcommand == "fit" else "loads"
+        how = f"{verb} {found}" if found else f"starts in {root}: there is no checkpoint yet"
         rank_zero_only(print)(f"ckpt_path=last: {how}")
         return None if found is None else str(found)
 
@@ -207,7 +211,7 @@ class AlignmentCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set, not declared
         writer = next(callback for callback in callbacks if isinstance(callback, PredictionWriter))
         if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
-            print(f"responses written to {writer.file(self.trainer)}")
+            print(f"responses written to {', '.join(map(str, writer.files(self.trainer)))}")
 
     def after_fit(self) -> None:
         """Evaluate the policy that the run ends with, unless the last evaluation was of it already; tell of the run."""

@@ -157,7 +157,7 @@ def _how(exported: Exported) -> list[str]:
         if facts.get("weights")
         else None,
         "thresholds": spelled(facts["thresholds"]) if facts.get("thresholds") else None,
-        "steps": facts.get("steps"),
+        "steps": _steps(facts),
         "seed": facts.get("seed"),
     }
     listed = [f"- {name}: {value}" for name, value in lines.items() if value is not None]
@@ -239,3 +239,11 @@ def _defaults(path: str) -> dict[str, Any]:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else ""
+
+
+def _steps(facts: Mapping[str, Any]) -> str | None:
+    """Updates behind these weights, and the step of the evaluation above where it is another one."""
+    steps, evaluated = facts.get("steps"), facts.get("evaluated_at")
+    if steps is None or evaluated in (None, steps):
+        return None if steps is None else str(steps)
+    return f"{steps} (the numbers above are of step {evaluated})"

@@ -6,6 +6,8 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from moa_lightning.checkpoints import steps_of
+
 _GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
 
 
@@ -34,6 +36,7 @@ class RunConfig(SaveConfigCallback):
         root = Path(trainer.default_root_dir)
         last = root / "checkpoints" / "last.ckpt"
         goes_on = (
+            f"the last checkpoint is of step {steps_of(last)}; "
             f"go on with: moa fit --config {root / 'config.yaml'} --ckpt_path={last}"
             if last.exists()
             else "no checkpoint had been written yet; they are at each evaluation (trainer.val_check_interval)"

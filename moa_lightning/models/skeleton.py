@@ -1,22 +1,22 @@
 """Models without weights, and the way from their files into pieces: no process ever holds such a model whole."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_file
 
 from moa_lightning.console import progress
+from moa_lightning.distributed import fill_piece
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -163,12 +163,7 @@ class Skeleton:
             if id(parameter) in read:
                 continue
             read.add(id(parameter))
-            if isinstance(parameter, DTensor):
-                first, last = _rows_of(parameter)
-                if last > first:
-                    parameter.to_local().copy_(self.files.rows(key, first, last))
-            else:
-                parameter.copy_(self.files.whole(key))
+            fill_piece(parameter, partial(self.files.rows, key), partial(self.files.whole, key))
 
 
 def skeleton(
@@ -237,19 +232,6 @@ def _name_in(files: WeightFiles, key: str, model: PreTrainedModel) -> str | None
     """What the files call a weight: some hold the model inside the head alone, without its prefix, or the reverse."""
     prefix = f"{model.base_model_prefix}."
     return next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in files), None)
-
-
-def _rows_of(parameter: DTensor) -> tuple[int, int]:
-    """The rows of the whole tensor that this process has."""
-    first, last = 0, parameter.shape[0]
-    for i, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            assert placement.dim == 0, "parameters are cut along their first dimension"
-            each = math.ceil(parameter.shape[0] / parameter.device_mesh.size(i))
-            first = min(parameter.device_mesh.get_local_rank(i) * each, last)
-            last = min(first + each, last)
-    assert last - first == parameter.to_local().shape[0], "pieces of another size than expected"
-    return first, last
 
 
 @contextmanager

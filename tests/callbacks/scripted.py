@@ -120,7 +120,7 @@ class Scripted(LightningModule):
     def policy(self) -> Any:
         return self
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, record: object = None) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 

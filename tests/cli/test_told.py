@@ -34,7 +34,7 @@ def test_the_command_that_ctrl_c_prints_goes_on(
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped")]
     assert len(told) == 1
     said, _, command = told[0].partition("; go on with: ")
-    assert said == "stopped at step 2"
+    assert said == "stopped at step 2; the last checkpoint is of step 1"
     program, *arguments = shlex.split(command)
     assert program == "moa"
     moa(*arguments)
