@@ -263,7 +263,7 @@ def test_a_published_layout_by_flags(folder: Path) -> None:
 def test_one_line_and_nothing_left_behind(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], says: str
 ) -> None:
-    monkeypatch.setattr("moa_lightning.module.load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("moa_lightning.strategies.load_model", lambda *a: pytest.fail("a model was loaded"))
     assert says in complaint(capsys, "fit", "--config", folder / "run.yaml", *flags)
     assert not (folder / "run").exists()
 
