@@ -66,7 +66,8 @@ class Preemption(Callback):
         # Where an evaluation is due it begins first: then the checkpoint says what it is to draw when it is made anew.
         # By the clock it may be due on some processes alone, and all must stop here or none.
         by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
-        due = not by_the_clock and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        fetcher: Any = trainer.fit_loop._data_fetcher  # there is one while batches come
+        due = not by_the_clock and loop._should_check_val_fx(fetcher)
         if self._asked and not due:
             trainer._logger_connector.on_batch_end()
             trainer._logger_connector.update_train_step_metrics()  # the step's row, which Lightning writes after this

@@ -6,17 +6,15 @@ Legend: B texts, K labels, L tokens.
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
-from moa_lightning.rewards.base import Cut, Reward
-from moa_lightning.rewards.in_pieces import InPieces
 from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
+from moa_lightning.rewards.with_model import RewardWithModel
 
 _LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit say 10**30
 
@@ -54,7 +52,7 @@ class Probability(ClassifierOutput):
 
 
 @dataclass
-class TextClassifier(Reward):
+class TextClassifier(RewardWithModel):
     """Any ``AutoModelForSequenceClassification`` with its own tokenizer: sentiment, toxicity, a reward model.
 
     The model is frozen, in evaluation mode, computes in its own ``dtype`` whatever the Trainer's precision is, and
@@ -86,10 +84,7 @@ class TextClassifier(Reward):
     revision: str | None = None
     _config: Any = field(default=None, init=False, repr=False, compare=False)
     _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
-    _model: Any = field(default=None, init=False, repr=False, compare=False)
     _label: int = field(default=0, init=False, repr=False, compare=False)
-    _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False, compare=False)
-    _pieces: InPieces | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -132,25 +127,10 @@ class TextClassifier(Reward):
         tokenizer.truncation_side = "left"  # the completion is at the end, and it is what is judged
         self._tokenizer = tokenizer
 
-    def setup(self, device: torch.device) -> None:
-        """Load the weights, the first time, and move them to the device."""
-        self._load()
-        self._device = device
-        if self._pieces is None:
-            self._model.to(device)
-
-    def shard(self, cut: Cut) -> None:
-        """Load the weights and cut them into pieces."""
-        if self._pieces is None:
-            self._load()
-            self._pieces = InPieces(self._model, cut)
-
-    def _load(self) -> None:
+    def _load(self) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        self.check(set())
-        if self._model is not None:
-            return
+        model: nn.Module
         model, report = open_pretrained(
             AutoModelForSequenceClassification,
             self.path,
@@ -164,26 +144,21 @@ class TextClassifier(Reward):
             raise ValueError(
                 f"'{self.path}' is not a trained sequence classifier: it has no weights for {', '.join(missing[:3])}"
             )
-        self._model = model.eval().requires_grad_(False)
+        return model
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """Scores in the order of the completions."""
         if self._model is None:
             self.setup(torch.device("cpu"))
         encoded = self._encode(prompts, completions) if completions else {"input_ids": []}
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        # Texts of similar length together: less padding. The longest first: too little memory shows at once.
-        order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        scores: list[float | None] = [None] * len(completions)
-        with self._pieces.passes(len(batches), self._device) if self._pieces else nullcontext(0) as more:
-            for rows in batches:
-                inputs = {name: [values[i] for i in rows] for name, values in encoded.items()}
-                for i, score in zip(rows, self._score_batch(inputs), strict=True):
-                    scores[i] = score
-            for _ in range(more):
-                self._score_batch({"input_ids": [[0]], "attention_mask": [[1]]})
-        return scores
+
+        def score(rows: list[int]) -> list[float]:
+            return self._score_batch({name: [values[i] for i in rows] for name, values in encoded.items()})
+
+        def stand_in() -> object:
+            return self._score_batch({"input_ids": [[0]], "attention_mask": [[1]]})
+
+        return self._in_batches([len(ids) for ids in encoded["input_ids"]], score, stand_in)
 
     def _encode(self, prompts: list[str], completions: list[str]) -> Any:
         limit = self.max_length or self._limit(self._tokenizer)
@@ -191,7 +166,6 @@ class TextClassifier(Reward):
             self._tokenizer, prompts, completions, truncation=limit is not None, max_length=limit, padding=False
         )
 
-    @torch.no_grad()
     def _score_batch(self, inputs: dict[str, list[list[int]]]) -> list[float]:
         device = self._device
         padding = self._padding_id(inputs["input_ids"])

@@ -3,20 +3,19 @@
 Legend: B sequences, L tokens.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
-from moa_lightning.rewards.base import Cut, Reward
-from moa_lightning.rewards.in_pieces import InPieces
+from moa_lightning.rewards.with_model import RewardWithModel
 
 
 @dataclass
-class ImplicitReward(Reward):
+class ImplicitReward(RewardWithModel):
     """``beta (log pi(y|x) - log pi_ref(y|x))`` with pi a PEFT adapter and pi_ref the same model without it.
 
     An adapter that was trained by DPO on one objective's labels serves as that objective's reward: the margins of MODPO
@@ -41,9 +40,6 @@ class ImplicitReward(Reward):
     trust_remote_code: bool = False
     revision: str | None = None
     _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
-    _model: Any = field(default=None, init=False, repr=False, compare=False)
-    _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False, compare=False)
-    _pieces: InPieces | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
@@ -67,44 +63,28 @@ class ImplicitReward(Reward):
         open_pretrained(PeftConfig, self.path, "PEFT adapter", revision=self.revision)
         self._tokenizer = open_tokenizer(self.path, **self._arguments())
 
-    def setup(self, device: torch.device) -> None:
-        """Load the weights, the first time, and move them to the device."""
-        self._load()
-        self._device = device
-        if self._pieces is None:
-            self._model.to(device)
-
-    def shard(self, cut: Cut) -> None:
-        """Load the weights and cut them into pieces."""
-        if self._pieces is None:
-            self._load()
-            self._pieces = InPieces(self._model.base_model.model, cut)  # peft's own layers stay around it
-
-    def _load(self) -> None:
+    def _load(self) -> nn.Module:
         from peft import AutoPeftModelForCausalLM
 
-        self.check(set())
-        if self._model is None:
-            model = open_pretrained(
-                AutoPeftModelForCausalLM, self.path, "PEFT adapter", dtype=self.dtype, **self._arguments()
-            )
-            self._model = model.eval().requires_grad_(False)
+        model: nn.Module = open_pretrained(
+            AutoPeftModelForCausalLM, self.path, "PEFT adapter", dtype=self.dtype, **self._arguments()
+        )
+        return model
+
+    def _to_cut(self) -> nn.Module:
+        model: nn.Module = self._model.base_model.model  # peft's own layers stay around it
+        return model
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """Scores in the order of the completions."""
         if self._model is None:
             self.setup(torch.device("cpu"))
         texts = [self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))  # similar lengths together: less padding
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        scores: list[float | None] = [None] * len(texts)
-        with self._pieces.passes(len(batches), self._device) if self._pieces else nullcontext(0) as more:
-            for rows in batches:
-                for i, score in zip(rows, self._score_batch([texts[i] for i in rows]), strict=True):
-                    scores[i] = score
-            for _ in range(more):
-                self._score_batch([([0, 0], 1)])
-        return scores
+        return self._in_batches(
+            [len(ids) for ids, _ in texts],
+            lambda rows: self._score_batch([texts[i] for i in rows]),
+            lambda: self._score_batch([([0, 0], 1)]),
+        )
 
     def _tokens(self, prompt: str, completion: str) -> tuple[list[int], int]:
         """Token ids of both, closed by the end token, and how many of them are the prompt's."""
@@ -116,7 +96,6 @@ class ImplicitReward(Reward):
         answer = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
         return [*ids, *answer, *([] if end is None else [end])], len(ids)
 
-    @torch.no_grad()
     def _score_batch(self, texts: list[tuple[list[int], int]]) -> list[float]:
         device = self._device
         width = max(len(ids) for ids, _ in texts)
