@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import transformers
@@ -15,6 +16,18 @@ from tests.cli.task import Task, make
 def task(tmp_path: Path) -> Task:
     """A fresh task."""
     return make(tmp_path)
+
+
+@pytest.fixture
+def no_weights(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a model is opened, once the task has built its own."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("moa_lightning.strategies.load_model", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", refuse)
 
 
 @pytest.fixture(autouse=True)

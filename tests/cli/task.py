@@ -1,7 +1,7 @@
 """A task so small that a whole run takes about a second: the reward functions, the files, and a way to call ``moa``."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,15 @@ def _settings(task: Task) -> dict[str, Any]:
 def moa(*arguments: object) -> None:
     """Run ``moa`` in this process."""
     main([str(argument) for argument in arguments])
+
+
+def changed(task: Task, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the task's config with a change in it."""
+    settings = task.settings()
+    change(settings)
+    path = task.folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -6,42 +6,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from moa_lightning import combiners
 from moa_lightning.commands.errors import explain
 from tests.cli import task as names
-from tests.cli.task import Task, complaint, moa, write_prompts
+from tests.cli.task import Task, changed, complaint, moa
 
 REWARD = f"{names.__name__}.{{}}"
 COMBINERS = ", ".join(
     sorted(n for n in combiners.__all__ if issubclass(getattr(combiners, n), combiners.Combiner) and n != "Combiner")
 )
-
-
-@pytest.fixture
-def no_weights(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test if a model is opened, once the task has built its own."""
-
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        pytest.fail("a model was loaded")
-
-    monkeypatch.setattr("moa_lightning.strategies.load_model", refuse)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", refuse)
-
-
-def changed(task: Task, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of the task's config with a change in it."""
-    settings = task.settings()
-    change(settings)
-    path = task.folder / "changed.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
 
 
 @dataclass(frozen=True)
@@ -257,68 +235,6 @@ def test_config_files(
     assert says.format(path=path, near=tmp_path / "task.yaml") in complaint(capsys, command, "--config", path)
 
 
-@pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("", "'{path}' is empty"),
-        ("\n\n", "'{path}' is empty"),
-        ('{"prompt": "the", "wish": 1}\n{"prompt": \n', "'{path}', line 2 is not JSON: Expecting value at column 1"),
-        ('{"prompt": "the", "wish": 1}\n\n["the"]\n', "'{path}', line 3 is not a JSON object; write one object a line"),
-    ],
-)
-def test_data_files(task: Task, capsys: pytest.CaptureFixture[str], content: str, says: str) -> None:
-    path = task.folder / "data.jsonl"
-    path.write_text(content)
-    assert complaint(capsys, "fit", "--config", task.config, f"--data.path={path}").startswith(says.format(path=path))
-    assert not task.root.exists()
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_a_data_file_that_is_not_there(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
-    line = complaint(capsys, "fit", "--config", task.config, f"--data.path={task.folder / 'prompt.jsonl'}")
-    assert line.endswith(f"does not exist; did you mean '{task.prompts}'?")
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_a_column_that_a_reward_needs(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
-    write_prompts(task.prompts, [{"prompt": "the film", "wishes": 3}] * 12)
-    line = complaint(capsys, "fit", "--config", task.config)
-    function = REWARD.format("shortness")
-    says = (
-        f"objective 'short': function '{function}' needs column 'wish', which the data does not have; columns: wishes"
-    )
-    assert line == says
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_a_prompt_longer_than_the_context(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
-    long = task.folder / "long.jsonl"
-    write_prompts(
-        long, [{"prompt": "the film was", "wish": 3, "row": 1}, {"prompt": "dull " * 40, "wish": 1, "row": 2}]
-    )
-    line = complaint(capsys, "fit", "--config", task.config, f"--data.val_path={long}")
-    assert line.startswith(
-        "validate row 2: the prompt has 40 tokens; with max_new_tokens 6 it exceeds the policy's con"
-    )
-    assert "of 32. Lower it, remove the row, or set source.max_prompt_length" in line
-    assert line.endswith("It starts: 'dull dull dull dull dull dull dull dull '")
-
-
-def test_a_long_prompt_is_fine_where_its_end_is_kept(task: Task) -> None:
-    write_prompts(task.prompts, [{"prompt": "dull " * 40, "wish": 1}] * 12)
-    moa("fit", "--config", task.config, "--model.source.max_prompt_length=8", "--trainer.max_steps=1")
-
-
-def test_a_reward_of_the_wrong_length(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
-    function = REWARD.format("one_too_few")
-    line = complaint(capsys, "fit", "--config", task.config, f"--model.objectives.good.reward.function={function}")
-    assert line == (
-        f"objective 'good': function '{function}' returned 3 scores for 4 completions; "
-        "return one per completion, None where it has no opinion"
-    )
-
-
 def test_a_loss_that_is_not_finite(
     task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,19 +270,6 @@ def test_a_loss_that_is_not_finite(
     monkeypatch.setattr(names.too_late, "calls", -100)
     moa(*fit, f"--ckpt_path={checkpoint}")
     assert json.loads((task.root / "summary.json").read_text())["steps"] == 2
-
-
-def test_an_exception_of_ones_own_code_keeps_its_traceback(task: Task) -> None:
-    (task.folder / "own_rewards.py").write_text("def broken(prompts, completions, **columns):\n    return int('x')\n")
-    config = changed(
-        task, lambda s: s["model"]["objectives"]["good"]["reward"]["init_args"].update(function="own_rewards.broken")
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(task.folder)
-        patch.syspath_prepend(str(task.folder))
-        with pytest.raises(ValueError, match="invalid literal for int") as caught:
-            moa("fit", "--config", config)
-    assert any("while scoring objective 'good'" in note for note in caught.value.__notes__)
 
 
 def test_a_traceback_on_demand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

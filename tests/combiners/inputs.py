@@ -105,13 +105,18 @@ def missing(rows):
     """Some scores are NaN: one, all of an objective for a prompt, and all of a row."""
     gone_BN = torch.zeros_like(rows.valid_BN)
     gone_BN[1, 0] = gone_BN[4:, 1] = gone_BN[3] = True
+    return without(rows, gone_BN)
+
+
+def without(rows, gone_BN, advantage=torch.nan):
+    """Those scores are missing; their advantages are what must not count."""
     value_BN = rows.rewards.value_BN.masked_fill(gone_BN, torch.nan)
     return dataclasses.replace(
         rows,
         rewards=dataclasses.replace(rows.rewards, raw_BN=value_BN, value_BN=value_BN),
         valid_BN=~gone_BN,
         mask_BT=rows.mask_BT & ~gone_BN.all(1, keepdim=True),
-        advantages_BTN=rows.advantages_BTN.masked_fill(gone_BN.unsqueeze(1), torch.nan),
+        advantages_BTN=rows.advantages_BTN.masked_fill(gone_BN.unsqueeze(1), advantage),
         wins_BN=rows.wins_BN.masked_fill(gone_BN, torch.nan),
     )
 

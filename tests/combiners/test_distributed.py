@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from moa_lightning.combiners import Combined
 from moa_lightning.losses import ClippedSurrogate, LossKL, PairwiseLogistic, WeightedLikelihood
-from tests.combiners.inputs import EVERY, begin, collected, missing, signals
+from tests.combiners.inputs import EVERY, begin, collected, missing, signals, without
 
 LOSSES = {
     "clipped": ClippedSurrogate(),
@@ -31,19 +31,7 @@ def half_silent():
     rows = collected(prompts=6, seed=1)
     gone_BN = torch.zeros_like(rows.valid_BN)
     gone_BN[:8] = gone_BN[:, 1] = True
-    return without(rows, gone_BN)
-
-
-def without(rows, gone_BN):
-    value_BN = rows.rewards.value_BN.masked_fill(gone_BN, torch.nan)
-    return dataclasses.replace(
-        rows,
-        rewards=dataclasses.replace(rows.rewards, raw_BN=value_BN, value_BN=value_BN),
-        valid_BN=~gone_BN,
-        mask_BT=rows.mask_BT & ~gone_BN.all(1, keepdim=True),
-        advantages_BTN=rows.advantages_BTN.masked_fill(gone_BN.unsqueeze(1), 0.0),
-        wins_BN=rows.wins_BN.masked_fill(gone_BN, torch.nan),
-    )
+    return without(rows, gone_BN, advantage=0.0)
 
 
 BATCHES = {"missing": batch, "half silent": half_silent}
