@@ -1,10 +1,12 @@
 """The embedded task: short film reviews from a seeded grammar, and a small policy that writes them.
 
 The paper's IMDb experiment (arXiv 2508.07768) in small: sentiment and length pull apart, because in this grammar
-praise is short and long reviews turn critical, sentence by sentence.
+praise is short and long reviews turn critical, sentence by sentence. Sentiment and facts cost each other more: a
+sentence that states a fact praises nothing.
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -60,6 +62,22 @@ def _sentiment(text: str) -> float:
         return 0.0
     opinions = [[_POLARITY[word] for word in sentence if word in _POLARITY] for sentence in sentences]
     return sum(sum(o) / len(o) for o in opinions if o) / len(sentences)
+
+
+def informative(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Square root of the share of sentences that state a fact, in [0, 1]; 0 for a text without sentences.
+
+    It has an exact price in :func:`sentiment`: a fact has no opinion and counts as 0 there, so a share x of facts
+    leaves a sentiment of at most 1 - x. The Pareto front of the two is ``sentiment = 1 - informative^2``.
+    """
+    return [_informative(text) for text in completions]
+
+
+def _informative(text: str) -> float:
+    sentences = [" ".join(part.split()) for part in text.split(".") if part.strip()]
+    if not sentences:
+        return 0.0
+    return math.sqrt(sum(f"{sentence} ." in _FACTS for sentence in sentences) / len(sentences))
 
 
 def is_grammatical(completion: str) -> bool:

@@ -9,7 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_lightning.data import Reviews, Stage, reviews
-from moa_lightning.data.reviews import VOCABULARY, is_grammatical, prompts, sentiment, warm_start, write_review
+from moa_lightning.data.reviews import (
+    VOCABULARY,
+    informative,
+    is_grammatical,
+    prompts,
+    sentiment,
+    warm_start,
+    write_review,
+)
 from tests import tiny
 from tests.test_module import module, trainer
 
@@ -71,6 +79,35 @@ def test_sentences(text, grammatical):
 )
 def test_sentiment(text, value):
     assert sentiment(["the film"], [text]) == [pytest.approx(value)]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", 0.0),
+        (" . .", 0.0),
+        ("was very great .", 0.0),
+        ("was great . it runs two hours .", 0.5**0.5),
+        ("was great . the plot was dull . the pace was weak . we saw it at home .", 0.5),
+        (" it   runs two hours . it opened last week", 1.0),  # cut off before the full stop
+        ("it runs two hours . it opened last", 0.5**0.5),  # cut off in the sentence: no fact
+        ("it runs two great hours .", 0.0),
+    ],
+)
+def test_informative(text, value):
+    assert informative(["the film"], [text]) == [pytest.approx(value)]
+
+
+def test_facts_cost_sentiment_as_much_as_the_front_says():
+    """``sentiment <= 1 - informative^2``, reached by facts among praise."""
+    texts = [review for _, review in corpus(1000)]
+    scores = np.array([sentiment([], texts), informative([], texts)])
+    assert (scores[0] <= 1 - scores[1] ** 2 + 1e-12).all()
+    assert len(np.unique(scores[1])) > 4
+    for facts in range(5):
+        text = "was great . " * (4 - facts) + "it runs two hours . " * facts
+        (s,), (f,) = sentiment([], [text]), informative([], [text])
+        assert s == pytest.approx(1 - f**2)
 
 
 def test_praise_is_short():
