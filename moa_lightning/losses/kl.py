@@ -3,6 +3,7 @@
 Legend: B sequences, T tokens.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -41,10 +42,12 @@ class RewardKL(KLPenalty):
     log-probabilities, so it cannot overflow.
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2; target 3 and coefficient .2 are those of PAMA
-    (arXiv 2508.07768).
+    (arXiv 2508.07768). Deviation: the coefficient is multiplied by ``exp(error * sequences / horizon)`` in place of
+    ``1 + error * sequences / horizon``, and a batch counts as ``horizon`` sequences at most. For small batches the two
+    agree to first order; for large ones the paper's factor turns negative, and a larger gain overshoots the target.
 
     Args:
-        init_kl_coef: the coefficient at the start.
+        init_kl_coef: the coefficient at the start; 0 is no penalty.
         target: mean KL per sequence, in nats, that the coefficient steers to; ``None`` keeps the coefficient.
         horizon: sequences over which the coefficient reacts.
     """
@@ -54,9 +57,13 @@ class RewardKL(KLPenalty):
     horizon: float = 10_000.0
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
-        if self.init_kl_coef < 0 or (self.target is not None and self.target <= 0) or self.horizon <= 0:
-            raise ValueError("RewardKL needs init_kl_coef >= 0, target > 0 (or null) and horizon > 0")
+        """Validate hyperparameters."""
+        if not 0 <= self.init_kl_coef < math.inf:
+            raise ValueError(f"RewardKL needs a finite init_kl_coef >= 0, got {self.init_kl_coef}")
+        if self.target is not None and not 0 < self.target < math.inf:
+            raise ValueError(f"RewardKL needs a finite target > 0 (or null), got {self.target}")
+        if not 0 < self.horizon < math.inf:
+            raise ValueError(f"RewardKL needs a finite horizon > 0, got {self.horizon}")
 
     def init(self) -> State:
         """The coefficient."""
@@ -67,7 +74,10 @@ class RewardKL(KLPenalty):
         if self.target is None:
             return state
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return {"kl_coefficient": state["kl_coefficient"] * (1 + error * sequences / self.horizon)}
+        coefficient = state["kl_coefficient"] * math.exp(error * min(sequences / self.horizon, 1.0))
+        # Float32 would round a long decay to 0, from which no factor leads back.
+        smallest = torch.finfo(coefficient.dtype).tiny if self.init_kl_coef > 0 else 0.0
+        return {"kl_coefficient": coefficient.clamp(min=smallest)}
 
     def reward_coefficient(self, state: State) -> float:
         """The adapted coefficient."""
@@ -92,9 +102,9 @@ class LossKL(KLPenalty):
     beta: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse a negative coefficient."""
-        if self.beta < 0:
-            raise ValueError(f"LossKL needs beta >= 0, got {self.beta}")
+        """Validate hyperparameters."""
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"LossKL needs a finite beta >= 0, got {self.beta}")
 
     def reward_coefficient(self, state: State) -> float:
         """0: the reward is left as it is."""
