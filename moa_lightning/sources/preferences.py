@@ -58,7 +58,7 @@ class PreferenceRows(Source):
 
     @property
     def provides(self) -> frozenset[Signal]:
-        """All but ``SAMPLES``, because the policy does not sample the responses, and ``PAIRS``, which the loss provides."""
+        """All but ``SAMPLES`` (the policy does not sample the responses) and ``PAIRS`` (the loss provides it)."""
         return frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.WINS, Signal.GROUPS})
 
     @property
