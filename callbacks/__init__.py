@@ -4,7 +4,7 @@ if __name__ != "moa_lightning.callbacks":
     raise ImportError(f"import these as 'moa_lightning.callbacks', not as '{__name__}'")
 
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
-from moa_lightning.callbacks.metrics_file import MetricsFile
+from moa_lightning.callbacks.metrics_file import MetricsBeforeCheckpoints, MetricsFile
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.predictions import PredictionWriter
 from moa_lightning.callbacks.progress import ObjectiveProgressBar
@@ -15,6 +15,7 @@ from moa_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "EvaluationCallback",
+    "MetricsBeforeCheckpoints",
     "MetricsFile",
     "ObjectiveMetrics",
     "ObjectiveProgressBar",

@@ -6,8 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from moa_lightning.callbacks.growing_file import drop_cut_line
 
 
 class MetricsFile(Logger):
@@ -16,6 +19,9 @@ class MetricsFile(Logger):
     Lightning's own CSV logger wants a folder of its own and empties it; this one appends. Rows of an earlier part of
     the run stay, and a metric that appears later adds a column. A metric that comes twice for one step, as from the
     evaluation before the first update and the one after it, makes a second row.
+
+    With :class:`MetricsBeforeCheckpoints` a checkpoint appears after the rows of all steps that it has seen are on the
+    disk, so that a run that is killed and resumed has lost none.
 
     Args:
         folder: the run folder.
@@ -26,6 +32,8 @@ class MetricsFile(Logger):
         self.path = Path(folder) / "metrics.csv"
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}
+        self._flushed: dict[str, Any] = {}  # what was written of a step that may not be over
+        self._opened = False
 
     @property
     def name(self) -> str:
@@ -45,8 +53,10 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add metrics to the row of a step; the row is written when the next one begins, or at the end."""
-        repeated = (metrics.keys() & self._row.keys()) - {"step", "epoch"}
-        if self._row and (self._row["step"] != step or repeated):
+        given = {name: value for name, value in metrics.items() if name not in {"step", "epoch"}}
+        if all(_equal(self._written_of(step).get(name), value) for name, value in given.items()):
+            return
+        if self._row and (self._row["step"] != step or given.keys() & self._row.keys()):
             self._append()
         self._row |= {"step": step, **{k: v for k, v in metrics.items() if k != "step"}}
 
@@ -58,13 +68,30 @@ class MetricsFile(Logger):
         """Nothing: Lightning calls this after each group of metrics, when more may come for the row."""
 
     @rank_zero_only
+    def flush(self) -> None:
+        """Write the row of the present step to the disk. What comes of that step afterwards makes another row."""
+        if self._row:
+            self._flushed = self._written_of(self._row["step"])
+        self._append()
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left."""
         self._append()
 
+    def _written_of(self, step: int | None) -> dict[str, Any]:
+        """What the file and the row in waiting say of a step."""
+        return {k: v for part in (self._flushed, self._row) if part.get("step") == step for k, v in part.items()}
+
     def _append(self) -> None:
         if not self._row:
             return
+        if not self._opened:
+            drop_cut_line(self.path)
+            self._opened = True
         if not self._columns and self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
                 self._columns = next(csv.reader(file), [])
@@ -88,3 +115,25 @@ class MetricsFile(Logger):
             writer.writerows(rows)
         os.replace(scratch, self.path)
         self._columns = columns
+
+
+class MetricsBeforeCheckpoints(Callback):
+    """Has each :class:`MetricsFile` write its rows before a checkpoint is written.
+
+    Lightning writes a checkpoint of every so many steps before it logs the metrics of its step. A run that is killed
+    in between and resumed does not do that step again, so its row would be lost.
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Flush, with the metrics of a step that Lightning has not logged yet."""
+        loggers, files = trainer.loggers, [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+        if trainer.training and trainer._logger_connector._first_loop_iter is not None:
+            trainer.loggers = list(files)  # the others keep each step once
+            trainer._logger_connector.update_train_step_metrics()
+            trainer.loggers = loggers
+        for file in files:
+            file.flush()
+
+
+def _equal(written: Any, given: Any) -> bool:
+    return bool(written == given or (written != written and given != given))  # NaN is not equal to itself

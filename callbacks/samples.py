@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
+from moa_lightning.callbacks.growing_file import drop_cut_line
 from moa_lightning.types import Evaluation
 
 
@@ -59,6 +60,7 @@ class SampleTable(EvaluationCallback):
         samples = [line for batch in batches for line in lines_of(batch)][: self.rows]
         file = Path(trainer.default_root_dir) / "samples.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
+        drop_cut_line(file)
         with file.open("a", encoding="utf-8") as opened:
             for sample in samples:
                 opened.write(json.dumps({"step": trainer.global_step, **sample}, ensure_ascii=False) + "\n")

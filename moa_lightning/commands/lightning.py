@@ -18,6 +18,7 @@ from torchjd.aggregation import Weighting
 from moa_lightning import combiners, data, losses, models, rewards, sources
 from moa_lightning.agreement import flat
 from moa_lightning.callbacks import (
+    MetricsBeforeCheckpoints,
     MetricsFile,
     ObjectiveMetrics,
     ObjectiveProgressBar,
@@ -188,7 +189,7 @@ class AlignmentCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        observers: list[Callback] = [ObjectiveMetrics(), Throughput()]
+        observers: list[Callback] = [ObjectiveMetrics(), Throughput(), MetricsBeforeCheckpoints()]
         if config.get("enable_progress_bar") in (None, True):
             observers.append(ObjectiveProgressBar())
         trainer: Trainer = super()._instantiate_trainer(config, [*observers, *callbacks, Preemption()])

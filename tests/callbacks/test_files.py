@@ -3,13 +3,19 @@
 import csv
 import json
 import math
+import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 
 from moa_lightning.callbacks import (
+    MetricsBeforeCheckpoints,
     MetricsFile,
     ObjectiveMetrics,
     ParetoFront,
@@ -18,6 +24,7 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
+from moa_lightning.callbacks.growing_file import drop_cut_line
 from tests.callbacks.scripted import Scripted, around, evaluation, experience, trainer
 
 
@@ -262,3 +269,102 @@ def test_predictions(tmp_path, path):
     with pytest.raises(ValueError, match=r"exists already; remove it, or set --predictions\.path"):
         running.predict(Predicting([evaluation(raw_BN)]), return_predictions=False)
     assert lines(file) == written
+
+
+# Killed
+
+
+def test_the_rows_of_all_steps_are_on_the_disk_before_a_checkpoint_is(tmp_path):
+    """A run that is killed resumes after its checkpoint, so what the checkpoint has seen must not wait in memory."""
+
+    class Look(TorchCheckpointIO):
+        seen: ClassVar = []
+
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            rows = table(tmp_path / "metrics.csv")
+            self.seen.append((checkpoint["global_step"], sum(1 for row in rows if row["clip_ratio"])))
+
+    log, other = MetricsFile(str(tmp_path)), Logged()
+    by_step = ModelCheckpoint(tmp_path / "a", every_n_train_steps=1, save_top_k=-1)
+    evaluated = ModelCheckpoint(tmp_path / "b", save_top_k=-1)
+    moa = script((1, 1), (2, 2), (3, 3), collected=[experience(torch.zeros(4, 2))] * 4, terms={"clip_ratio": 0.5})
+    trainer(
+        tmp_path, ObjectiveMetrics(), MetricsBeforeCheckpoints(), by_step, evaluated,
+        logger=[log, other], max_steps=4, val_check_interval=2, enable_checkpointing=True, plugins=[Look()],
+    ).fit(moa)  # fmt: skip
+    assert sorted(Look.seen) == [(1, 1), (2, 2), (2, 2), (3, 3), (4, 4), (4, 4)]
+    rows = table(log.path)
+    assert [row["step"] for row in rows if row["clip_ratio"]] == ["0", "1", "2", "3"]  # each of them once
+    assert other.steps == [0, 1, 2, 3]
+
+
+class Logged(Logger):
+    """Another logger, which is to hear of each step once."""
+
+    name, version = "other", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def log_metrics(self, metrics, step=None):
+        if "clip_ratio" in metrics:
+            self.steps.append(step)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def test_the_same_metric_of_another_step_is_another_row(tmp_path):
+    log = MetricsFile(str(tmp_path))
+    log.log_metrics({"loss": 1.0, "kl": float("nan")}, step=0)
+    log.flush()
+    log.log_metrics({"loss": 1.0, "kl": float("nan"), "epoch": 0}, step=0)  # Lightning logs after the checkpoint
+    log.log_metrics({"later": 2.0}, step=0)
+    log.log_metrics({"loss": 1.0, "kl": float("nan")}, step=1)
+    log.finalize("success")
+    assert [(row["step"], row["loss"], row["kl"], row["later"]) for row in table(log.path)] == [
+        ("0", "1.0", "nan", ""),
+        ("0", "", "", "2.0"),
+        ("1", "1.0", "nan", ""),
+    ]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7])
+def test_a_row_that_a_kill_cut_is_dropped(tmp_path, cut):
+    first = MetricsFile(str(tmp_path))
+    for step in range(3):
+        first.log_metrics({"loss": step + 0.5}, step=step)
+    first.finalize("success")
+    os.truncate(first.path, first.path.stat().st_size - cut)
+    second = MetricsFile(str(tmp_path))
+    second.log_metrics({"loss": 2.5}, step=2)
+    second.finalize("success")
+    assert [(row["step"], row["loss"]) for row in table(first.path)] == [("0", "0.5"), ("1", "1.5"), ("2", "2.5")]
+
+
+@pytest.mark.parametrize(
+    ("there", "left"),
+    [
+        (b"", b""),
+        (b"cut", b""),
+        (b"a\nb\n", b"a\nb\n"),
+        (b"a\n" + b"x" * 200_000, b"a\n"),
+        (b"y" * 70_000 + b"\nx", b"y" * 70_000 + b"\n"),
+    ],
+    ids=["empty", "one", "whole", "long", "blocks"],
+)
+def test_a_cut_line_is_dropped(tmp_path, there, left):
+    file = tmp_path / "file"
+    drop_cut_line(file)
+    assert not file.exists()
+    file.write_bytes(there)
+    drop_cut_line(file)
+    assert file.read_bytes() == left
+
+
+def test_a_sample_that_a_kill_cut_is_dropped(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"step": 0}\n{"step": 1, "prom', encoding="utf-8")
+    trainer(tmp_path, SampleTable(rows=1), max_steps=1).fit(script((0, 0), (1, 1)))
+    assert [line["step"] for line in lines(file)] == [0, 0, 1]
