@@ -15,12 +15,13 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from moa_lightning.distributed import pieces_on_disk
+from moa_lightning.distributed import ForeignContentError, pieces_on_disk
 
 META = "meta.pt"
 """What a checkpoint in pieces holds besides the pieces; Lightning's name for it."""
 
 
+_UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError)
 _FORMER = "former"  # of a checkpoint that was put aside for the one that replaces it
 
 
@@ -191,11 +192,17 @@ def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str 
             broken = _damaged(path / META) or _damaged_piece(path)
         else:
             broken = _damaged(path)
+    except ForeignContentError as error:
+        return f"it could run code, so it was not opened: {error}"
     except (OSError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
         return f"it is cut off or no checkpoint ({' '.join(str(error).split())})"
     if broken is not None:
         return f"what it holds is damaged ({broken})"
-    if steps_of(path) is None:
+    try:
+        _global_step(path)
+    except ForeignContentError as error:
+        return f"it could run code, so it was not opened: {error}"
+    except _UNREADABLE:
         return "it was not written by Lightning's Trainer"
     return None
 
@@ -218,11 +225,18 @@ def _damaged_piece(folder: Path) -> str | None:
 def steps_of(path: Path) -> int | None:
     """Optimiser steps behind a checkpoint, without reading its tensors; ``None`` if it does not say."""
     try:
-        file = path / META if path.is_dir() else path
-        content = torch.load(file, mmap=True, map_location="meta", weights_only=True)
-        return int(content["global_step"])
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        return _global_step(path)
+    except _UNREADABLE:
         return None
+
+
+def _global_step(path: Path) -> int:
+    file = path / META if path.is_dir() else path
+    try:
+        content = torch.load(file, mmap=True, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ForeignContentError(f"{file.name} holds more than tensors and plain data") from error
+    return int(content["global_step"])
 
 
 def bytes_of(content: Any) -> int:

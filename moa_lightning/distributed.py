@@ -2,18 +2,24 @@
 
 import errno
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem as dcp_files
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +32,28 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
+
+_IN_METADATA = {
+    *(
+        (dcp_metadata.__name__, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (dcp_files.__name__, "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+"""Module and name of everything that the index of a sharded checkpoint refers to, dtypes apart."""
 
 
 def is_distributed() -> bool:
@@ -138,13 +166,81 @@ def whole_on_first(tensor: Tensor) -> Tensor | None:
     return gathered.cpu() if rank() == 0 else None
 
 
+class ShardReader(FileSystemReader):
+    """Reads a sharded checkpoint without running what is pickled in it.
+
+    PyTorch's own reader unpickles the index (``.metadata``) as it comes, which executes whatever a file names.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index.
+
+        Raises:
+            ForeignContentError: it refers to something that no checkpoint holds.
+            pickle.UnpicklingError: it is damaged.
+        """
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            try:
+                found = _MetadataUnpickler(file).load()
+            except (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise pickle.UnpicklingError(f".metadata is damaged: {error}") from error
+        if not isinstance(found, Metadata):
+            raise pickle.UnpicklingError(f".metadata holds {type(found).__name__}, not the index of a checkpoint")
+        found.storage_meta = getattr(found, "storage_meta", None) or dcp_metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class ForeignContentError(pickle.UnpicklingError):
+    """A checkpoint refers to what no checkpoint holds. Nothing of it was run."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """A class of the index or a dtype; never anything else, since calling it is how a pickle runs code."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _IN_METADATA:
+            return super().find_class(module, name)
+        raise ForeignContentError(f".metadata names {module}.{name}")
+
+
+class _PlainLoadPlanner(DefaultLoadPlanner):
+    """Reads what is no tensor, such as an optimiser's learning rate, as plain data; PyTorch's own unpickles it."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Take one value in.
+
+        Raises:
+            ForeignContentError: it is more than plain data.
+        """
+        plain = BytesIO()
+        try:
+            torch.save(torch.load(value, weights_only=True), plain)
+        except pickle.UnpicklingError as error:
+            raise ForeignContentError(f"'{read_item.dest_index.fqn}' is more than plain data") from error
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+def _load(content: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
+    """Fill these tensors and values from a sharded checkpoint, each process its shards. In place.
+
+    Raises:
+        ValueError: on every process: one of the shards does not hold what the index says.
+    """
+    try:
+        load(content, storage_reader=ShardReader(folder), planner=_PlainLoadPlanner(), no_dist=no_dist)
+    except CheckpointException as error:
+        first = " ".join(str(next(iter(error.failures.values()))[0]).split())[:200]
+        raise ValueError(f"checkpoint {folder} cannot be used: {first}") from error
+
+
 def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:
     """The tensors of a sharded checkpoint whose names start so, put together, without the prefix. In one process.
 
     Nothing else is read: of a training checkpoint two thirds are the optimiser's.
     """
-    reader = FileSystemReader(folder)
-    known = reader.read_metadata().state_dict_metadata
+    known = ShardReader(folder).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(found.size, dtype=found.properties.dtype)
         for name, found in known.items()
@@ -152,7 +248,7 @@ def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
-        load(tensors, storage_reader=reader, no_dist=True)
+        _load(tensors, folder, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
@@ -165,13 +261,13 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 def pieces_on_disk(folder: Path) -> list[tuple[str, int, int]]:
     """File, offset and length of each piece of a checkpoint that PyTorch's distributed checkpoints wrote."""
-    stored = FileSystemReader(folder).read_metadata().storage_data
+    stored = ShardReader(folder).read_metadata().storage_data
     return [(piece.relative_path, piece.offset, piece.length) for piece in stored.values()]
 
 
 def shapes_on_disk(folder: Path, part: str) -> dict[str, torch.Size]:
     """Names and whole shapes of the tensors in one part of such a checkpoint."""
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = ShardReader(folder).read_metadata().state_dict_metadata
     return {
         name.removeprefix(f"{part}."): tensor.size
         for name, tensor in stored.items()
@@ -196,14 +292,14 @@ def save_pieces(content: dict[str, Any], folder: Path) -> None:
 def load_pieces(folder: Path, module: nn.Module, key: str, names: Collection[str]) -> None:
     """Read weights of these names from such a checkpoint into a module, each process its pieces. In place."""
     weights = {name: weight for name, weight in get_model_state_dict(module).items() if name in names}
-    load({key: weights}, checkpoint_id=folder)
+    _load({key: weights}, folder)
     set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
 
 
 def load_optimizer_pieces(folder: Path, module: nn.Module, optimizer: Optimizer, key: str) -> None:
     """Read the state of a module's optimiser from such a checkpoint, each process its pieces. In place."""
     state = get_optimizer_state_dict(module, optimizer)
-    load({key: state}, checkpoint_id=folder)
+    _load({key: state}, folder)
     set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
 
 
