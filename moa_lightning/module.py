@@ -184,7 +184,8 @@ class AlignmentModule(ResumedModule):
         parameters = self.policy.parameters_at(self.combiner.gradients_at)
         signals = self.source.signals(experience, output, self.loss.clip_range, parameters)
         combined = self.combiner.combine(signals, self.combiner_state)
-        self.combiner_state = combined.state or self.combiner_state
+        if combined.state is not None:
+            self.combiner_state = combined.state
         result = self.loss(combined, experience, output, self.kl)
         require_finite(result, experience, self.trainer)
         self.log("loss", result.loss.detach(), prog_bar=True, batch_size=len(experience), sync_dist=True)

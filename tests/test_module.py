@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -260,6 +261,20 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, folder, updates):
     assert float(second.kl_state["kl_coefficient"]) == float(whole.kl_state["kl_coefficient"])
     for a, b in zip(whole.policy.parameters(), second.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Forgetting(Linear):
+    """Leaves a state without any tensor behind the first update."""
+
+    def combine(self, signals, state):
+        return replace(super().combine(signals, state), state={})
+
+
+def test_an_empty_state_is_a_state(tmp_path, folder):
+    moa = module(folder, combiner=Forgetting())
+    assert moa.combiner_state
+    run(tmp_path, moa, max_steps=1, limit_val_batches=0)
+    assert moa.combiner_state == {}
 
 
 def test_a_checkpoint_holds_what_is_trained_and_no_more(tmp_path, folder):

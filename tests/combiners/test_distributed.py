@@ -46,7 +46,11 @@ def shares(whole):
 def run(combiner, rows):
     state = combiner.observe(rows, combiner.observe(rows, begin(combiner, rows)))
     combined = combiner.combine(signals(rows), state)
-    return {"state": combined.state or state, "score": combined.score, "weights_N": combined.weights_N}
+    return {
+        "state": state if combined.state is None else combined.state,
+        "score": combined.score,
+        "weights_N": combined.weights_N,
+    }
 
 
 def loss_of(loss, rows):
