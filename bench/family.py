@@ -106,7 +106,7 @@ class Bench:
             wins_BN=torch.rand(plan.sequences, objectives, generator=generator),
             log_prior_B=torch.zeros(plan.sequences),
             charge_B=torch.randn(plan.sequences, generator=generator),
-            metrics={"kl_coefficient": 0.1},
+            kl_coefficient=0.1,
         )
         return Bench(policy, experience)
 
@@ -130,7 +130,7 @@ class Bench:
         parameters = self.policy.parameters_at(entry.combiner.gradients_at)
         signals = SOURCE.signals(self.experience, output, entry.loss.clip_range, parameters)
         combined = entry.combiner.combine(signals, state)
-        return combined, combined.state or state
+        return combined, state if combined.state is None else combined.state
 
     def backward(self, loss: PolicyLoss, combined: Combined, output: PolicyOutput, again: bool) -> None:
         """Loss and backward pass; some losses take no negative scores, and none takes longer for their sign."""

@@ -88,7 +88,7 @@ def experience_of(
         group_B=torch.arange(count) // group,
         wins_BN=wins_BN,
         charge_B=kl.init_kl_coef * (logprobs_B - reference_B),
-        metrics={"kl_coefficient": kl.init_kl_coef},
+        kl_coefficient=kl.init_kl_coef,
     )
 
 
@@ -138,7 +138,7 @@ def learn(problem: Problem, entry: Entry, recipe: Recipe, seed: int) -> Run:
         experience = experience_of(problem, actions, logprobs_B.detach(), reference_B, labels, kl, recipe.group)
         state = combiner.observe(experience, state)
         combined = combiner.combine(signals_of(experience, problem.slopes(now_P, actions), loss.clip_range), state)
-        state = combined.state or state
+        state = state if combined.state is None else combined.state
         nothing_B1 = torch.zeros(len(actions), 1)
         output = PolicyOutput(logprobs_B.unsqueeze(1), nothing_B1, None, nothing_B1.unsqueeze(2))
         optimizer.zero_grad()

@@ -14,8 +14,6 @@ from moa_lightning.callbacks.evaluations import moments
 from moa_lightning.distributed import all_sum, world_size
 from moa_lightning.types import Experience, Minibatch, StepOutput
 
-_COUNTS = ("tokens", "sequences")  # of a collected batch; throughput is made of them
-
 
 class ObjectiveMetrics(Callback):
     """Logs what each objective does in training: rewards, advantages, value losses, weights, correlations.
@@ -82,7 +80,8 @@ class ObjectiveMetrics(Callback):
         ).tolist()
         metrics["completions/truncated"] = truncated / float(total)
         metrics["completions/mean_length"] = tokens / float(total)
-        return metrics | {name: value for name, value in collected.metrics.items() if name not in _COUNTS}
+        measured = {"kl": collected.kl, "kl_coefficient": collected.kl_coefficient}
+        return metrics | {name: value for name, value in measured.items() if value is not None} | collected.metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Where standardised rewards count from."""

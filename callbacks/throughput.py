@@ -31,7 +31,7 @@ class Throughput(Callback):
         if batch.collected is not None:
             self._log(pl_module)
             self._seconds = dict(batch.collected.seconds)
-            self._tokens = batch.collected.metrics.get("tokens", 0.0)
+            self._tokens = batch.collected.tokens
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Minibatch, batch_idx: int

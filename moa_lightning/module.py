@@ -161,10 +161,9 @@ class AlignmentModule(ResumedModule):
             experience = self.source.collect(batch, self._actors(), seed)
         state = self.weights.advance(self.trainer, self.combiner_state)
         self.combiner_state = self.combiner.observe(experience, state)
-        metrics = experience.metrics
-        metrics |= self.weights.report(state)
-        if "kl" in metrics:
-            self.kl_state = self.kl.observe(metrics["kl"], int(metrics["sequences"]), self.kl_state)
+        experience.metrics |= self.weights.report(state)
+        if experience.kl is not None:
+            self.kl_state = self.kl.observe(experience.kl, experience.sequences, self.kl_state)
         return experience
 
     def _actors(self) -> Actors:

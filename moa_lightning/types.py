@@ -104,8 +104,12 @@ class Experience:
     log_prior_B: Tensor | None = None  # log-weight of a row among those of its prompt; None is equal weights
     penalty_B: Tensor | None = None  # taken off each objective's score of a row (cut-off responses); None is nothing
     charge_B: Tensor | None = None  # what the KL penalty takes off a row, summed over its tokens; None is nothing
+    sequences: int = 0  # rows of the whole collected batch, over all processes
+    tokens: float = 0.0  # of its responses, over all processes
+    kl: float | None = None  # mean over its rows of log pi/pi_ref per response, in nats; None is not measured
+    kl_coefficient: float | None = None  # of the KL penalty in its rewards; None is no such penalty
     seconds: dict[str, float] = field(default_factory=dict)  # generation, scoring, forward
-    metrics: dict[str, float] = field(default_factory=dict)  # scalars of the collection (kl, kl_coefficient, …)
+    metrics: dict[str, float] = field(default_factory=dict)  # further scalars, which are only logged (prior_ess, …)
 
     def __len__(self) -> int:
         """B, the number of rows."""

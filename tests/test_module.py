@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from moa_lightning.combiners import MGDAUB, PAMA, Linear
+from moa_lightning.combiners import CAID, MGDAUB, PAMA, Linear
 from moa_lightning.data.base import PromptData, Stage
 from moa_lightning.finite import NonFiniteLossError
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
@@ -261,6 +261,30 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, folder, updates):
     assert float(second.kl_state["kl_coefficient"]) == float(whole.kl_state["kl_coefficient"])
     for a, b in zip(whole.policy.parameters(), second.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Unlogged(Rollout):
+    """Collects the same, with other numbers for the logs."""
+
+    def collect(self, batch, actors, seed):
+        experience = super().collect(batch, actors, seed)
+        return replace(experience, metrics=dict.fromkeys(["kl", "kl_coefficient", "sequences", "tokens"], float("nan")))
+
+
+def test_nothing_that_is_only_logged_steers_the_run(tmp_path, folder):
+    def trained(source):
+        moa = module(
+            folder,
+            source=source(max_new_tokens=8, num_generations=4),
+            combiner=CAID({"length": 0.5}, reference_batches=1),
+            kl=RewardKL(0.2, target=0.5, horizon=20),
+        )
+        return run(tmp_path, moa, max_steps=3).losses, moa.kl_state, moa.combiner_state
+
+    (losses, kl_state, state), (other_losses, other_kl_state, other_state) = trained(Rollout), trained(Unlogged)
+    assert losses == other_losses
+    assert float(kl_state["kl_coefficient"]) == float(other_kl_state["kl_coefficient"]) != pytest.approx(0.2)
+    assert float(state["beta"]) == float(other_state["beta"])
 
 
 class Forgetting(Linear):

@@ -94,7 +94,8 @@ class CAID(ResponseCombiner):
         since, names = int(state["batches"]) - self.reference_batches, experience.rewards.trained_names
         if since <= 0 or len(state["samples"]) == 0:
             state["samples"] = with_responses(state["samples"], experience)
-        ready, beta = since >= 0 and len(state["samples"]) > 0, torch.tensor(experience.metrics["kl_coefficient"])
+        assert experience.kl_coefficient is not None  # requires_kl
+        ready, beta = since >= 0 and len(state["samples"]) > 0, torch.tensor(experience.kl_coefficient)
         if ready and (state["beta"].isnan() or (self.interval is None and beta != state["beta"])):
             state |= solved(state, beta, self.thresholds is not None, self.dual.largest, names)
         elif ready and self.interval is not None and since % self.interval == 0:

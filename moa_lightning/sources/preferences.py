@@ -139,8 +139,10 @@ class PreferenceRows(Source):
             group_B=group_B,
             wins_BN=wins_BN,
             log_prior_B=log_prior_B,
+            sequences=int(rows),
+            tokens=tokens,
             seconds={"scoring": scored - started, "forward": time.perf_counter() - scored},
-            metrics={"tokens": tokens, "sequences": rows, **of_prior},
+            metrics=of_prior,
         )
 
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:

@@ -162,18 +162,16 @@ class Rollout(Source):
             log_prior_B=log_prior_B,
             penalty_B=self._penalty(responses),
             charge_B=kl_coefficient * kl_BT.sum(1),
+            sequences=int(sums[3]),
+            tokens=sums[2],
+            kl=sums[0] / sums[3],
+            kl_coefficient=kl_coefficient,
             seconds={
                 "generation": generated - started,
                 "scoring": scored - generated,
                 "forward": time.perf_counter() - scored,
             },
-            metrics={
-                "kl": sums[0] / sums[3],
-                "kl_coefficient": kl_coefficient,
-                "tokens": sums[2],
-                "sequences": sums[3],
-                **of_prior,
-            },
+            metrics=of_prior,
         )
 
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:

@@ -71,7 +71,9 @@ def experience(
         values_BTN=None,
         tokens_per_row=float(LENGTH),
         seconds=seconds or {},
-        metrics={"kl": 0.25, "kl_coefficient": 0.2, "tokens": float(mask_BT.sum())},
+        tokens=float(mask_BT.sum()),
+        kl=0.25,
+        kl_coefficient=0.2,
     )
 
 

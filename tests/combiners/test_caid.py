@@ -20,7 +20,7 @@ BETA = 0.2
 def batch(scores_BN, group_B=None, beta=BETA, **fields):
     group_B = torch.zeros(len(scores_BN)).long() if group_B is None else group_B
     rows = scored.experience(torch.as_tensor(scores_BN, dtype=torch.float32), group_B)
-    return dataclasses.replace(rows, metrics={"kl_coefficient": beta}, **fields)
+    return dataclasses.replace(rows, kl_coefficient=beta, **fields)
 
 
 def begin(combiner, objectives=2):
@@ -173,7 +173,7 @@ def test_a_threshold_out_of_reach_is_named_once():
         state = combiner.observe(rows, begin(combiner, 3))
     assert len(found) == 1
     assert state["duals"].tolist() == [0.0, 10.0, 0.0]
-    other = dataclasses.replace(rows, metrics={"kl_coefficient": 0.4})
+    other = dataclasses.replace(rows, kl_coefficient=0.4)
     combiner.observe(other, state)  # solved anew, not told again: warnings are errors here
     with pytest.warns(UserWarning, match=r"for '[bc]' cannot be met, with the others"):
         CAID({"b": 0.3, "c": 0.3}, reference_batches=1).observe(rows, begin(combiner, 3))

@@ -34,7 +34,8 @@ def collected(rows, rank):
         None,
         tokens_per_row=2.5,
         group_B=torch.arange(len(rows)).repeat_interleave(PER_PROMPT),
-        metrics={"kl": 1.0},
+        sequences=count,
+        kl=1.0,
     )
 
 
@@ -164,3 +165,14 @@ def test_shares_of_a_batch_taken_over_twice_are_those_of_the_last_processes():
     uneven = [part.take() for part in shared_anew(parts, 2)]
     assert sorted(len(part) for part in uneven) == [2, 4]
     assert [part.counted_rows for part in uneven] == [3.0] * 2
+
+
+def test_what_was_measured_comes_back_and_an_older_checkpoint_may_lack_it():
+    plain = InFlight(collected([{"prompt": 1}, {"prompt": 2}], 0), [torch.tensor([0, 1])], [1.0]).plain()
+    taken = InFlight.of(plain).take()
+    assert (taken.sequences, taken.kl) == (4, 1.0)
+    for name in ("sequences", "tokens", "kl", "kl_coefficient"):  # the fields that were keys of ``metrics`` before
+        del plain["experience"][name]
+    older = InFlight.of(plain).take()
+    assert texts([older]) == texts([taken])
+    assert (older.sequences, older.kl) == (0, None)

@@ -22,7 +22,7 @@ class Collector:
         zeros = torch.zeros(count, 1)
         return Experience(
             responses, rewards, torch.ones(count, 1).bool(), torch.ones(count, 1).bool(), zeros, zeros,
-            torch.randn(count, 1, 1), None, None, 1.0, seconds={"generation": 1.0}, metrics={"kl": 0.5},
+            torch.randn(count, 1, 1), None, None, 1.0, seconds={"generation": 1.0}, kl=0.5,
         )  # fmt: skip
 
 

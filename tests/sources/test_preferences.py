@@ -156,10 +156,10 @@ def test_a_candidate_without_any_label_is_not_trained_on(actors):
     assert torch.equal(experience.mask_BT.any(1), known)
     trained = sum(len(t.split()) + 1 for r in ROWS for t, w in zip(r["responses"], r["wins/h"], strict=True) if w == w)
     assert experience.tokens_per_row == pytest.approx(trained / 9)
-    assert experience.metrics == {
-        "tokens": sum(len(t.split()) + 1 for r in ROWS for t in r["responses"]),
-        "sequences": 9,
-    }
+    assert experience.tokens == sum(len(t.split()) + 1 for r in ROWS for t in r["responses"])
+    assert experience.sequences == 9
+    assert experience.kl is None
+    assert experience.metrics == {}
 
 
 @pytest.mark.parametrize(("prior", "before"), [("sampled", None), ("listed", "loaded")])
