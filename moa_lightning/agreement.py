@@ -9,6 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from moa_lightning import __version__
 from moa_lightning.console import speaks, without_progress_bars
 from moa_lightning.distributed import all_objects, is_distributed, rank
+from moa_lightning.masking import masked
 from moa_lightning.models.loading import load_config
 
 Facts = Mapping[str, str]
@@ -159,7 +161,7 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
     """
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if parts is None or not value:
-        return {name: str(value)}
+        return {name: str(masked(value, name.rpartition(".")[2]))}
     found: dict[str, str] = {}
     for key, part in parts:
         found |= flat(part, f"{name}.{key}" if name else str(key))
@@ -208,7 +210,7 @@ def _policy(module: Any) -> dict[str, str]:
     return {
         "config": f"digest {_digest(config.encode())}",
         "vocabulary": f"{len(module.tokenizer)} tokens with digest {_digest(vocabulary.encode())}",
-        "settings": _plain(module.policy_config),
+        "settings": _plain(masked(asdict(module.policy_config))),
         "files": names,
         **{f"file {path.name}": _content(path) for path in files},
     }

@@ -7,7 +7,7 @@ says for the default of every request.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from moa_lightning import __version__
 from moa_lightning.commands.model_card import Exported, card
 from moa_lightning.commands.run_folder import RunFolder, Saved
 from moa_lightning.console import library_bars, shows_progress
+from moa_lightning.masking import masked
 from moa_lightning.models import PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
 from moa_lightning.models.policy import RECORD
@@ -114,7 +115,7 @@ class Export:
         dtype = self.dtype if self.dtype != "auto" else str(getattr(model, "dtype", self.run.dtype)).split(".")[-1]
         self.facts |= {
             "format": "adapter" if adapter else "model",
-            "base_model": base,
+            "base_model": base and shareable(base),
             "dtype": dtype,
             "value_heads": heads,
             "moa_lightning": __version__,
@@ -124,9 +125,9 @@ class Export:
             shutil.copy(self.run.folder / "front.png", target / "front.png")
         if self.run.settings:
             (target / "config.yaml").write_text(
-                yaml.safe_dump(dict(self.run.settings), sort_keys=False), encoding="utf-8"
+                yaml.safe_dump(shareable(dict(self.run.settings)), sort_keys=False), encoding="utf-8"
             )
-        text = card(Exported(name, base, adapter, dtype, self.facts, self.run.settings, picture))
+        text = card(Exported(name, base, adapter, dtype, self.facts, shareable(self.run.settings), picture))
         (target / "README.md").write_text(text, encoding="utf-8")
 
     def _policy_config(self) -> PolicyConfig:
@@ -168,6 +169,21 @@ class Export:
                 f"'{self._start()}'; give what the run started from with --base=PATH"
             )
         self._model.load_state_dict(weights, strict=False)
+
+
+def shareable(settings: Any) -> Any:
+    """A copy of settings for people elsewhere: no secrets, no arguments of the hub, of local paths the last part.
+
+    >>> shareable({"policy": {"path": "/home/me/base", "options": {"token": "abc"}}, "seed": 1})
+    {'policy': {'path': 'base', 'options': {}}, 'seed': 1}
+    """
+    if isinstance(settings, Mapping):
+        of_hub = {"options"} if "path" in settings else set()
+        return {key: {} if key in of_hub else shareable(value) for key, value in masked(settings).items()}
+    if isinstance(settings, list):
+        return [shareable(value) for value in settings]
+    is_local = isinstance(settings, str) and "\n" not in settings and Path(settings).expanduser().is_absolute()
+    return Path(settings).name if is_local else settings
 
 
 def merged(model: Any) -> tuple[Any, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from moa_lightning.checkpoints import AtomicCheckpointIO, newest_whole, require_
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.commands.run_config import RunConfig
+from moa_lightning.masking import masked_arguments, masked_settings
 from moa_lightning.module import AlignmentModule
 from moa_lightning.preemption import Preemption
 from moa_lightning.schedules import WeightSchedule
@@ -129,6 +131,11 @@ class AlignmentCLI(LightningCLI):
             ValueError: the checkpoint does not exist.
         """
         config = self.config[self.subcommand]
+        if secrets := masked_settings(config):
+            raise UsageError(
+                f"{secrets[0]} is masked in this record of a run; give it as --{secrets[0]}=..."
+                + (f" (so are {', '.join(secrets[1:])})" if secrets[1:] else "")
+            )
         root, checkpoint = Path(config.trainer.default_root_dir), config.get("ckpt_path")
         last = checkpoint == "last"
         if config.get("weights_only") is None:
@@ -173,10 +180,16 @@ class AlignmentCLI(LightningCLI):
         if given not in (None, True, False):
             loggers += list(given) if isinstance(given, list) else [given]
         if config.wandb != "off":
-            # Absolute: wandb's service may be one that was started in another folder.
+            # Absolute: wandb's service may be one that was started in another folder. What it records of the machine
+            # holds the command line, and so any secret there.
             folder = str(Path(root).absolute())
             loggers.append(
-                WandbLogger(project=config.wandb_project, save_dir=folder, offline=config.wandb == "offline")
+                WandbLogger(
+                    project=config.wandb_project,
+                    save_dir=folder,
+                    offline=config.wandb == "offline",
+                    settings={"x_disable_meta": True} if masked_arguments(sys.argv) != sys.argv else None,
+                )
             )
         plugins = config.trainer.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]

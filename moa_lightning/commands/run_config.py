@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from moa_lightning.checkpoints import steps_of
+from moa_lightning.masking import masked
 
 _GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
 
@@ -14,8 +17,12 @@ _GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
 class RunConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run folder: the record of the run.
 
-    It waits until data, columns and models are known to fit, so that a run which cannot start leaves no folder.
+    It waits until data, columns and models are known to fit, so that a run which cannot start leaves no folder. Tokens
+    and passwords are masked in it, whatever the permissions of the folder are.
     """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        super().__init__(parser, masked(config), **options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet."""

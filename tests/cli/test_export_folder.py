@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from moa_lightning.commands.exporting import merged
+from moa_lightning.commands.exporting import merged, shareable
 from moa_lightning.commands.model_card import vllm_refuses
 from tests import tiny
 from tests.cli.task import Task, complaint, make, moa
@@ -142,7 +142,9 @@ def test_the_card_tells_what_it_is(exported: dict[str, Path], finished: Task, ki
     assert facts["objectives"] == summary["objectives"]
     assert (facts["steps"], facts["combiner"], facts["format"]) == (1, "PAMA", kind)
     settings = yaml.safe_load((exported[kind] / "config.yaml").read_text())
-    assert settings == yaml.safe_load((finished.root / "config.yaml").read_text())
+    assert settings == shareable(yaml.safe_load((finished.root / "config.yaml").read_text()))
+    assert settings["model"]["policy"]["lora"]["r"] == 4
+    assert (settings["model"]["policy"]["path"], settings["data"]["init_args"]["path"]) == ("tiny", "prompts.jsonl")
 
 
 def test_another_precision(finished: Task, tmp_path: Path) -> None:
