@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 FILES = {
     "front.png": "the Pareto front of the run, as a picture",
@@ -23,7 +24,7 @@ def tell(root: Path) -> None:
     if not (root / "summary.json").is_file():
         return
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names and folders are text, '[x]' and ':x:' in them too
     console.print()
     console.print(before_and_after(summary))
     if summary["hypervolume"] is not None:
@@ -44,7 +45,7 @@ def tell(root: Path) -> None:
     )
     for name, what in FILES.items():
         if (root / name).exists():
-            console.print(f"  {root / name}  [dim]{what}[/dim]", soft_wrap=True)
+            console.print(Text.assemble(f"  {root / name}  ", (what, "dim")), soft_wrap=True)
 
 
 def before_and_after(summary: dict[str, Any]) -> Table:

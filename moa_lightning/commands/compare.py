@@ -112,11 +112,16 @@ def _table(found: list[Reached], names: list[str], on_front: list[bool]) -> list
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def _write(found: list[Reached], names: list[str], on_front: list[bool], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        each = [f"{n}{what}" for n in names for what in ("", "_interval", "_threshold", "_outcome")]
+        each = [f"{n}{what}" for n in map(_cell, names) for what in ("", "_interval", "_threshold", "_outcome")]
         writer.writerow(["run", "combiner", "steps", "non_dominated", *each])
         for run, keep in zip(found, on_front, strict=True):
             cells = [
@@ -124,7 +129,7 @@ def _write(found: list[Reached], names: list[str], on_front: list[bool], folder:
                 for n in names
                 for cell in (run.mean[n], run.interval[n], run.thresholds.get(n, math.nan), run.outcome(n))
             ]
-            writer.writerow([run.run, run.combiner, run.steps, int(keep), *cells])
+            writer.writerow([_cell(run.run), _cell(run.combiner), run.steps, int(keep), *cells])
 
     from moa_lightning.commands.compare_plot import draw_comparison
 

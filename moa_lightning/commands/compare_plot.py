@@ -34,7 +34,9 @@ def _panel(axes: Any, found: "list[Reached]", labels: list[str], on_front: list[
         color = _COLORS[i % len(_COLORS)]
         x, y = run.mean[a], run.mean[b]
         axes.errorbar(x, y, xerr=run.interval[a], yerr=run.interval[b], fmt="o", color=color, ecolor=_FAINT, zorder=3)
-        axes.annotate(label, (x, y), xytext=(6, 6), textcoords="offset points", color=color, fontsize=9)
+        axes.annotate(
+            label.replace("$", r"\$"), (x, y), xytext=(6, 6), textcoords="offset points", color=color, fontsize=9
+        )
         if keep:
             axes.scatter([x], [y], s=130, facecolors="none", edgecolors=_FRONT, linewidths=1.8, zorder=4)
         for name, line in ((a, axes.axvline), (b, axes.axhline)):

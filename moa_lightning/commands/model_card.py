@@ -1,7 +1,10 @@
 """The model card of an exported policy: what it was aligned to, how, and how to load it."""
 
+import html
 import inspect
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +57,21 @@ def card(exported: Exported) -> str:
     )
     parts = [
         f"---\n{header.to_yaml()}\n---\n",
-        f"# {exported.name}\n",
+        f"# {plain(exported.name)}\n",
         *_objectives(exported),
         *_how(exported),
         *_use(exported),
     ]
     return "\n".join(parts)
+
+
+def plain(text: str) -> str:
+    r"""Text as it is, in Markdown that may stand in a table: no HTML, no column, no line of its own.
+
+    >>> plain("a|<b>\nc")
+    'a\\|&lt;b&gt; c'
+    """
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def vllm_refuses(adapter: Mapping[str, Any]) -> list[str]:
@@ -111,14 +123,14 @@ def _objectives(exported: Exported) -> list[str]:
         settings, found = asked.get(name, {}), numbers.get(name, {})
         weight = "evaluated only" if settings.get("eval_only") else spelled(settings.get("weight", ""))
         cells = [
-            spelled(settings.get("reward", ""), short=True),
-            weight,
+            plain(spelled(settings.get("reward", ""), short=True)),
+            plain(weight),
             *(_number(found.get(key)) for key in ("start", "end")),
         ]
-        rows.append(f"| {name} | {' | '.join(cells)} | {_number(found.get('std_error'))} |")
+        rows.append(f"| {plain(name)} | {' | '.join(cells)} | {_number(found.get('std_error'))} |")
     start = _named(exported.base) or "A language model"
     text = [
-        f"{start} aligned to {len(names)} objectives at once: {', '.join(names)}.\n",
+        f"{start} aligned to {len(names)} objectives at once: {plain(', '.join(names))}.\n",
         "## Objectives\n",
         "| objective | reward | weight | start | end | standard error |",
         "| --- | --- | --- | ---: | ---: | ---: |",
@@ -132,7 +144,7 @@ def _objectives(exported: Exported) -> list[str]:
     else:
         text.append("There is no evaluation of this step.\n")
     if volume := facts.get("hypervolume"):
-        reference = ", ".join(f"{name} {value:.4g}" for name, value in volume["reference"].items())
+        reference = ", ".join(f"{plain(name)} {value:.4g}" for name, value in volume["reference"].items())
         text.append(
             f"Hypervolume {volume['start']:.4g} -> {volume['end']:.4g}, from the reference point {reference}.\n"
         )
@@ -160,7 +172,7 @@ def _how(exported: Exported) -> list[str]:
         "steps": _steps(facts),
         "seed": facts.get("seed"),
     }
-    listed = [f"- {name}: {value}" for name, value in lines.items() if value is not None]
+    listed = [f"- {name}: {plain(str(value))}" for name, value in lines.items() if value is not None]
     if not listed:
         return []
     files = "`moa.json` holds the numbers" + ("; `config.yaml` every setting of the run" if exported.settings else "")
@@ -174,7 +186,7 @@ def _how(exported: Exported) -> list[str]:
 
 
 def _use(exported: Exported) -> list[str]:
-    folder = exported.name
+    name, folder = json.dumps(exported.name), shlex.quote(exported.name)
     loader = "AutoModelForCausalLM" if exported.adapter is None else "AutoPeftModelForCausalLM"
     library = "transformers" if exported.adapter is None else "peft"
     text = [
@@ -183,8 +195,8 @@ def _use(exported: Exported) -> list[str]:
         f"from {library} import {loader}",
         "from transformers import AutoTokenizer",
         "",
-        f'model = {loader}.from_pretrained("{folder}", dtype="{exported.dtype}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        f'model = {loader}.from_pretrained({name}, dtype="{exported.dtype}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({name})",
         "```\n",
     ]
     if exported.adapter is None:
@@ -193,6 +205,7 @@ def _use(exported: Exported) -> list[str]:
         return [*text, f"vLLM does not serve this adapter: {'; '.join(refused)}. Merged (`moa export`), it does.\n"]
     rank = min(r for r in _VLLM_RANKS if r >= int(exported.adapter["r"]))
     base = exported.adapter["base_model_name_or_path"]
+    base = shlex.quote(Path(base).name if Path(base).is_absolute() else base)
     command = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules aligned={folder}"
     return [*text, f"```bash\n{command}\n```\n"]
 
@@ -225,7 +238,7 @@ def _base_and_licence(base: str | None) -> tuple[str | None, str | None]:
 
 
 def _named(base: str | None) -> str | None:
-    return f"`{Path(base).name if Path(base).is_dir() else base}`," if base else None
+    return f"`{plain(Path(base).name if Path(base).is_dir() else base).replace('`', '')}`," if base else None
 
 
 def _defaults(path: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Legend: B responses, N objectives (of ``weights_N``: trained objectives).
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,19 @@ from moa_lightning.rewards.base import Cut, Objective, Reward
 from moa_lightning.schedules import Weight, weight_at
 from moa_lightning.types import Columns, RewardTable
 
-# Names become parts of metric keys (rewards/NAME/mean) and of command-line flags (objectives.NAME.weight=2).
-_BAD_IN_NAMES = re.compile(r"[\s./=]")
+# Names become parts of metric keys (rewards/NAME/mean), of command-line flags (objectives.NAME.weight=2), and headings
+# in spreadsheets and model cards, where a name such as '=1+1' or '<b>' would be more than text.
+_NAME = re.compile(r"\w[\w-]*")
+_TAKEN_NAMES = ("step", "epoch", "run", "combiner", "steps", "non_dominated")
+_TAKEN_ENDS = (
+    "std_error",
+    "raw",
+    "value",
+    "mean",
+    "interval",
+    "threshold",
+    "outcome",
+)  # of a column beside an objective's
 _TAKEN_COLUMNS = ("prompts", "completions", "self")
 
 
@@ -31,16 +42,13 @@ class RewardPanel:
         objectives: by name, in the order that every table keeps.
 
     Raises:
-        ValueError: no objectives, none that is trained, or a name that cannot be part of a metric's key.
+        ValueError: no objectives, none that is trained, or a name that cannot be part of a metric's key or is a
+            column's already.
     """
 
     def __init__(self, objectives: Mapping[str, Objective]) -> None:
         for name in objectives:
-            if not name or _BAD_IN_NAMES.search(name):
-                raise ValueError(
-                    f"'{name}' cannot name an objective: names become metric keys; write one word without spaces, "
-                    "'/', '.' and '='"
-                )
+            _check_name(name, objectives)
         if not objectives:
             raise ValueError("there are no objectives; name at least one under 'objectives', each with a reward")
         if all(objective.eval_only for objective in objectives.values()):
@@ -151,6 +159,21 @@ class RewardPanel:
             f"objective '{name}' did not score {missing} of {len(value_B)} responses{detail}; they are left out of "
             "this objective only. Shown once: the metrics count them from here on"
         )
+
+
+def _check_name(name: str, names: Iterable[str]) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"'{name}' cannot name an objective: names become metric keys and columns; write one word of letters, "
+            "digits, '_' and '-'"
+        )
+    if name in _TAKEN_NAMES:
+        raise ValueError(f"'{name}' cannot name an objective: tables have a column of that name already; rename it")
+    for other in names:
+        if any(name.startswith(f"{other}_") and name.endswith(f"_{end}") for end in _TAKEN_ENDS):
+            raise ValueError(
+                f"'{name}' cannot name an objective beside '{other}': tables call a column of '{other}' so; rename one"
+            )
 
 
 def _scores(name: str, reward: Reward, prompts: list[str], completions: list[str], columns: Columns) -> list[float]:

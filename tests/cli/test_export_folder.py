@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from moa_lightning.commands.exporting import merged, shareable
-from moa_lightning.commands.model_card import vllm_refuses
+from moa_lightning.commands.model_card import Exported, card, vllm_refuses
 from tests import tiny
 from tests.cli.task import Task, complaint, make, moa
 from tests.stages.test_folders import limited
@@ -251,3 +251,16 @@ def test_a_disk_without_room(
 def test_a_size_without_meaning(finished: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = complaint(capsys, "export", finished.root, tmp_path / "out", "--max_shard_size=huge")
     assert line == "max_shard_size must be a number with KB, MB, GB or TB, such as 5GB; got 'huge'"
+
+
+def test_the_card_takes_no_html_and_no_columns() -> None:
+    bad = "<script>|\n# x"
+    settings = {"model": {"objectives": {bad: {"reward": {"class_path": "a.Words", "init_args": {"words": [bad]}}}}}}
+    facts = {"objectives": {bad: {"start": 0.0, "end": 1.0, "std_error": 0.1}}, "combiner": "PAMA", "seed": bad}
+    text = card(Exported('a"`b', None, None, "float32", facts, settings, False))
+    assert "<script>" not in text
+    assert "\n# x" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| &lt;script")]
+    assert row.replace("\\|", "").count("|") == 7, "a row of six cells"
+    assert 'from_pretrained("a\\"`b")' in text
+    assert "vllm serve 'a\"`b'" in text

@@ -46,3 +46,14 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "hypervolume" not in printed and "threshold" not in printed and "tokens" not in printed
     assert "80 steps in 61 s\n" in printed
+
+
+def test_a_folder_and_names_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "[x] [/bold] :smile:"  # two folders
+    root.mkdir(parents=True)
+    (root / "summary.json").write_text(json.dumps({**SUMMARY, "combiner": "[/red]"}))
+    (root / "config.yaml").touch()
+    tell(root)
+    printed = capsys.readouterr().out
+    assert f"{root / 'config.yaml'}  the record" in printed
+    assert "[/red]: means" in printed

@@ -79,3 +79,13 @@ def test_mistakes(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "holds no summary.json of a run" in complaint(
         capsys, "compare", f"--runs=[{runs / 'a'}, {tmp_path / 'other'}]"
     )
+
+
+def test_a_run_is_no_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("=1+1"), "@SUM(1)", {"good": (0.5, 0.01)})
+    run(Path("$\\frac$"), "PAMA", {"good": (0.5, 0.01)})  # no mathematics either
+    moa("compare", "--runs=[=1+1,$\\frac$]", "--output=out")
+    with Path("out/comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["combiner"]) for row in rows] == [("'=1+1", "'@SUM(1)"), ("$\\frac$", "PAMA")]

@@ -102,13 +102,41 @@ def test_panel_keeps_order_and_separates_trained_from_eval_only() -> None:
     assert table.trained_BN.tolist() == [[1.0, 3.0]]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a.b", "a b", "a\tb", "a\n", " a", "a=b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "a/b",
+        "a.b",
+        "a b",
+        "a\tb",
+        "a\n",
+        " a",
+        "a=b",
+        "=1+1",
+        "-a",
+        "@a",
+        "a|b",
+        "<b>",
+        "a[x]",
+        "a&b",
+        "$a$",
+        "a,b",
+        "`a`",
+    ],
+)
 def test_panel_refuses_names_that_break_metric_keys(name: str) -> None:
     with pytest.raises(ValueError, match="cannot name an objective"):
         RewardPanel({"fine": Objective(Fixed([])), name: Objective(Fixed([]))})
 
 
-@pytest.mark.parametrize("name", ["a", "a_b", "a-b", "Länge", "2nd"])
+@pytest.mark.parametrize("names", [("step",), ("non_dominated",), ("a", "a_std_error"), ("a_raw_std_error", "a")])
+def test_panel_refuses_names_of_columns(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"'({'|'.join(names)})' cannot name an objective"):
+        RewardPanel({name: Objective(Fixed([])) for name in names})
+
+
+@pytest.mark.parametrize("name", ["a", "a_std_error", "a_b", "a-b", "Länge", "2nd"])
 def test_panel_accepts_single_words(name: str) -> None:
     assert RewardPanel({name: Objective(Fixed([]))}).names == (name,)
 
