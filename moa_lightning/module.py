@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moa_lightning import compatibility
 from moa_lightning.agreement import in_agreement
+from moa_lightning.chat import end_tokens
 from moa_lightning.combiners import PAMA, Combiner
 from moa_lightning.distributed import all_sum
 from moa_lightning.finite import require_finite
@@ -119,7 +120,7 @@ class AlignmentModule(ResumedModule):
             config = load_config(self.policy_config)
             self.tokenizer = load_tokenizer(self.policy_config)
             context = getattr(config.get_text_config(), "max_position_embeddings", None)
-            self.encoder = self.source.encoder(self.tokenizer, (int(self.tokenizer.eos_token_id),), context)
+            self.encoder = self.source.encoder(self.tokenizer, tuple(end_tokens(self.tokenizer)), context)
             if data is not None:
                 data.screen(stage, self.encoder.problem)
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_lightning.chat import Prompt
+
 State = dict[str, Tensor]
 """Memory of a combiner: float32 tensors by name, the same on every rank, saved in the checkpoint."""
 
@@ -21,6 +23,7 @@ class PromptBatch:
     """Prompts as the policy reads them, with the rest of their rows."""
 
     prompts: list[str]  # chat template applied
+    given: list[Prompt]  # as the data have them
     columns: Columns
     input_ids_BP: Tensor  # int64, left-padded
     attention_mask_BP: Tensor  # int64, 0 on padding

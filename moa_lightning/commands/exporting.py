@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from moa_lightning import __version__
+from moa_lightning.chat import end_tokens
 from moa_lightning.commands.model_card import Exported, card
 from moa_lightning.commands.run_folder import RunFolder, Saved
 from moa_lightning.console import library_bars, shows_progress
@@ -265,7 +266,7 @@ def write_generation(target: Path, own: GenerationConfig | None, run: RunFolder,
         sampling["do_sample"] = True
     own = own or GenerationConfig()
     several = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *several) if i is not None))
+    ends = list(dict.fromkeys(i for i in (*end_tokens(tokenizer), *several) if i is not None))
     ids = {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": tokenizer.pad_token_id}
     known = {k: v for k, v in own.to_diff_dict().items() if k not in {"_from_model_config", "transformers_version"}}
     GenerationConfig(**{**known, **sampling, **ids}).save_pretrained(target)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moa_lightning import chat
 from moa_lightning.data.base import Row
 from moa_lightning.data.preference_formats import BadRowError, Candidates, Comparison, PreferenceFormat, Prompt
 from moa_lightning.data.preferences import to_row
@@ -67,9 +68,9 @@ class Renderer:
                 "template makes text of them"
             )
         try:
-            return str(self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template is a program, and may raise anything
-            raise BadRowError(f"the chat template refuses the prompt: {' '.join(str(error).split())}") from error
+            return chat.render(self._tokenizer, prompt)
+        except chat.TemplateError as error:
+            raise BadRowError(str(error)) from error
 
 
 class ComparisonTable:

@@ -40,7 +40,8 @@ class PolicyConfig:
         quantization: fields of ``transformers.BitsAndBytesConfig`` (such as ``load_in_4bit: true``); needs ``lora``.
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
         attn_implementation: passed to transformers (``sdpa``, ``flash_attention_2``, …).
-        chat_template: Jinja text that replaces the tokenizer's template.
+        chat_template: Jinja text that replaces the tokenizer's template. Responses end with the token that ends its
+            turns, or else with the tokenizer's end token.
         disable_dropout: set every dropout of the loaded model to 0 (an adapter keeps its ``lora_dropout``), so that
             the policy's ratio to itself is exactly 1.
         trust_remote_code: run code that comes with the checkpoint. Off unless asked for.

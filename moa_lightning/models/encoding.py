@@ -5,12 +5,14 @@ Legend: B sequences, P prompt tokens, T response tokens, L = P + T.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moa_lightning.chat import Prompt, TemplateError, Turn, answer_turn, closed_answer, render
 from moa_lightning.types import PromptBatch, Responses
 
 Row = dict[str, Any]
@@ -19,6 +21,9 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Encoder:
     """Turns rows into prompts, and generated tokens into responses.
+
+    A given response to a text prompt ends with the tokenizer's end token; one to chat messages as the chat template
+    ends a turn, if that has a token for it.
 
     Args:
         tokenizer: pads on the left.
@@ -45,7 +50,12 @@ class Encoder:
                 f"policy's context of {self.context_length} tokens; lower one of them"
             )
 
-    def render(self, prompt: str | list[dict[str, str]]) -> str:
+    @cached_property
+    def turn(self) -> Turn | None:
+        """What the chat template writes around an answer; ``None`` without an end token of its own."""
+        return answer_turn(self.tokenizer)
+
+    def render(self, prompt: Prompt) -> str:
         """The prompt as the policy reads it: text as it is, chat messages through the tokenizer's template."""
         if isinstance(prompt, str):
             return prompt
@@ -54,9 +64,9 @@ class Encoder:
                 "the prompts are chat messages, but the policy's tokenizer has no chat template; set "
                 "policy.chat_template, or give prompts as text"
             )
-        return str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        return render(self.tokenizer, prompt)
 
-    def tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
+    def tokens(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt. A template writes its own special tokens; plain text gets the tokenizer's."""
         special = isinstance(prompt, str)
         ids: list[int] = self.tokenizer(self.render(prompt), add_special_tokens=special)["input_ids"]
@@ -67,13 +77,19 @@ class Encoder:
 
     def problem(self, row: Row) -> str | None:
         """Why the policy cannot read a row, with what to do; ``None`` if it can."""
+        try:
+            return self._problem(row)
+        except TemplateError as error:
+            return f"{error}; change or remove the row"
+
+    def _problem(self, row: Row) -> str | None:
         length = len(self.tokens(row["prompt"]))
         start = " ".join(self.render(row["prompt"]).split())[:40]
         if length == 0:
             return "the prompt has no tokens; remove the row"
         room = self.max_new_tokens
         if self.with_candidates:
-            encoded = [self.response_tokens(response) for response in row["responses"]]
+            encoded = [self.response_tokens(row["prompt"], response) for response in row["responses"]]
             lengths = [len(ids) for ids in encoded]
             for i, tokens in enumerate(lengths):
                 if encoded[i] in encoded[:i]:
@@ -81,7 +97,7 @@ class Encoder:
                         f"responses {encoded.index(encoded[i])} and {i} have the same tokens, so the policy cannot "
                         "tell them apart; remove the row"
                     )
-                if tokens <= 1:
+                if tokens <= 1 or encoded[i][0] in self.end_ids:
                     return f"response {i} has no tokens; remove the row"
                 if tokens > self.max_new_tokens:
                     limit = f"source.max_response_length {self.max_new_tokens}; raise that, or"
@@ -99,8 +115,10 @@ class Encoder:
             )
         return None
 
-    def response_tokens(self, response: str) -> list[int]:
-        """Token ids of a given response, with the end token behind it."""
+    def response_tokens(self, prompt: Prompt, response: str) -> list[int]:
+        """Token ids of a given response, with its end."""
+        if self.turn is not None and not isinstance(prompt, str):
+            return closed_answer(self.tokenizer, prompt, response, self.turn)
         ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         return ids if ids and ids[-1] in self.end_ids else [*ids, self.end_ids[0]]
 
@@ -111,6 +129,7 @@ class Encoder:
         pad = int(self.tokenizer.pad_token_id)
         return PromptBatch(
             prompts=[self.render(row["prompt"]) for row in rows],
+            given=[row["prompt"] for row in rows],
             columns={name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
             input_ids_BP=torch.tensor([[pad] * (width - len(i)) + i for i in ids]),
             attention_mask_BP=torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids]),
@@ -127,7 +146,11 @@ class Encoder:
             The responses, those of a prompt together, and the prompt that each belongs to, ``group_B``.
         """
         group = [i for i, candidates in enumerate(responses) for _ in candidates]
-        ids = [self.response_tokens(text) for candidates in responses for text in candidates]
+        ids = [
+            self.response_tokens(prompt, text)
+            for prompt, candidates in zip(batch.given, responses, strict=True)
+            for text in candidates
+        ]
         width, pad = max(map(len, ids)), int(self.tokenizer.pad_token_id)
         device = batch.input_ids_BP.device
         group_B = torch.tensor(group, device=device)
@@ -149,9 +172,10 @@ class Encoder:
         tokens_BT = sequences_BL[:, batch.input_ids_BP.shape[1] :]
         is_end_BT = torch.isin(tokens_BT, torch.tensor(self.end_ids, device=tokens_BT.device))
         mask_BT = (is_end_BT.long().cumsum(1) - is_end_BT.long()) == 0  # up to the first end token, with it
+        shown_BT = mask_BT if self.turn is None else mask_BT & (tokens_BT != self.turn.end_token)
         texts = [
             self.tokenizer.decode(row[keep], skip_special_tokens=True)
-            for row, keep in zip(tokens_BT.cpu(), mask_BT.cpu(), strict=True)
+            for row, keep in zip(tokens_BT.cpu(), shown_BT.cpu(), strict=True)
         ]
         return Responses(
             input_ids_BL=sequences_BL,

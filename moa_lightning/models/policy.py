@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lightning.chat import end_tokens
 from moa_lightning.distributed import rank, whole_state
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
@@ -224,9 +225,9 @@ class Policy(nn.Module):
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's, and those of the model's generation config."""
+    """Tokens that end a response: the tokenizer's, its chat template's, and those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     several: Sequence[int | None] = configured if isinstance(configured, list) else [configured]
     vocabulary = model.config.get_text_config().vocab_size
-    ids = [tokenizer.eos_token_id, *several]
+    ids = [*end_tokens(tokenizer), *several]
     return list(dict.fromkeys(int(i) for i in ids if i is not None and 0 <= int(i) < vocabulary))

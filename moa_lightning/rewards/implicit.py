@@ -4,12 +4,14 @@ Legend: B sequences, L tokens.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from moa_lightning.chat import Turn, answer_tokens, answer_turn
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rewards.with_model import RewardWithModel
 
@@ -86,8 +88,15 @@ class ImplicitReward(RewardWithModel):
             lambda: self._score_batch([([0, 0], 1)]),
         )
 
+    @cached_property
+    def _turn(self) -> Turn | None:
+        return answer_turn(self._tokenizer)
+
     def _tokens(self, prompt: str, completion: str) -> tuple[list[int], int]:
-        """Token ids of both, closed by the end token, and how many of them are the prompt's."""
+        """Token ids of both, closed as in training, and how many of them are the prompt's."""
+        if self._turn is not None and self._turn.starts_answer(prompt):
+            read: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            return [*read, *answer_tokens(self._tokenizer, prompt, completion, self._turn)], len(read)
         bos = self._tokenizer.bos_token  # a chat template has written its own
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
         end = self._tokenizer.eos_token_id

@@ -214,6 +214,7 @@ class Rollout(Source):
         if count > 1:
             batch = PromptBatch(
                 prompts=[p for p in batch.prompts for _ in range(count)],
+                given=[p for p in batch.given for _ in range(count)],
                 columns={k: [v for v in values for _ in range(count)] for k, values in batch.columns.items()},
                 input_ids_BP=batch.input_ids_BP.repeat_interleave(count, 0),
                 attention_mask_BP=batch.attention_mask_BP.repeat_interleave(count, 0),

@@ -23,9 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moa_lightning.chat import Prompt, TemplateError, answer_turn, closed_answer, is_chat, render
 from moa_lightning.console import library_bars, progress, shows_progress
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
-from moa_lightning.rows import load_rows, require_columns
+from moa_lightning.rows import load_rows, place, require_columns
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
 from moa_lightning.stages.folders import refuse_used, whole_folder
 
@@ -47,12 +48,15 @@ class NewModel:
 
 @dataclass(frozen=True)
 class Texts:
-    """What to train on.
+    """What to train on: texts, or chat messages ``{"role": …, "content": …}``.
+
+    Of messages the last one is learnt, an assistant's, as the chat template of ``base`` writes and ends it; those
+    before it are read.
 
     Args:
         path: JSONL, JSON, CSV or Parquet file (``.gz`` too), or hub id.
-        column: the text; the part that is learnt. Several columns give several texts of each row.
-        prompt_column: text before it that is read but not learnt; ``None`` if there is none.
+        column: the text or the messages; the part that is learnt. Several columns give several texts of each row.
+        prompt_column: text or messages before it that are read but not learnt; ``None`` if there is none.
         split: of a data set on the hub.
         val_size: rows held out to measure the loss.
         limit: use the first rows only; ``None`` uses all.
@@ -97,15 +101,31 @@ def supervised(
     seed_everything(fit.seed, verbose=False)
     tokenizer: PreTrainedTokenizerBase
     if new is not None:
-        tokenizer = train_tokenizer([p + t for p, t in zip(prompts, texts, strict=True)], new.vocab_size)
+        plain = [p + t for p, t in zip(prompts, texts, strict=True) if isinstance(p, str)]
+        if len(plain) < len(prompts):
+            raise ValueError(
+                f"'{data.path}' holds chat messages, and a new tokenizer has no chat template; give --base with a chat "
+                "model's folder or hub id, or texts"
+            )
+        tokenizer = train_tokenizer(plain, new.vocab_size)
         model = build_model(new, tokenizer)
     else:
         assert base is not None
         tokenizer = open_tokenizer(base)
+        if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(
+                f"'{data.path}' holds chat messages, and the tokenizer of '{base}' has no chat template; give --base "
+                "with a chat model's folder or hub id, or texts"
+            )
         with library_bars():
             model = open_pretrained(AutoModelForCausalLM, base, "causal language model")
-    pairs = progress(list(zip(prompts, texts, strict=True)), "tokens", "text")
-    examples = [encode(tokenizer, p, t, fit.max_length) for p, t in pairs]
+    examples = []
+    for i, (prompt, text) in enumerate(progress(list(zip(prompts, texts, strict=True)), "tokens", "text")):
+        try:
+            examples.append(encode(tokenizer, prompt, text, fit.max_length))
+        except TemplateError as error:
+            columns = 1 if isinstance(data.column, str) else len(data.column)
+            raise ValueError(f"{place(data.path, i // columns)}: {error}; change or remove the row") from error
     held_out, rest = examples[: data.val_size], examples[data.val_size :]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: {parameters / 1e6:.2f} M parameters, {len(rest)} texts, {len(held_out)} held out")
@@ -123,10 +143,20 @@ class Example:
     learnt_from: int  # tokens before this index are read, not learnt
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, max_length: int) -> Example:
-    """Tokens of a prompt and a text, with the end token behind it where there is room."""
-    read = tokenizer(prompt)["input_ids"] if prompt else []
-    learnt = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, max_length: int) -> Example:
+    """Tokens of a prompt and a text, with its end behind it where there is room.
+
+    That is the tokenizer's end token, or behind chat messages what the template writes there.
+    """
+    if not isinstance(prompt, str):
+        read = tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+        turn = answer_turn(tokenizer)
+        if turn is not None:
+            return Example([*read, *closed_answer(tokenizer, prompt, text, turn)][:max_length], max(len(read), 1))
+        learnt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        read = tokenizer(prompt)["input_ids"] if prompt else []
+        learnt = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
     ids = [*read, *learnt]
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
@@ -237,17 +267,44 @@ def _mean_loss(module: NextToken, batches: Sequence[dict[str, Tensor]]) -> float
     return total / count if count else float("nan")
 
 
-def _read(data: Texts) -> tuple[list[str], list[str]]:
+def _read(data: Texts) -> tuple[list[Prompt], list[str]]:
     rows = load_rows(data.path, data.split)
     columns = [data.column] if isinstance(data.column, str) else data.column
     require_columns(rows, [*columns, *([data.prompt_column] if data.prompt_column else [])], data.path)
     if data.limit is not None:
         rows = rows.select(range(min(data.limit, len(rows))))
-    texts = [str(text) for row in zip(*(rows[c] for c in columns), strict=True) for text in row]
-    read = rows[data.prompt_column] if data.prompt_column else [""] * len(rows)
-    prompts = [str(p) for p in read for _ in columns]
+    prompts: list[Prompt] = []
+    texts: list[str] = []
+    for i, row in enumerate(rows):
+        for column in columns:
+            try:
+                prompt, text = _read_and_learnt(row[data.prompt_column] if data.prompt_column else "", row[column])
+            except ValueError as error:
+                raise ValueError(f"{place(data.path, i)}: column '{column}': {error}") from error
+            prompts.append(prompt)
+            texts.append(text)
     if len(texts) <= data.val_size:
         raise ValueError(
             f"{data.path} has {len(texts)} rows, no more than the {data.val_size} to hold out; lower val_size"
         )
     return prompts, texts
+
+
+def _read_and_learnt(prompt: Any, text: Any) -> tuple[Prompt, str]:
+    """What is read and what is learnt; of messages the last one."""
+    before = prompt if isinstance(prompt, list) else []
+    if not isinstance(text, list):
+        if not before:
+            return str(prompt), str(text)
+        text = [{"role": "assistant", "content": str(text)}]
+    if not isinstance(prompt, list) and prompt:
+        raise ValueError("holds messages, but the prompt is text; both must be messages")
+    said = [*before, *text]
+    if not is_chat(said) or said[-1]["role"] != "assistant" or len(said) < 2:
+        raise ValueError(
+            "must hold messages with 'role' and 'content' as text, the last one the assistant's, after at least one "
+            "other"
+        )
+    # Rows of one file share their fields: what a message lacks comes as null.
+    said = [{key: value for key, value in message.items() if value is not None} for message in said]
+    return said[:-1], str(said[-1]["content"])

@@ -1,13 +1,17 @@
 import json
+import re
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.peers.chat_dpo import chat_model, chat_tokenizer
+from moa_lightning.chat import end_tokens, render
 from moa_lightning.stages.fitting import Fitting, SimilarLengths
 from moa_lightning.stages.supervised import Example, NewModel, Texts, _read, collate_examples, encode, supervised
 from tests import tiny
+from tests.cli.task import write_prompts
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -113,3 +117,70 @@ def test_mistakes_end_in_one_line_before_any_training(changes, message, texts, t
     with pytest.raises(ValueError, match=message):
         supervised(str(tmp_path / "out"), **arguments)
     assert not (tmp_path / "out").exists()
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"the film {word}"}, {"role": "assistant", "content": "good plot"}]}
+    for word in ("was", "and", "long", "very")
+]
+
+
+def chat_base(folder):
+    chat_model(0.0).save_pretrained(folder)
+    chat_tokenizer("newline").save_pretrained(folder)
+    return str(folder)
+
+
+def test_of_chat_messages_the_last_one_is_learnt(tmp_path):
+    whole, apart = tmp_path / "whole.jsonl", tmp_path / "apart.jsonl"
+    asked = [{"q": row["messages"][:1], "a": row["messages"][1:], "t": row["messages"][1]["content"]} for row in CHATS]
+    write_prompts(whole, CHATS)
+    write_prompts(apart, asked)
+    read = _read(Texts(str(whole), "messages", val_size=1))
+    assert read == ([row["messages"][:1] for row in CHATS], ["good plot"] * 4)
+    assert _read(Texts(str(apart), "a", "q", val_size=1)) == read
+    assert _read(Texts(str(apart), "t", "q", val_size=1)) == read
+
+
+def test_a_chat_policy_learns_to_end_its_turn(tmp_path):
+    base, data = chat_base(tmp_path / "base"), tmp_path / "chats.jsonl"
+    write_prompts(data, CHATS * 4)
+    fit = Fitting(epochs=30, batch_size=16, learning_rate=1e-2, max_length=32)
+    supervised(str(tmp_path / "out"), Texts(str(data), "messages", val_size=0), base=base, fit=fit)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), chat_tokenizer("newline")
+    ids = tokenizer(render(tokenizer, CHATS[0]["messages"][:1]), return_tensors="pt", add_special_tokens=False)
+    made = model.generate(**ids, max_new_tokens=4, do_sample=False, eos_token_id=end_tokens(tokenizer))
+    answer = made[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.convert_ids_to_tokens(answer) == ["good", "plot", "<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts", "says"),
+    [
+        ([{"text": [{"role": "user", "content": "the film"}]}], {}, "line 1: column 'text': must hold messages with"),
+        ([{"text": [{"role": "assistant", "content": "good"}]}], {}, "line 1: column 'text': must hold messages with"),
+        ([{"text": CHATS[0]["messages"], "q": "the"}], {"prompt_column": "q"}, "holds messages, but the prompt is te"),
+        ([{"text": CHATS[0]["messages"]}, {"text": [{"role": "system", "content": "dull"}, *CHATS[0]["messages"]]}],
+         {}, "line 2: the chat template refuses the messages: no system; change or remove the row"),
+    ],
+)  # fmt: skip
+def test_chat_messages_that_cannot_be_learnt(rows, texts, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("moa_lightning.stages.supervised.train", lambda *_: pytest.fail("trained"))
+    base, data = chat_base(tmp_path / "base"), tmp_path / "chats.jsonl"
+    tokenizer = chat_tokenizer("newline")
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    tokenizer.save_pretrained(base)
+    write_prompts(data, rows)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        supervised(str(tmp_path / "out"), Texts(str(data), val_size=0, **texts), base=base)
+
+
+def test_chat_messages_need_a_chat_template(tmp_path):
+    data = tmp_path / "chats.jsonl"
+    write_prompts(data, CHATS)
+    texts = Texts(str(data), "messages", val_size=0)
+    with pytest.raises(ValueError, match=r"holds chat messages, and the tokenizer of '.*' has no chat template"):
+        supervised(str(tmp_path / "out"), texts, base=str(tiny.policy_folder(tmp_path / "base")))
+    with pytest.raises(ValueError, match="holds chat messages, and a new tokenizer has no chat template"):
+        supervised(str(tmp_path / "out"), texts, new=NewModel("llama", 300, SHAPE))

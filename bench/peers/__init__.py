@@ -1,0 +1,1 @@
+"""What other trainers compute on inputs that the tests compute on too; each needs an environment with that trainer."""
