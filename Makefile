@@ -8,7 +8,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench bench-family bench-mopo bench-sharding clean
+.PHONY: help install demo test lint format docs bench bench-family bench-mopo bench-sharding audit clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -57,6 +57,12 @@ bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes
 
 docs: install  ## Write a page for each combiner and a table of all to docs/.
 	@$(BIN)/moa combiners --output=docs
+
+# In an environment of its own, since its dependencies are not pinned here. Strict: what cannot be looked up is a failure.
+audit:  ## Look the pinned versions up among published advisories (needs a network).
+	@$(PYTHON) -m venv .cache/audit
+	@.cache/audit/bin/python -m pip install -qq --disable-pip-version-check 'pip-audit==2.10.1'
+	@.cache/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:  ## Remove the environment, the caches and what was built (runs/ stays).
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -242,7 +242,9 @@ def _named(base: str | None) -> str | None:
 
 
 def _defaults(path: str) -> dict[str, Any]:
-    """Default values of a class's settings; empty where it cannot be imported here."""
+    """Default values of a class's settings; empty for what is not of this package: importing it would run its code."""
+    if not path.startswith(f"{__name__.partition('.')[0]}."):
+        return {}
     try:
         parameters = inspect.signature(import_dotted(path)).parameters.values()
     except (ValueError, TypeError):

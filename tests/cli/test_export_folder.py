@@ -264,3 +264,12 @@ def test_the_card_takes_no_html_and_no_columns() -> None:
     assert row.replace("\\|", "").count("|") == 7, "a row of six cells"
     assert 'from_pretrained("a\\"`b")' in text
     assert "vllm serve 'a\"`b'" in text
+
+
+def test_the_card_imports_no_class_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "somebodys_rewards.py").write_text("raise SystemExit('this ran')")
+    reward = {"class_path": "somebodys_rewards.Reward", "init_args": {"size": 3}}
+    settings = {"model": {"objectives": {"good": {"reward": reward}}}}
+    assert "| Reward(size=3) |" in card(Exported("a", None, None, "float32", {}, settings, False))
