@@ -1,5 +1,6 @@
 """Checkpoints on disk: written whole or not at all, checked before a run goes on from one, found by step."""
 
+import math
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import ForeignContentError, pieces_on_disk
+from moa_lightning.non_finite import NonFiniteError, names_of_non_finite, some
 
 META = "meta.pt"
 """What a checkpoint in pieces holds besides the pieces; Lightning's name for it."""
@@ -142,17 +144,23 @@ def explained(target: Path, size: int) -> Iterator[None]:
         ) from error
 
 
-def newest_whole(folder: Path, known_broken: Path | None = None) -> Path | None:
+def newest_whole(folder: Path, known_broken: Path | None = None, before: float = math.inf) -> Path | None:
     """The checkpoint with the most steps that is whole, by reading it; ``None`` if there is none.
 
     One that was put aside to be replaced counts too: a run may have been killed at that moment. Broken ones that are
     newer are named in a warning, but for the one that is known already.
+
+    Args:
+        folder: where they are.
+        known_broken: not to be named.
+        before: only those of fewer steps.
     """
     found: list[tuple[int, float, Path]] = []
     former = _beside(Path("*.ckpt"), _FORMER).name
     for path in sorted([*folder.glob("*.ckpt"), *folder.glob(former)]):
         if (step := steps_of(path)) is not None:
-            found.append((step, path.stat().st_mtime, path))
+            if step < before:
+                found.append((step, path.stat().st_mtime, path))
         elif path != known_broken:
             rank_zero_warn(f"{path} is left out: {problem(path)}")
     for _, _, path in sorted(found, reverse=True):
@@ -176,8 +184,21 @@ def require_whole(path: Path) -> None:
     raise ValueError(f"checkpoint {path} cannot be used: {why}; {offer}")
 
 
+def require_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Nothing if weights that were read from a checkpoint are finite.
+
+    Raises:
+        NonFiniteError: one line that names it and one of them.
+    """
+    if bad := names_of_non_finite(weights):
+        raise NonFiniteError(f"checkpoint {path} cannot be used: its weights are not finite ({some(bad)})")
+
+
 def problem(path: Path) -> str | None:
-    """Why a checkpoint is not whole; ``None`` if it is. Reads all of it: the check sums that torch wrote must hold."""
+    """Why a checkpoint is not valid; ``None`` if it is. Reads all of it.
+
+    The check sums that torch wrote must hold, and the weights must be finite (where it is a file).
+    """
     files = [path, *path.iterdir()] if path.is_dir() else [path]
     return _problem(
         path, tuple(file.stat().st_mtime_ns for file in files), tuple(file.stat().st_size for file in files)
@@ -204,7 +225,15 @@ def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str 
         return f"it could run code, so it was not opened: {error}"
     except _UNREADABLE:
         return "it was not written by Lightning's Trainer"
+    if bad := [] if path.is_dir() else _non_finite(path):
+        return f"its weights are not finite ({some(bad)})"
     return None
+
+
+def _non_finite(file: Path) -> list[str]:
+    """Weights that are NaN or infinite, as an earlier version could write them."""
+    weights = torch.load(file, mmap=True, map_location="cpu", weights_only=True).get("state_dict", {})
+    return names_of_non_finite(weights)
 
 
 def _damaged(file: Any) -> str | None:

@@ -252,6 +252,11 @@ def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def part_here(tensor: Tensor) -> Tensor:
+    """The shard of this process, or the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor where and in the pieces that the other one is in."""
     if isinstance(other, DTensor):

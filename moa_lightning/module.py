@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from moa_lightning.agreement import in_agreement
 from moa_lightning.chat import end_tokens
 from moa_lightning.combiners import PAMA, Combiner
 from moa_lightning.distributed import all_sum
-from moa_lightning.finite import require_finite
+from moa_lightning.finite import require_finite, require_finite_gradients, require_finite_weights, told_with_the_step
 from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.losses.base import with_values_in_graph
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
@@ -80,6 +81,8 @@ class AlignmentModule(ResumedModule):
         self.kl = kl or RewardKL()
         has_adapter = policy.lora is not None or policy.is_adapter
         self.reference = reference or (AdapterOff() if has_adapter else FrozenCopy())
+        if value_learning_rate is not None and not 0 <= value_learning_rate < math.inf:
+            raise ValueError(f"value_learning_rate must be a finite number >= 0 (or null), got {value_learning_rate}")
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.value_learning_rate = value_learning_rate
         self.seed = seed
@@ -158,7 +161,7 @@ class AlignmentModule(ResumedModule):
         """Experience from the policy as it is now; the combiner and the KL control observe it."""
         self.reference.advance(self.policy, self.global_step)
         batch = self.encoder.encode(rows).to(self.device)
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        with told_with_the_step(self.trainer), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             experience = self.source.collect(batch, self._actors(), seed)
         state = self.weights.advance(self.trainer, self.combiner_state)
         self.combiner_state = self.combiner.observe(experience, state)
@@ -198,6 +201,10 @@ class AlignmentModule(ResumedModule):
             seconds=time.perf_counter() - started,
         )
         return {"loss": with_values_in_graph(result.loss, output), "step": step}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Stop before a step along a gradient that is NaN or infinite."""
+        require_finite_gradients(self, optimizer, self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimiser over what is trained; value heads may have a learning rate of their own."""
@@ -240,10 +247,10 @@ class AlignmentModule(ResumedModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         """Respond and score."""
-        return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
+        return self._answered(batch, batch_idx)
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str) -> Evaluation:
-        evaluation = self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
+        evaluation = self._answered(batch, batch_idx)
         for i, name in enumerate(self.panel.names):
             metric = cast(MeanMetric, self._means[f"mean_of_{name}"])
             metric.update(evaluation.rewards.raw_BN[:, i].double())
@@ -252,13 +259,22 @@ class AlignmentModule(ResumedModule):
         self._evaluated_2N += torch.stack([values_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(values_BN).sum(0)]).cpu()
         return evaluation
 
+    def _answered(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
+        with told_with_the_step(self.trainer):
+            return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
+
     def _evaluation_seed(self, batch_idx: int) -> int:
         return (self.seed + 1) * 15_485_863 + batch_idx
 
     # Checkpoints: what is trained, and what the combiner and the KL control remember.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out; add the memory of combiner and KL control."""
+        """Leave frozen weights out; add the memory of combiner and KL control.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; nothing is written.
+        """
+        require_finite_weights(self, self.trainer)
         trained = self._trained_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["moa"] = {

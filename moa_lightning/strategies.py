@@ -18,6 +18,7 @@ from moa_lightning.checkpoints import (
     Replacement,
     bytes_of,
     explained,
+    require_finite,
     require_whole,
     save_file,
 )
@@ -161,6 +162,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         saved = shapes_on_disk(path, "state_dict")
         module.check_weights(saved)
         load_pieces(path, module, "state_dict", saved)
+        with together():
+            require_finite(dict(module.named_parameters()), path)
         for i, optimizer in enumerate(self.optimizers):
             load_optimizer_pieces(path, module, optimizer, f"optimizer_{i}")
         rest: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)

@@ -29,6 +29,7 @@ from moa_lightning.models import PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
 from moa_lightning.models.policy import RECORD
 from moa_lightning.models.value_heads import FILE_NAME
+from moa_lightning.non_finite import NonFiniteError, names_of_non_finite, some
 
 _ADAPTER, _ADAPTER_WEIGHTS, _MODEL = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
 _EXACT = {torch.float32: 1e-3, torch.float64: 1e-3}  # largest relative change of a logit by merging; coarser below
@@ -65,11 +66,20 @@ class Export:
         """
         self._tokenizer = self._found(load_tokenizer)
         if self.saved is None and self._config.is_adapter and not merge:
+            assert self.run.policy is not None
+            if bad := names_of_non_finite(load_file(self.run.policy / _ADAPTER_WEIGHTS)):
+                raise NonFiniteError(
+                    f"the adapter's weights are not finite ({some(bad)}); export an earlier one with --checkpoint=last"
+                )
             return
         with library_bars():
             self._model = self._found(load_model).eval()
         if self.saved is not None:
             self._restore(self.saved)
+        if bad := names_of_non_finite(dict(self._model.named_parameters())):
+            raise NonFiniteError(
+                f"the policy's weights are not finite ({some(bad)}); export an earlier one with --checkpoint=last"
+            )
         if merge and hasattr(self._model, "peft_config"):
             self._model, change = merged(self._model)
             self.facts["merge_change"] = change

@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from moa_lightning.chat import end_tokens
-from moa_lightning.distributed import rank, whole_state
+from moa_lightning.distributed import any_rank, rank, whole_state
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
+from moa_lightning.non_finite import NonFiniteError, names_of_non_finite, some
 from moa_lightning.signals import GradientPlace
 from moa_lightning.stages.folders import whole_folder
 
@@ -35,6 +42,22 @@ class PolicyOutput:
     entropy_BT: Tensor  # float32, nats, 0 on masked tokens
     values_BTN: Tensor | None  # value of the state before token t
     hidden_BTD: Tensor  # the shared representation: last hidden state before token t
+
+
+class FiniteLogits(LogitsProcessor):
+    """Notes rows of logits that no token can be drawn from, and draws any: an error on a GPU ends the process.
+
+    A logit of minus infinity is a token that never comes, and is fine. Nothing is read from the device here.
+    """
+
+    def __init__(self) -> None:
+        self.failed: Tensor = torch.tensor(False)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The logits (B, V), where they are fine."""
+        bad_B = ~torch.isfinite(scores.amax(-1, keepdim=True))
+        self.failed = self.failed.to(scores.device) | bad_B.any()
+        return scores.masked_fill(bad_B, 0.0)
 
 
 class Policy(nn.Module):
@@ -56,6 +79,7 @@ class Policy(nn.Module):
         self.end_ids = _end_ids(self.causal_lm, tokenizer)
         # While it samples: what a sharding does, and whether processes must keep step.
         self.keep_together: Callable[[nn.Module], AbstractContextManager[bool]] = lambda policy: nullcontext(False)
+        self._watch = FiniteLogits()
         self._takes_positions = "position_ids" in inspect.signature(self.causal_lm.get_decoder().forward).parameters
 
     @property
@@ -130,6 +154,8 @@ class Policy(nn.Module):
         own = self.logits(self.causal_lm.get_decoder()(ids, use_cache=False).last_hidden_state)
         theirs = self.causal_lm(ids, use_cache=False).logits
         self.train(training)
+        if not bool(torch.isfinite(theirs.amax())):
+            raise NonFiniteError("the policy's logits are not finite: its weights are damaged; start from another one")
         if not torch.allclose(own.float(), theirs.float(), rtol=1e-2, atol=1e-2):
             raise ValueError(
                 f"{type(self.causal_lm).__name__} changes its logits after the output embedding in a way that is not "
@@ -138,14 +164,25 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: GenerationConfig) -> Tensor:
-        """Prompts with sampled responses, (B, P + T); padded behind the end token. Stops when all have ended."""
+        """Prompts with sampled responses, (B, P + T); padded behind the end token. Stops when all have ended.
+
+        ``sampled_from_finite`` says afterwards whether all logits were finite.
+        """
+        watch = FiniteLogits()
+        self._watch = watch
         with self._nothing_but(config), self.keep_together(self) as in_step:
             return self.backbone.generate(  # type: ignore[no-any-return]  # a PreTrainedModel's or a PeftModel's
                 input_ids=input_ids_BP,
                 attention_mask=attention_mask_BP,
                 generation_config=config,
+                logits_processor=LogitsProcessorList([watch]),
                 synced_gpus=in_step,
             )
+
+    @property
+    def sampled_from_finite(self) -> bool:
+        """Whether all logits of the last :meth:`generate` were finite. Reads the device."""
+        return not bool(self._watch.failed)
 
     @contextmanager
     def _nothing_but(self, config: GenerationConfig) -> Iterator[None]:
@@ -207,8 +244,15 @@ class Policy(nn.Module):
             record: plain values about this policy, written as ``moa.json``.
 
         Raises:
+            NonFiniteError: a trained weight is NaN or infinite.
             ValueError: the folder cannot be written.
         """
+        bad = names_of_non_finite({name: p for name, p in self.named_parameters() if p.requires_grad})
+        if any_rank(bool(bad), next(self.parameters()).device):
+            raise NonFiniteError(
+                f"the policy is not written to '{folder}': its weights are not finite "
+                f"({some(bad) if bad else 'on another process'}); moa export takes an earlier one from a checkpoint"
+            )
         model, heads = whole_state(self.backbone), whole_state(self.value_heads) if self.value_heads else {}
         if rank() != 0:
             return

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from moa_lightning.distributed import all_sum, rank
+from moa_lightning.distributed import all_sum, any_rank, rank
 from moa_lightning.functional.preference import bradley_terry_wins
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
+from moa_lightning.non_finite import NonFiniteError
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.signals import Signal
 from moa_lightning.sources.advantages import GAE, AdvantageEstimator
@@ -125,6 +126,7 @@ class Rollout(Source):
         """Sample, score, and estimate advantages."""
         started = time.perf_counter()
         responses = self._respond(batch, actors, seed, self.num_generations)
+        _require_finite(any_rank(not actors.policy.sampled_from_finite, responses.input_ids_BL.device))
         generated = time.perf_counter()
         rewards = actors.panel.score(responses.prompts, responses.completions, responses.columns)
         rewards = _to_device(rewards, responses.input_ids_BL.device)
@@ -177,6 +179,7 @@ class Rollout(Source):
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
         """One response to each prompt, sampled in the same way."""
         responses = self._respond(batch, actors, seed, 1)
+        _require_finite(not actors.policy.sampled_from_finite)  # processes may have different numbers of batches
         rewards = actors.panel.score(responses.prompts, responses.completions, responses.columns)
         output, reference_logprobs_BT = _policy_and_reference(actors, responses, self.temperature)
         kl_B = (output.logprobs_BT - reference_logprobs_BT).sum(1)
@@ -270,6 +273,11 @@ def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + 7_919 * rank())
         yield
+
+
+def _require_finite(failed: bool) -> None:
+    if failed:
+        raise NonFiniteError("the policy's logits are not finite while it samples")
 
 
 def _to_device(rewards: RewardTable, device: torch.device) -> RewardTable:
