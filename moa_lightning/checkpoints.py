@@ -155,20 +155,33 @@ def newest_whole(folder: Path, known_broken: Path | None = None, before: float =
         known_broken: not to be named.
         before: only those of fewer steps.
     """
-    found: list[tuple[int, float, Path]] = []
-    former = _beside(Path("*.ckpt"), _FORMER).name
-    for path in sorted([*folder.glob("*.ckpt"), *folder.glob(former)]):
-        if (step := steps_of(path)) is not None:
-            if step < before:
-                found.append((step, path.stat().st_mtime, path))
-        elif path != known_broken:
-            rank_zero_warn(f"{path} is left out: {problem(path)}")
-    for _, _, path in sorted(found, reverse=True):
+    found = [(steps_of(path), path) for path in _files_of(folder)]
+    for path in [path for step, path in found if step is None and path != known_broken]:
+        rank_zero_warn(f"{path} is left out: {problem(path)}")
+    for path in by_steps(folder, before):
         if (why := problem(path)) is None:
             return path
         if path != known_broken:
             rank_zero_warn(f"{path} is left out: {why}")
     return None
+
+
+def by_steps(folder: Path, before: float = math.inf) -> list[Path]:
+    """The checkpoints in a folder, the one with the most steps first, as far as they say; of equals the later file.
+
+    Which one is the newest goes by this rule everywhere: ``last.ckpt`` may be older than another one, where a run was
+    killed between the two files of a step.
+
+    Args:
+        folder: where they are; it need not exist.
+        before: only those of fewer steps.
+    """
+    known = [(step, path.stat().st_mtime, path) for path in _files_of(folder) if (step := steps_of(path)) is not None]
+    return [path for step, _, path in sorted(known, reverse=True) if step < before]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.ckpt"), *folder.glob(_beside(Path("*.ckpt"), _FORMER).name)])
 
 
 def require_whole(path: Path) -> None:

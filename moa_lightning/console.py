@@ -20,8 +20,6 @@ _NOT_FOR_USERS = (
     "Found .* in eval mode at the start of training",
     # A run that goes on does so in its own folder.
     "Checkpoint directory .* exists and is not empty",
-    # An evaluation of a checkpoint does so in a folder of its own.
-    "The dirpath has changed from",
 )
 
 

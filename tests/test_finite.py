@@ -131,9 +131,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, folder, options, 
 def test_logits_that_are_not_finite_end_the_run_in_one_line(tmp_path, folder):  # noqa: F811
     """A learning rate far too high: transformers would speak of a probability tensor."""
     moa, root = module(folder, lr=1e30), tmp_path / "run"
-    with pytest.raises(
-        NonFiniteError, match=r"the policy's logits are not finite .* at step 1; the learning"
-    ) as error:
+    with pytest.raises(NonFiniteError, match=r"the policy's logits are not finite .* at step 1; the learning") as error:
         run(tmp_path, moa, val_check_interval=1, **by_step(root, every_n_train_steps=None))
     assert f"There is no checkpoint of an earlier step in {root}/checkpoints; start anew" in str(error.value)
 

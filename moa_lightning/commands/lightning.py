@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -29,13 +28,15 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
-from moa_lightning.checkpoints import AtomicCheckpointIO, newest_whole, require_whole
+from moa_lightning.checkpoints import AtomicCheckpointIO, require_whole
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.commands.run_config import RunConfig
+from moa_lightning.commands.start_folder import RunPlace, place_of, run_of
 from moa_lightning.masking import masked_arguments, masked_settings
 from moa_lightning.module import AlignmentModule
 from moa_lightning.preemption import Preemption
+from moa_lightning.run_checkpoint import RunCheckpoint
 from moa_lightning.schedules import WeightSchedule
 
 WandbMode = Literal["online", "offline", "off"]
@@ -100,7 +101,7 @@ class AlignmentCLI(LightningCLI):
         parser.add_lightning_class_args(ParetoFront, "pareto_front")
         parser.add_lightning_class_args(SampleTable, "sample_table")
         parser.add_lightning_class_args(RunFiles, "run_files")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
@@ -136,18 +137,29 @@ class AlignmentCLI(LightningCLI):
                 f"{secrets[0]} is masked in this record of a run; give it as --{secrets[0]}=..."
                 + (f" (so are {', '.join(secrets[1:])})" if secrets[1:] else "")
             )
-        root, checkpoint = Path(config.trainer.default_root_dir), config.get("ckpt_path")
+        given = RunPlace(Path(config.trainer.default_root_dir), config.checkpoint.dirpath)
+        place = place_of(given, [Path(str(file)) for file in config.get("config") or []])
+        if place != given:
+            rank_zero_only(print)(f"the run of {given.root} lies in {place.root} now")
+        root, checkpoint = place.root, config.get("ckpt_path")
         last = checkpoint == "last"
         if config.get("weights_only") is None:
             config.weights_only = True  # checkpoints hold tensors and plain containers: nothing in them can run code
         if last:
-            config.ckpt_path = checkpoint = self._newest(root)
+            config.ckpt_path = checkpoint = self._newest(place)
         elif checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
             if not Path(checkpoint).exists():
                 raise ValueError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
             require_whole(Path(checkpoint))
-            root = _run_of(Path(checkpoint)) or root
+            if (run := run_of(Path(checkpoint))) is not None and run.resolve() != root.resolve():
+                place = place.moved_to(run)
+                root = run
         folder = root
+        if self.subcommand == "fit" and not checkpoint and place.dirpath and any(place.checkpoints.glob("*.ckpt")):
+            raise ValueError(
+                f"checkpoint.dirpath {place.dirpath} holds checkpoints of another run; give another one, or resume "
+                "that run with --ckpt_path=last"
+            )
         if self.subcommand == "fit" and not checkpoint and not last:
             folder = _free_folder(root)
             if folder != root:
@@ -155,11 +167,11 @@ class AlignmentCLI(LightningCLI):
         elif self.subcommand in {"validate", "test"}:
             folder = _free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
         config.trainer.default_root_dir = str(folder)
+        config.checkpoint.dirpath = place.dirpath
 
-    def _newest(self, root: Path) -> str | None:
-        """What ``ckpt_path: last`` means: the newest whole checkpoint of the run folder, or a start in it."""
-        folder = Path(self.config[self.subcommand].checkpoint.dirpath or root / "checkpoints")
-        found = newest_whole(folder)
+    def _newest(self, place: RunPlace) -> str | None:
+        """What ``ckpt_path: last`` means: the newest valid checkpoint of the run folder, or a start in it."""
+        folder, found = place.checkpoints, place.newest()
         if found is None and self.subcommand != "fit":
             raise ValueError(f"ckpt_path: 'last' finds no whole checkpoint in {folder}; give a path")
         if found is None and any(folder.glob("*.ckpt")):  # a start would write over what may be all there is of a run
@@ -167,7 +179,7 @@ class AlignmentCLI(LightningCLI):
                 f"ckpt_path: 'last' finds no whole checkpoint in {folder}, but broken ones; remove them to start anew"
             )
         verb = "goes on from" if self.subcommand == "fit" else "loads"
-        how = f"{verb} {found}" if found else f"starts in {root}: there is no checkpoint yet"
+        how = f"{verb} {found}" if found else f"starts in {place.root}: there is no checkpoint yet"
         rank_zero_only(print)(f"ckpt_path=last: {how}")
         return None if found is None else str(found)
 
@@ -233,11 +245,6 @@ class AlignmentCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
             tell(Path(self.trainer.default_root_dir))
-
-
-def _run_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint lies in, if it lies in one."""
-    return next((folder for folder in checkpoint.parents[:2] if (folder / "config.yaml").is_file()), None)
 
 
 def _free_folder(root: Path) -> Path:

@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from moa_lightning.checkpoints import steps_of
+from moa_lightning.checkpoints import by_steps, steps_of
 from moa_lightning.masking import masked
 
 _GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
@@ -41,11 +41,12 @@ class RunConfig(SaveConfigCallback):
         if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)
-        last = root / "checkpoints" / "last.ckpt"
+        callback: Any = trainer.checkpoint_callback
+        newest = by_steps(Path(callback.dirpath) if callback is not None else root / "checkpoints")
         goes_on = (
-            f"the last checkpoint is of step {steps_of(last)}; "
-            f"go on with: moa fit --config {root / 'config.yaml'} --ckpt_path={last}"
-            if last.exists()
+            f"the last checkpoint is of step {steps_of(newest[0])}; "
+            f"go on with: moa fit --config {root / 'config.yaml'} --ckpt_path={newest[0]}"
+            if newest
             else "no checkpoint had been written yet; they are at each evaluation (trainer.val_check_interval)"
         )
         print(f"\nstopped at step {trainer.global_step}; {goes_on}", file=sys.stderr)

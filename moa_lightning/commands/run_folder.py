@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moa_lightning.callbacks import ParetoFront
 from moa_lightning.checkpoints import META, newest_whole, require_whole
+from moa_lightning.commands.start_folder import RunPlace
 from moa_lightning.distributed import read_pieces
 from moa_lightning.models import LoRA, PolicyConfig
 from moa_lightning.models.policy import RECORD
@@ -59,11 +60,18 @@ class RunFolder:
         config = root / "config.yaml"
         settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
         run = cls(root if settings else folder, policy, settings, config if settings else None)
-        if policy is None and not any((run.folder / "checkpoints").glob("*.ckpt")):
+        if policy is None and not any(run.checkpoints.glob("*.ckpt")):
             raise ValueError(
                 f"'{given}' holds no policy and no checkpoint; give the folder of a run, or a Hugging Face folder"
             )
         return run
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run keeps its checkpoints, also after its folder was moved."""
+        recorded = (self.settings.get("trainer") or {}).get("default_root_dir") or self.folder
+        place = RunPlace(Path(recorded), (self.settings.get("checkpoint") or {}).get("dirpath"))
+        return place.moved_to(self.folder).checkpoints
 
     def checkpoint(self, asked: str) -> Path:
         """``last`` is the newest whole one; anything else is a path, from here or from the run's folder.
@@ -71,7 +79,7 @@ class RunFolder:
         Raises:
             ValueError: there is none, or it is not whole.
         """
-        folder = self.folder / "checkpoints"
+        folder = self.checkpoints
         if asked == "last":
             if (newest := newest_whole(folder)) is None:
                 raise ValueError(f"there is no whole checkpoint in '{folder}'")

@@ -1,0 +1,61 @@
+"""The checkpoints of a run's folder, wherever that lies by now."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from moa_lightning.distributed import all_objects
+
+
+def checkpoint_folder(root: str | Path, dirpath: str | Path | None) -> Path:
+    """Where a run in ``root`` keeps its checkpoints; ``dirpath`` is its ``checkpoint.dirpath``."""
+    return Path(dirpath).expanduser() if dirpath else Path(root) / "checkpoints"
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, whose ``last.ckpt`` is the last one after a resume too.
+
+    Lightning compares the folder with the one that a checkpoint names, letter by letter. After a move, or under another
+    spelling, it forgot the best ones and wrote ``last-v1.ckpt`` beside a ``last.ckpt`` that went stale. Here a resumed
+    run knows its files by their names in the folder, and replaces what it writes again.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """Lightning's own, under which earlier checkpoints have it."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore, with the paths of the present folder; files that are gone are forgotten."""
+        assert self.dirpath is not None
+        before, now = Path(state_dict.get("dirpath") or self.dirpath), Path(self.dirpath)
+
+        def moved(path: str) -> str:
+            return str(now / Path(path).relative_to(before)) if path and Path(path).is_relative_to(before) else path
+
+        best = {moved(path): score for path, score in state_dict.get("best_k_models", {}).items()}
+        one = {name: moved(state_dict.get(name, "")) for name in ("best_model_path", "last_model_path")}
+        known = {*best, *one.values()}
+        there: set[str] = all_objects({path for path in known if path and Path(path).exists()})[0]  # the same for all
+        best = {path: score for path, score in best.items() if path in there}
+        one = {name: path if path in there else "" for name, path in one.items()}
+        worst = (max if self.mode == "min" else min)(best, key=lambda path: float(best[path]), default="")
+        super().load_state_dict(
+            {
+                **state_dict,
+                **one,
+                "dirpath": self.dirpath,
+                "best_k_models": best,
+                "kth_best_model_path": worst,
+                "kth_value": best.get(worst, self.kth_value),
+            }
+        )
+
+    def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
+        """Whether a file must be left alone: in the folder that the run resumed in, only one of the best is."""
+        resumed = trainer.ckpt_path is not None and self.dirpath is not None
+        if resumed and Path(str(trainer.ckpt_path)).resolve().parent == Path(str(self.dirpath)).resolve():
+            return str(filepath) in self.best_k_models
+        return bool(super().file_exists(filepath, trainer))
