@@ -106,6 +106,12 @@ def write_review(generator: random.Random) -> tuple[str, str]:
     return opening, " ".join(sentences)
 
 
+def _reviews(opening: str, count: int) -> list[str]:
+    """Reviews of one opening, always the same."""
+    generator = random.Random(opening)
+    return [write_review(generator)[1] for _ in range(count)]
+
+
 def _clause(generator: random.Random, praise: float) -> str:
     first = generator.random() < praise
     clause = f"{generator.choice(_VERBS)} {_opinion(generator, first)}"
@@ -132,6 +138,8 @@ class Reviews(PromptData):
         val_repeats: times each held-out opening is answered in an evaluation.
         seed: of the order of prompts.
         warm_start_seed: of the policy's initial weights and of the reviews it learns from.
+        baseline_reviews: reviews of each opening that the grammar wrote, the same in each run, as a list in column
+            ``baseline_reviews``: what ``WinProbability`` compares with. 0 adds no column.
     """
 
     def __init__(
@@ -142,14 +150,21 @@ class Reviews(PromptData):
         val_repeats: int = 2,
         seed: int = 0,
         warm_start_seed: int = 0,
+        baseline_reviews: int = 0,
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         openings = prompts()
         if not 1 <= val_size < len(openings) or val_repeats < 1:
             raise ValueError(f"data.val_size must be from 1 to {len(openings) - 1}, and data.val_repeats at least 1")
+        if baseline_reviews < 0:
+            raise ValueError(f"data.baseline_reviews must be at least 0, got {baseline_reviews}")
         self.warm_start_seed = warm_start_seed
-        self._held_out: list[Row] = [{"prompt": text} for text in openings[:val_size]] * val_repeats
-        self._train: list[Row] = [{"prompt": text} for text in openings[val_size:]]
+        rows: list[Row] = [{"prompt": text} for text in openings]
+        if baseline_reviews > 0:
+            # Each opening's by a generator of its own: what is held out changes nothing.
+            rows = [row | {"baseline_reviews": _reviews(row["prompt"], baseline_reviews)} for row in rows]
+        self._held_out = rows[:val_size] * val_repeats
+        self._train = rows[val_size:]
 
     one_thread: ClassVar[bool] = True
 

@@ -9,6 +9,7 @@ from moa_lightning.rewards.labels import FromLabels, FromScores
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.rewards.scored_text import Chat, CompletionOnly, PromptAndCompletion, ScoredText, TextPair
 from moa_lightning.rewards.text import Characters, Length, LengthUnit, Tokens, Words
+from moa_lightning.rewards.win_probability import WinProbability
 
 __all__ = [
     "Characters",
@@ -32,5 +33,6 @@ __all__ = [
     "TextClassifier",
     "TextPair",
     "Tokens",
+    "WinProbability",
     "Words",
 ]

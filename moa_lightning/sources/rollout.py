@@ -44,8 +44,8 @@ class Rollout(Source):
         mask_truncated_completions: leave truncated responses out of the update.
         win_scale: difference in an objective's value at which the better response wins 73 % of the time; for combiners
             that read win probabilities (Bradley and Terry's model). The rivals are the prompt's other responses, so a
-            threshold of 0.5 asks for no more than the policy's own average of the moment; reward
-            ``PairwisePreference`` with a ``baseline`` compares with fixed responses instead.
+            threshold of 0.5 asks for no more than the policy's own average of the moment; rewards ``WinProbability``,
+            and ``PairwisePreference`` with a ``baseline``, compare with fixed responses instead.
         max_log_ratio: for the same combiners each response carries the ratio of the reference to the policy that
             sampled it; its logarithm is held within this of its mean over the prompt's responses, in nats.
         max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that do not fit.

@@ -132,6 +132,21 @@ def test_openings_are_held_out():
             Reviews(**wrong)
 
 
+def test_fixed_reviews_to_compare_with():
+    """The grammar's, the same for an opening whatever is held out, and different ones for different openings."""
+    assert Reviews().columns == set()
+    data, other = Reviews(baseline_reviews=2, val_size=5), Reviews(baseline_reviews=2, val_size=50, seed=3)
+    assert data.columns == {"baseline_reviews"}
+    fixed = {row["prompt"]: row["baseline_reviews"] for row in data.rows(Stage.TRAIN) + data.rows(Stage.VALIDATE)}
+    assert {row["prompt"]: row["baseline_reviews"] for row in other.rows(Stage.TRAIN) + other.rows(Stage.TEST)} == fixed
+    texts = [text for pair in fixed.values() for text in pair]
+    assert len(texts) == 640
+    assert all(map(is_grammatical, texts))
+    assert len(set(texts)) > 400
+    with pytest.raises(ValueError, match="baseline_reviews must be at least 0, got -1"):
+        Reviews(baseline_reviews=-1)
+
+
 # The warm start
 
 

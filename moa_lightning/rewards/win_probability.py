@@ -1,0 +1,109 @@
+"""Any reward as a win probability against fixed responses.
+
+Legend: B responses, M fixed ones.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from moa_lightning.rewards.base import Cut, Reward
+
+
+@dataclass
+class WinProbability(Reward):
+    """Probability that a response beats the fixed responses to its prompt, by another reward's scores of both.
+
+    ``mean_m sigmoid((score - score_m) / scale)`` (Bradley and Terry's model): .5 is as good as the fixed responses.
+    These do not move with the policy, so a threshold on this objective means the same throughout the run and in each
+    evaluation. Without this reward combiners of win probabilities compare the policy's own responses with each other,
+    and .5 is no more than its average of the moment.
+
+    A response has no score where its prompt has no fixed response, or where the reward scores neither. The fixed
+    responses are scored with each batch, in the same call; each of them once, however many responses a prompt has.
+
+    Args:
+        reward: what both are scored by.
+        baseline: name of the column with the fixed responses: a text, or a list of texts, for each prompt.
+        scale: difference in score at which the better one wins 73 % of the time; above 0. Of the size of the reward's
+            spread, differences count in proportion; far below it, only their sign does.
+    """
+
+    reward: Reward
+    baseline: str
+    scale: float = 1.0
+
+    gives_wins: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning."""
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"WinProbability.scale must be a finite number above 0, got {self.scale}")
+        if self.reward.gives_wins or self.reward.of_data_alone:
+            raise ValueError(
+                f"WinProbability.reward must score any response by itself, got {self.reward.title}; use that reward as "
+                "it is"
+            )
+
+    @property
+    def title(self) -> str:
+        """With the reward's."""
+        return f"win probability by {self.reward.title}"
+
+    def check(self, columns: set[str]) -> None:
+        """Check the reward, and that the data have the fixed responses."""
+        self.reward.check(columns)
+        if self.baseline not in columns:
+            raise ValueError(
+                f"baseline: the data have no column '{self.baseline}'; they have "
+                f"{', '.join(sorted(columns)) or 'none beside the prompt'}"
+            )
+
+    def setup(self, device: torch.device) -> None:
+        """The reward's."""
+        self.reward.setup(device)
+
+    def shard(self, cut: Cut) -> None:
+        """The reward's."""
+        self.reward.shard(cut)
+
+    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        """Mean probability of each completion to win."""
+        fixed = [_texts(self.baseline, value) for value in columns[self.baseline]]
+        # Responses to a prompt share their rivals: the first row that has one scores it for all of them.
+        first: dict[tuple[str, str], int] = {}
+        for i, texts in enumerate(fixed):
+            for text in texts:
+                first.setdefault((prompts[i], text), i)
+        rows = [*range(len(completions)), *first.values()]
+        # One call for both, so that processes which share a model score equally often.
+        answers: Any = self.reward.score(
+            [prompts[i] for i in rows],
+            completions + [text for _, text in first],
+            **{name: [values[i] for i in rows] for name, values in columns.items()},
+        )
+        if len(answers) != len(rows):
+            raise ValueError(f"{self.reward.title} returned {len(answers)} scores for {len(rows)} completions")
+        scores = [math.nan if answer is None else float(answer) for answer in answers]
+        score_of = dict(zip(first, scores[len(completions) :], strict=True))
+        return [self._wins(scores[i], [score_of[prompts[i], text] for text in texts]) for i, texts in enumerate(fixed)]
+
+    def _wins(self, score: float, rivals: list[float]) -> float | None:
+        found = [_sigmoid((score - rival) / self.scale) for rival in rivals if not math.isnan(score - rival)]
+        return sum(found) / len(found) if found else None
+
+
+def _texts(column: str, value: Any) -> list[str]:
+    """The fixed responses of one row."""
+    if value is None:
+        return []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"column '{column}' must hold a text, or a list of texts, for each prompt, got {value!r}")
+    return list(texts)
+
+
+def _sigmoid(difference: float) -> float:
+    return 0.5 * (1 + math.tanh(difference / 2))  # no overflow
