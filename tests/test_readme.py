@@ -2,7 +2,7 @@
 
 The blocks of one section share a working folder that holds ``configs/``, as a clone does. To keep the runs short, the
 ``moa`` that they find ends each training after two steps and evaluates one batch, and a loop takes its first and last
-value; nothing else is changed.
+value; nothing else is changed. It is a fork of a process that has imported everything (``tests/preloaded.py``).
 """
 
 import gzip
@@ -11,10 +11,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.preloaded import preloaded_moa
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = "<!-- not run by the tests: "
@@ -78,20 +81,24 @@ def _dialogues(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     home = tmp_path_factory.mktemp("home")
-    shim = home / "bin" / "moa"
-    shim.parent.mkdir()
-    shim.write_text(MOA.format(moa=Path(sys.executable).with_name("moa")))
+    shim, client = home / "bin" / "moa", home / "preloaded" / "moa"
+    for folder in (shim.parent, client.parent, home / "policies"):
+        folder.mkdir()
+    shim.write_text(MOA.format(moa=client))
     shim.chmod(0o755)
     path = os.pathsep.join([str(shim.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HH": str(_dialogues(home / "hh.jsonl.gz"))}
+    with preloaded_moa(client, Path(sys.executable).with_name("moa")):
+        given = {"PATH": path, "OMP_NUM_THREADS": "1", "POLICIES": str(home / "policies")}
+        yield {**os.environ, **given, "HH": str(_dialogues(home / "hh.jsonl.gz"))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS, ids=[section.title for section in SECTIONS])
 def test_section_runs(section: Section, environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / ".cache").symlink_to(environment["POLICIES"])  # the embedded task's is built once
     for language, text in section.blocks:
         code = LOOP.sub(r"for \1 in \2 \3; do", text)
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
