@@ -44,6 +44,7 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
     moa("fit", "--config", task.config, "--trainer.max_steps=4", f"--trainer.default_root_dir={straight}")
     task.root.mkdir(parents=True)
     (task.root / "metrics.csv").write_text("step\n1\n")  # of an attempt that was killed before its first checkpoint
+    (task.root / "config.yaml").write_bytes((straight / "config.yaml").read_bytes())
     again = ("fit", "--config", task.config, "--ckpt_path=last")
     moa(*again)
     assert f"ckpt_path=last: starts in {task.root}: there is no checkpoint yet" in capsys.readouterr().out

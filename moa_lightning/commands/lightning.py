@@ -32,11 +32,13 @@ from moa_lightning.checkpoints import AtomicCheckpointIO, require_whole
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.commands.run_config import RunConfig
-from moa_lightning.commands.start_folder import RunPlace, place_of, run_of
+from moa_lightning.commands.start_folder import RunPlace, free_folder, place_of, refuse_foreign, run_of
+from moa_lightning.console import launched_as
 from moa_lightning.masking import masked_arguments, masked_settings
 from moa_lightning.module import AlignmentModule
 from moa_lightning.preemption import Preemption
 from moa_lightning.run_checkpoint import RunCheckpoint
+from moa_lightning.run_lock import refuse_if_held
 from moa_lightning.schedules import WeightSchedule
 
 WandbMode = Literal["online", "offline", "off"]
@@ -161,11 +163,16 @@ class AlignmentCLI(LightningCLI):
                 "that run with --ckpt_path=last"
             )
         if self.subcommand == "fit" and not checkpoint and not last:
-            folder = _free_folder(root)
+            folder = free_folder(root)
             if folder != root:
                 rank_zero_only(print)(f"{root} holds a run already; this one goes to {folder}")
         elif self.subcommand in {"validate", "test"}:
-            folder = _free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
+            folder = free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
+        if self.subcommand == "fit":
+            if not (checkpoint and Path(checkpoint).absolute().is_relative_to(folder.absolute())):
+                refuse_foreign(folder)
+            if launched_as() == 0:
+                refuse_if_held(folder)
         config.trainer.default_root_dir = str(folder)
         config.checkpoint.dirpath = place.dirpath
 
@@ -245,11 +252,6 @@ class AlignmentCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
             tell(Path(self.trainer.default_root_dir))
-
-
-def _free_folder(root: Path) -> Path:
-    candidate, number = root, 1
-    while candidate.exists() and any(candidate.iterdir()):
-        number += 1
-        candidate = root.with_name(f"{root.name}-{number}")
-    return candidate
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared
+            if isinstance(callback, RunConfig):
+                callback.release()

@@ -9,7 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from moa_lightning.checkpoints import by_steps, steps_of
+from moa_lightning.distributed import together
 from moa_lightning.masking import masked
+from moa_lightning.run_lock import RunLock
 
 _GROWING = ("metrics.csv", "samples.jsonl")  # files that a run adds to
 
@@ -23,21 +25,46 @@ class RunConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
         super().__init__(parser, masked(config), **options)
+        self.lock: RunLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write. What a resumed run went on from is left out: the file is for running it anew."""
-        if self.config.ckpt_path is None and trainer.is_global_zero:  # an attempt that left no checkpoint
-            for name in _GROWING:
-                Path(trainer.default_root_dir, name).unlink(missing_ok=True)
+        """Take the folder and write. What a resumed run went on from is left out: the file is for running it anew.
+
+        Raises:
+            ValueError: on every process, one line: another process runs there, or the folder cannot be written.
+        """
+        with together():
+            if trainer.is_global_zero:
+                self._take(Path(trainer.default_root_dir), start=self.config.ckpt_path is None)
         self.config = self.config.clone()
         self.config.ckpt_path = None
         super().setup(trainer, pl_module, "fit")
 
+    def _take(self, root: Path, start: bool) -> None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self.lock = RunLock(root)
+            self.lock.acquire()
+            if not start:
+                return
+            if any((root / "checkpoints").glob("*.ckpt")):
+                raise ValueError(f"another process started a run in '{root}' meanwhile; start again")
+            for name in _GROWING:  # of an attempt that left no checkpoint
+                (root / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(f"the run folder '{root}' cannot be written: {error.strerror}") from error
+
+    def release(self) -> None:
+        """Leave the folder to others."""
+        if self.lock is not None:
+            self.lock.release()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on after Ctrl-C."""
+        self.release()
         if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
             return
         root = Path(trainer.default_root_dir)

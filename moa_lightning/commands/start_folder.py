@@ -12,6 +12,17 @@ from moa_lightning.run_checkpoint import checkpoint_folder
 
 _RECORD = "config.yaml"
 _HEADER = "# lightning.pytorch=="  # the first line of what Lightning's CLI saves
+_OURS = (
+    _RECORD,
+    "checkpoints",
+    "front.csv",
+    "front.png",
+    "metrics.csv",
+    "non_finite.ckpt",
+    "policy",
+    "samples.jsonl",
+    "summary.json",
+)
 _LEFT_BY_A_RUN = ("checkpoints", "summary.json", "metrics.csv")
 
 
@@ -87,3 +98,44 @@ def place_of(given: RunPlace, configs: Sequence[Path]) -> RunPlace:
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint lies in, if it lies in one."""
     return next((folder for folder in checkpoint.parents[:2] if is_run(folder)), None)
+
+
+def free_folder(root: Path) -> Path:
+    """``root`` if there is nothing in it, else the first of ``root-2``, ``root-3``, … of which that is so.
+
+    Raises:
+        ValueError: it is a file, or it has something in it and no name that a number can be added to.
+    """
+    candidate, number = root, 1
+    while _is_used(candidate):
+        number += 1
+        if root.name in {"", ".."}:
+            raise ValueError(
+                f"trainer.default_root_dir '{root}' is no folder for a run: there are files in it; name one, such as "
+                f"{root / 'runs' / 'first'}"
+            )
+        candidate = root.with_name(f"{root.name}-{number}")
+    return candidate
+
+
+def refuse_foreign(root: Path) -> None:
+    """Nothing if a run may write into a folder: it holds the record of a run, or nothing of the names of its files.
+
+    Raises:
+        ValueError: one line with what lies there.
+    """
+    found = [name for name in _OURS if (root / name).exists()] if root.is_dir() else []
+    if found and not is_run(root):
+        raise ValueError(
+            f"'{root}' holds {', '.join(found)}, which no run wrote (there is no config.yaml of moa fit); a run would "
+            "write over it. Give the run a folder of its own with --trainer.default_root_dir"
+        )
+
+
+def _is_used(folder: Path) -> bool:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"trainer.default_root_dir '{folder}' is a file; name a folder")
+    try:
+        return folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"trainer.default_root_dir '{folder}' cannot be read: {error.strerror}") from error
