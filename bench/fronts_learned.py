@@ -13,7 +13,7 @@ from bench.fronts_problems import Array, Problem
 from bench.roster import Entry
 from moa_lightning.losses import PairwiseLogistic, RewardKL
 from moa_lightning.models.policy import PolicyOutput
-from moa_lightning.signals import Signals
+from moa_lightning.signals import ClipRange, Signals
 from moa_lightning.sources import GroupRelative
 from moa_lightning.types import Experience, Responses, RewardTable
 
@@ -92,7 +92,7 @@ def experience_of(
     )
 
 
-def signals_of(experience: Experience, slopes_BP: Tensor, clip_range: float) -> Signals:
+def signals_of(experience: Experience, slopes_BP: Tensor, clip_range: ClipRange) -> Signals:
     """Signals right after sampling: the ratio is 1, and the Gram matrix is that of the parameters' gradients."""
 
     def gramian(slopes_B1N: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from moa_lightning.functional.surrogate import is_clipped, probability_ratio, sequence_ratio
+
 
 class Signal(StrEnum):
     """The kinds of evidence. A combiner names those it reads; the source must provide them."""
@@ -48,6 +50,33 @@ SIGNALS_OF_LOSSES = frozenset({Signal.PAIRS})
 
 
 @dataclass(frozen=True)
+class ClipRange:
+    """What the surrogate of a loss does with the probability ratio; as it stands, nothing.
+
+    Args:
+        low: epsilon below 1.
+        high: epsilon above 1.
+        delta: bound of the ratio for negative advantages; ``None`` is no bound.
+        of_responses: whether the ratio is that of a whole response, the geometric mean over its tokens.
+    """
+
+    low: float = float("inf")
+    high: float = float("inf")
+    delta: float | None = None
+    of_responses: bool = False
+
+    def ratio(self, logprobs_BT: Tensor, behaviour_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The ratio that the surrogate takes, for each token."""
+        if self.of_responses:
+            return sequence_ratio(logprobs_BT, behaviour_logprobs_BT, mask_BT).expand_as(logprobs_BT)
+        return probability_ratio(logprobs_BT, behaviour_logprobs_BT)
+
+    def is_flat(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """Bool: where the surrogate has no gradient."""
+        return is_clipped(ratio, advantages, self.low, self.high, self.delta)
+
+
+@dataclass(frozen=True)
 class Signals:
     """N signals for one update. A field is None when its signal is not provided."""
 
@@ -55,13 +84,13 @@ class Signals:
     valid_BN: Tensor  # bool, objectives that could score the row
     advantages_BTN: Tensor | None = None  # float32
     scores_BN: Tensor | None = None  # float32, in the objectives' units after transform and penalties; 0 where invalid
-    ratio_BT: Tensor | None = None  # float32, detached
+    ratio_BT: Tensor | None = None  # float32, detached; the one that the loss's surrogate takes
     wins_BN: Tensor | None = None  # float32, in [0, 1]; NaN where unknown
     group_B: Tensor | None = None  # int64, which prompt a row belongs to; None: each to one of its own
     penalty_B: Tensor | None = None  # float32, taken off each of a response's scores (cut-off ones); None is nothing
     charge_B: Tensor | None = None  # float32, what a KL penalty in the reward takes off a response; None is nothing
     log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
-    clip_range: float = float("inf")  # the epsilon of the clipped surrogate that follows
+    clip_range: ClipRange = ClipRange()  # of the surrogate that follows
     gramian: Callable[[Tensor], Tensor] | None = (
         None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks, where the combiner asks for gradients
     )
@@ -69,16 +98,27 @@ class Signals:
     def unclipped(self, advantages_BTN: Tensor) -> Tensor:
         """``I(A)``: the advantage where the clipped surrogate has a gradient, 0 where it has none.
 
-        The surrogate ``min(u A, clip(u, 1-eps, 1+eps) A)`` is flat where ``A > 0, u > 1+eps`` and where
-        ``A < 0, u < 1-eps``. Source: PAMA, arXiv 2508.07768; the second case arises only without Noon.
+        Source: PAMA, arXiv 2508.07768. There the surrogate is flat where ``A > 0, u > 1+eps``; ``A < 0, u < 1-eps``
+        arises only without Noon. The loss's other bounds (``epsilon_high``, ``delta``) count as well.
         """
         if self.ratio_BT is None:
             return advantages_BTN
-        ratio_BT1 = self.ratio_BT.unsqueeze(-1)
-        flat_BTN = ((advantages_BTN > 0) & (ratio_BT1 > 1 + self.clip_range)) | (
-            (advantages_BTN < 0) & (ratio_BT1 < 1 - self.clip_range)
-        )
+        flat_BTN = self.clip_range.is_flat(self.ratio_BT.unsqueeze(-1), advantages_BTN)
         return advantages_BTN.masked_fill(flat_BTN, 0.0)
+
+    def slopes(self, advantages_BTN: Tensor) -> Tensor:
+        """Derivative of each objective's surrogate by the log-probability of each token, up to a common factor.
+
+        ``u I(A)`` of the token itself. Where the ratio is that of the response, each of its |y| tokens moves the
+        surrogate of all: ``s / |y|`` times the mean of ``I(A)``, for the surrogate is a mean over tokens.
+        """
+        used_BTN = self.unclipped(advantages_BTN.where(self.present_BTN(), 0.0))
+        if self.ratio_BT is None:
+            return used_BTN
+        if self.clip_range.of_responses:
+            length_B11 = self.mask_BT.sum(1).clamp(min=1).to(used_BTN).reshape(-1, 1, 1)
+            used_BTN = (used_BTN.sum(1, keepdim=True) / length_B11.square()).expand_as(used_BTN)
+        return used_BTN * self.ratio_BT.unsqueeze(-1)
 
     def present_BTN(self) -> Tensor:
         """Bool: tokens that count, per objective that could score their row."""

@@ -98,9 +98,7 @@ class MinNorm(GradientCombiner):
 def surrogate_gramian(signals: Signals) -> Tensor:
     """Gram matrix (N, N) of the gradients of the objectives' surrogates, over all processes; float64, on the CPU."""
     assert signals.advantages_BTN is not None and signals.gramian is not None
-    slopes_BTN = signals.unclipped(signals.advantages_BTN.where(signals.present_BTN(), 0.0))
-    if signals.ratio_BT is not None:
-        slopes_BTN = slopes_BTN * signals.ratio_BT.unsqueeze(-1)
+    slopes_BTN = signals.slopes(signals.advantages_BTN)
     # In units of each objective's steepest slope nothing overflows or underflows, whatever the rewards' scales are.
     steepest_N = all_rows(slopes_BTN.abs().flatten(0, 1).amax(0, keepdim=True)).amax(0)
     gram_NN = signals.gramian(slopes_BTN / steepest_N.where(steepest_N > 0, 1.0)).double()

@@ -36,7 +36,14 @@ from moa_lightning.functional.scalarize import (
     tchebycheff,
     weighted_sum,
 )
-from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, squared_log_ratio, value_loss
+from moa_lightning.functional.surrogate import (
+    clipped_surrogate,
+    is_clipped,
+    probability_ratio,
+    sequence_ratio,
+    squared_log_ratio,
+    value_loss,
+)
 
 __all__ = [
     "DualSolution",
@@ -61,6 +68,7 @@ __all__ = [
     "hypervolume",
     "influence",
     "ipo_loss",
+    "is_clipped",
     "masked_moments",
     "mean_wins",
     "mirror_step",
@@ -74,6 +82,7 @@ __all__ = [
     "probability_ratio",
     "representation_gramian",
     "robust_value",
+    "sequence_ratio",
     "smooth_tchebycheff",
     "soft_minimum",
     "squared_log_ratio",

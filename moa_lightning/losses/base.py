@@ -9,7 +9,7 @@ from torch import Tensor
 from moa_lightning.combiners.base import Combined
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
-from moa_lightning.signals import Signal
+from moa_lightning.signals import ClipRange, Signal
 from moa_lightning.types import Experience
 
 
@@ -33,8 +33,8 @@ class PolicyLoss(ABC):
 
     @property
     @abstractmethod
-    def clip_range(self) -> float:
-        """How far the ratio may move before the gradient stops; infinite without clipping."""
+    def clip_range(self) -> ClipRange:
+        """How far the ratio may move before the gradient stops; ``ClipRange()`` without clipping."""
 
     @abstractmethod
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:

@@ -3,7 +3,9 @@
 Legend: B sequences, T tokens, N objectives.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from moa_lightning.functional.surrogate import clipped_surrogate, probability_ra
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
+from moa_lightning.signals import ClipRange
 from moa_lightning.types import Experience
 
 
@@ -23,41 +26,81 @@ class ClippedSurrogate(PolicyLoss):
     Every sum is divided by the number of trained tokens that this many rows have on average in the collected batch,
     over all processes. So accumulated and distributed minibatches add up to one batch, whatever their lengths.
 
-    Source: Schulman et al. 2017, arXiv 1707.06347.
+    With ``importance_sampling_level: sequence`` the surrogate is a mean over responses, each the mean over its tokens,
+    for the expectation is over whole responses; value loss, entropy and KL stay means over tokens.
+
+    Logged beside the terms: ``clip_ratio``, the share of tokens (of responses, at that level) whose ratio has left
+    ``[1 - cliprange, 1 + epsilon_high]``.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347. ``epsilon_high``: Yu et al. 2025 (DAPO), arXiv 2503.14476.
+    ``delta``: Ye et al. 2020, arXiv 1912.09729. ``importance_sampling_level``: Zheng et al. 2025 (GSPO), arXiv
+    2507.18071, Eq. 5; advantages that differ between a response's tokens share its ratio.
 
     Args:
-        cliprange: epsilon of the clipped surrogate.
+        cliprange: epsilon of the clipped surrogate, TRL's ``epsilon``.
         vf_coef: weight of the value loss (the sum over the N heads).
         cliprange_value: how far a value may move from its old estimate per update; ``None`` does not clip.
         entropy_coef: weight of the entropy bonus.
+        epsilon_high: epsilon above 1, as in TRL ("clip-higher", 0.28 in DAPO); ``None`` is ``cliprange``.
+        delta: largest ratio that counts where the advantage is negative, as in TRL (dual clip; verl's ``clip_ratio_c``,
+            3 there); above ``1 + epsilon_high``. ``None`` leaves it open.
+        importance_sampling_level: as in TRL: ``token``, each token's ratio; ``sequence``, one ratio for a response, the
+            geometric mean over its tokens (GSPO, whose epsilons are some hundred times smaller: 3e-4 and 4e-4).
     """
 
     cliprange: float = 0.2
     vf_coef: float = 0.1
     cliprange_value: float | None = None
     entropy_coef: float = 0.0
+    epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: Literal["token", "sequence"] = "token"
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if self.cliprange <= 0 or self.vf_coef < 0 or (self.cliprange_value is not None and self.cliprange_value <= 0):
-            raise ValueError("ClippedSurrogate needs cliprange > 0, vf_coef >= 0 and cliprange_value > 0 (or null)")
+        above_zero = {"cliprange": self.cliprange}
+        above_zero |= {} if self.cliprange_value is None else {"cliprange_value": self.cliprange_value}
+        above_zero |= {} if self.epsilon_high is None else {"epsilon_high": self.epsilon_high}
+        for name, value in above_zero.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"ClippedSurrogate.{name} must be a finite number above 0, got {value}")
+        if not (self.vf_coef >= 0 and math.isfinite(self.vf_coef)):
+            raise ValueError(f"ClippedSurrogate.vf_coef must be a finite number of at least 0, got {self.vf_coef}")
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"ClippedSurrogate.entropy_coef must be a finite number, got {self.entropy_coef}")
+        if self.delta is not None and not self.delta > 1 + self.clip_range.high:
+            raise ValueError(
+                f"ClippedSurrogate.delta must be above 1 + epsilon_high ({1 + self.clip_range.high}) or null, got "
+                f"{self.delta}"
+            )
+        if self.importance_sampling_level not in ("token", "sequence"):
+            raise ValueError(
+                "ClippedSurrogate.importance_sampling_level must be token or sequence, got "
+                f"'{self.importance_sampling_level}'"
+            )
 
     @property
-    def clip_range(self) -> float:
-        """Epsilon."""
-        return self.cliprange
+    def clip_range(self) -> ClipRange:
+        """The epsilons, and whose ratio they bound."""
+        high = self.cliprange if self.epsilon_high is None else self.epsilon_high
+        return ClipRange(self.cliprange, high, self.delta, self.importance_sampling_level == "sequence")
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
         """Loss of these rows and its terms."""
-        mask_BT, score = experience.mask_BT, combined.score
+        mask_BT, score, clip = experience.mask_BT, combined.score, self.clip_range
         tokens = max(experience.tokens_per_row * experience.counted_rows, 1e-8)
-        ratio_BT = probability_ratio(output.logprobs_BT, experience.behaviour_logprobs_BT)
+        ratio_BT = clip.ratio(output.logprobs_BT, experience.behaviour_logprobs_BT, mask_BT)
         score_BT = score if score.ndim == 2 else score.unsqueeze(1).expand_as(ratio_BT)
 
         def mean(values_BT: Tensor) -> Tensor:
             return values_BT.where(mask_BT, 0.0).sum() / tokens
 
-        policy_loss = mean(clipped_surrogate(ratio_BT, score_BT, self.cliprange))
+        def mean_of_responses(values_BT: Tensor) -> Tensor:
+            of_response_B = values_BT.where(mask_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)
+            return of_response_B.sum() / experience.counted_rows
+
+        average = mean_of_responses if clip.of_responses else mean
+        policy_loss = average(clipped_surrogate(ratio_BT, score_BT, clip.low, clip.high, clip.delta))
         entropy = mean(output.entropy_BT)
         kl_loss = mean(kl.loss(output.logprobs_BT, experience.reference_logprobs_BT))
         loss = policy_loss + kl_loss
@@ -75,6 +118,7 @@ class ClippedSurrogate(PolicyLoss):
             names = experience.rewards.trained_names
             terms |= {f"value_loss/{name}": value for name, value in zip(names, losses_N, strict=True)}
         with torch.no_grad():
-            terms["clip_ratio"] = mean(((ratio_BT - 1).abs() > self.cliprange).float())
-            terms["approx_kl"] = mean((ratio_BT - 1) - ratio_BT.log())
+            terms["clip_ratio"] = average(((ratio_BT - 1 > clip.high) | (1 - ratio_BT > clip.low)).float())
+            of_token_BT = probability_ratio(output.logprobs_BT, experience.behaviour_logprobs_BT)
+            terms["approx_kl"] = mean((of_token_BT - 1) - of_token_BT.log())
         return LossTerms(loss, {name: value.detach() for name, value in terms.items()})

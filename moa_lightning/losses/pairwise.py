@@ -15,7 +15,7 @@ from moa_lightning.functional.pairwise import dpo_loss, ipo_loss, modpo_logits
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
-from moa_lightning.signals import Signal
+from moa_lightning.signals import ClipRange, Signal
 from moa_lightning.types import Experience
 
 _LOSSES = {"sigmoid": dpo_loss, "ipo": ipo_loss}
@@ -57,9 +57,9 @@ class PairwiseLogistic(PolicyLoss):
             )
 
     @property
-    def clip_range(self) -> float:
+    def clip_range(self) -> ClipRange:
         """Nothing is clipped."""
-        return float("inf")
+        return ClipRange()
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
         """Loss of these rows and its terms."""

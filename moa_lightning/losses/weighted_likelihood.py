@@ -13,6 +13,7 @@ from moa_lightning.distributed import all_sum
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
+from moa_lightning.signals import ClipRange
 from moa_lightning.types import Experience
 
 
@@ -45,9 +46,9 @@ class WeightedLikelihood(PolicyLoss):
             raise ValueError(f"WeightedLikelihood needs max_weight > 0 (or null), got {self.max_weight}")
 
     @property
-    def clip_range(self) -> float:
+    def clip_range(self) -> ClipRange:
         """Nothing is clipped."""
-        return float("inf")
+        return ClipRange()
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
         """Loss of these rows and its terms."""

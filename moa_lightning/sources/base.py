@@ -13,13 +13,12 @@ from torch import Tensor
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.gramian import parameter_gradients, representation_gramian
 from moa_lightning.functional.preference import truncated_log_ratio
-from moa_lightning.functional.surrogate import probability_ratio
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
 from moa_lightning.models.reference import Reference
 from moa_lightning.rewards.panel import RewardPanel
-from moa_lightning.signals import Signal, Signals
+from moa_lightning.signals import ClipRange, Signal, Signals
 from moa_lightning.types import Evaluation, Experience, PromptBatch, State
 
 
@@ -117,7 +116,7 @@ class Source(ABC):
         self,
         experience: Experience,
         output: PolicyOutput,
-        clip_range: float,
+        clip_range: ClipRange,
         parameters: Sequence[Tensor] | None = None,
     ) -> Signals:
         """Signals of some rows of experience, given the policy's present output on them.
@@ -129,7 +128,7 @@ class Source(ABC):
             parameters: where the Gram matrix takes its gradients; ``None`` is the shared representation.
         """
         mask_BT = experience.mask_BT
-        ratio_BT = probability_ratio(output.logprobs_BT.detach(), experience.behaviour_logprobs_BT)
+        ratio_BT = clip_range.ratio(output.logprobs_BT.detach(), experience.behaviour_logprobs_BT, mask_BT)
 
         def gramian(slopes_BTN: Tensor) -> Tensor:
             if parameters is not None:

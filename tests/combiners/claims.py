@@ -4,19 +4,18 @@ Legend: B sequences, T tokens, N objectives.
 """
 
 import dataclasses
-import math
 
 import torch
 
 from moa_lightning.combiners.claims import Claim
 from moa_lightning.functional import representation_gramian
-from moa_lightning.signals import Signal
-from tests.combiners.inputs import changed, norms, picked, run, signals
+from moa_lightning.signals import ClipRange, Signal
+from tests.combiners.inputs import CLIPPED, changed, norms, picked, run, signals
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def update(combiner, rows, clip_range=0.2):
+def update(combiner, rows, clip_range=CLIPPED):
     """The score without unit, and the margin less its prompt's mean: equal ones move the policy in one direction."""
     combined = run(combiner, rows, clip_range)
     size = 1.0
@@ -84,7 +83,7 @@ def monotone(combiner, rows):
     like_first = torch.arange(len(rows)).index_fill(0, torch.tensor([1]), 0)
     better = changed(rows, raised)
     better = dataclasses.replace(better, mask_BT=rows.mask_BT[like_first], valid_BN=rows.valid_BN[like_first])
-    score = update(combiner, better, clip_range=math.inf)[0]
+    score = update(combiner, better, clip_range=ClipRange())[0]
     assert (score[1] >= score[0] - 1e-5).all()
 
 
@@ -122,7 +121,7 @@ def _advantages(rows):
 
 
 def no_conflict(combiner, rows):
-    combined = run(combiner, rows, math.inf)
+    combined = run(combiner, rows, ClipRange())
     angles_KK, lengths_K = _gram(rows, torch.cat([_advantages(rows), combined.score.unsqueeze(-1)], -1))
     # In units of what is summed: where all of it cancels, the rest is rounding and points anywhere.
     summed = (lengths_K[:-1] * combined.weights_N).sum()
@@ -130,7 +129,7 @@ def no_conflict(combiner, rows):
 
 
 def min_norm(combiner, rows):
-    combined = run(precise(combiner), rows, math.inf)
+    combined = run(precise(combiner), rows, ClipRange())
     angles_NN, lengths_N = _gram(rows, _advantages(rows))
     kept_N = lengths_N > 0
     if not kept_N.any():

@@ -14,7 +14,7 @@ import moa_lightning.combiners as package
 from moa_lightning.combiners import Combiner
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional import representation_gramian
-from moa_lightning.signals import Signal, Signals
+from moa_lightning.signals import ClipRange, Signal, Signals
 from tests.combiners import scored
 
 COMBINERS = [
@@ -148,7 +148,10 @@ def norms(rows):
     return -rows.reference_logprobs_BT * rows.mask_BT
 
 
-def signals(rows, only=None, clip_range=0.2):
+CLIPPED = ClipRange(0.2, 0.2)
+
+
+def signals(rows, only=None, clip_range=CLIPPED):
     """What a source would give of it, or only some of that."""
     norms_BT = norms(rows)
     fields = {
@@ -169,6 +172,6 @@ def begin(combiner, rows):
     return combiner.init(names, torch.tensor([1.0 + "abcdefghijklmnop".index(name) for name in names]))
 
 
-def run(combiner, rows, clip_range=0.2):
+def run(combiner, rows, clip_range=CLIPPED):
     """What it makes of a batch that it has just observed."""
     return combiner.combine(signals(rows, clip_range=clip_range), combiner.observe(rows, begin(combiner, rows)))

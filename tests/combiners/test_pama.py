@@ -5,7 +5,7 @@ import torch
 
 from moa_lightning.combiners import PAMA
 from moa_lightning.functional import clipped_surrogate, pama
-from moa_lightning.signals import Signals
+from moa_lightning.signals import ClipRange, Signals
 
 ADVANTAGES = torch.tensor([[[2.0, 1.0], [-1.0, 3.0], [-2.0, -1.0]]])
 
@@ -17,7 +17,7 @@ def combine(combiner, advantages_BTN=ADVANTAGES, ratio=1.0, valid_BN=None):
         valid_BN=torch.ones(shape[0], shape[2], dtype=torch.bool) if valid_BN is None else valid_BN,
         advantages_BTN=advantages_BTN,
         ratio_BT=torch.full(shape[:2], ratio),
-        clip_range=0.2,
+        clip_range=ClipRange(0.2, 0.2),
     )
     return combiner.combine(given, combiner.init(["a", "b"], torch.ones(2)))
 
@@ -66,7 +66,7 @@ def test_clipped_advantages_do_not_count():
         valid_BN=torch.ones(1, 2, dtype=torch.bool),
         advantages_BTN=advantages_BTN,
         ratio_BT=torch.tensor([[1.3, 1.0]]),
-        clip_range=0.2,
+        clip_range=ClipRange(0.2, 0.2),
     )
     assert PAMA("batch").combine(given, {}).weights_N.tolist() == [0.0, 1.0]
     assert combine(PAMA("batch"), advantages_BTN).weights_N.tolist() == [1.0, 0.0]
@@ -103,7 +103,7 @@ def test_gradient_of_one_step_on_a_tabular_policy(noon, granularity):
         valid_BN=torch.ones(1, objectives, dtype=torch.bool),
         advantages_BTN=advantages_SN.unsqueeze(0),
         ratio_BT=ratio_S.detach().unsqueeze(0),
-        clip_range=0.2,
+        clip_range=ClipRange(0.2, 0.2),
     )
     score_S = PAMA(granularity, noon).combine(given, {}).score[0]
     (step,) = torch.autograd.grad(clipped_surrogate(ratio_S, score_S, 0.2).sum(), logits_SA, retain_graph=True)

@@ -10,7 +10,7 @@ from moa_lightning.combiners import GAPO, MGDAUB, DynamicWeights, Gramian, Linea
 from moa_lightning.compatibility import check_strategy
 from moa_lightning.models import LoRA, Policy, PolicyConfig
 from moa_lightning.models.loading import load_model, load_tokenizer
-from moa_lightning.signals import GradientPlace
+from moa_lightning.signals import ClipRange, GradientPlace
 from moa_lightning.sources import Rollout
 from moa_lightning.strategies import FSDP2Strategy
 from moa_lightning.types import Experience, Responses, RewardTable
@@ -49,7 +49,7 @@ def gram(policy, rows, place):
     responses = rows.responses
     output = policy(responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT)
     parameters = policy.parameters_at(GradientPlace(place))
-    signals = Rollout().signals(rows, output, 0.2, parameters)
+    signals = Rollout().signals(rows, output, ClipRange(0.2, 0.2), parameters)
     slopes_BTN = rows.advantages_BTN
     jacobian = [
         torch.cat(

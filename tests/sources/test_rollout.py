@@ -11,6 +11,7 @@ from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.models import Encoder, FrozenCopy, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
 from moa_lightning.rewards import FunctionReward, Objective, PairwisePreference, RewardPanel
+from moa_lightning.signals import ClipRange
 from moa_lightning.sources import GAE, Actors, GroupRelative, Rollout
 from moa_lightning.sources.advantages import standardize
 from tests import tiny
@@ -123,7 +124,7 @@ def test_the_gram_matrix_of_a_rollout_is_that_of_the_hidden_state(actors):
     experience = source.collect(actors.encoder.encode(ROWS), actors, seed=1)
     responses = experience.responses
     output = actors.policy(responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT)
-    signals = source.signals(experience, output, 0.2)
+    signals = source.signals(experience, output, ClipRange(0.2, 0.2))
     slopes_BTN = signals.advantages_BTN
     gradients = [
         torch.autograd.grad((output.logprobs_BT * slopes_BTN[..., i]).sum(), output.hidden_BTD, retain_graph=True)[0]
