@@ -12,6 +12,7 @@ from moa_lightning.functional.pairwise import (
     dpo_loss,
     ipo_loss,
     modpo_logits,
+    response_log_ratio,
     virtual_reference,
 )
 from moa_lightning.functional.pama import pama
@@ -81,6 +82,7 @@ __all__ = [
     "parameter_gradients",
     "probability_ratio",
     "representation_gramian",
+    "response_log_ratio",
     "robust_value",
     "sequence_ratio",
     "smooth_tchebycheff",

@@ -1,12 +1,30 @@
 """Losses on pairs of responses, and what a policy is compared with when there are several references.
 
-Legend: P pairs, B responses, K references. The log-ratio of a response is ``D = log pi(y|x) - log pi_ref(y|x)``, over
-the whole response.
+Legend: P pairs, B responses, T tokens, K references. The log-ratio of a response is ``D = log pi(y|x) - log
+pi_ref(y|x)``, over the whole response unless it is averaged over its tokens (:func:`response_log_ratio`).
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+
+def response_log_ratio(log_ratio_BT: Tensor, mask_BT: Tensor, average: bool = False) -> Tensor:
+    """``D`` of each response, (B,): the sum of its tokens' log-ratios, or their mean.
+
+    Args:
+        log_ratio_BT: ``log pi - log pi_ref`` per token, in nats.
+        mask_BT: bool, tokens that count; a response without any has 0.
+        average: divide by the number of tokens.
+
+    Example:
+        >>> log_ratio_BT = torch.tensor([[1.0, 2.0, 9.0], [0.5, 0.5, 0.5]])
+        >>> mask_BT = torch.tensor([[True, True, False], [True, True, True]])
+        >>> response_log_ratio(log_ratio_BT, mask_BT).tolist(), response_log_ratio(log_ratio_BT, mask_BT, True).tolist()
+        ([3.0, 1.5], [1.5, 0.5])
+    """
+    sum_B = log_ratio_BT.where(mask_BT, 0.0).sum(1)
+    return sum_B / mask_BT.sum(1).clamp(min=1) if average else sum_B
 
 
 def dpo_loss(logits_P: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:

@@ -3,6 +3,7 @@
 Legend: B sequences, T tokens, P pairs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.distributed import all_sum, world_size
-from moa_lightning.functional.pairwise import dpo_loss, ipo_loss, modpo_logits
+from moa_lightning.functional.pairwise import dpo_loss, ipo_loss, modpo_logits, response_log_ratio
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
@@ -33,28 +34,34 @@ class PairwiseLogistic(PolicyLoss):
     the mean of ``beta (D_chosen - D_rejected)``, and ``pairs``, the number of pairs for each prompt.
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7 (``sigmoid``); Azar et al. 2023, arXiv 2310.12036, eq. 17
-    (``ipo``). The log-ratios are sums over tokens in both, as in the papers.
+    (``ipo``). The log-ratios are sums over tokens in both, as in the papers. TRL's ``ipo`` takes their mean over
+    tokens: ``average_log_prob`` does that, and a ``beta`` that was found one way does not carry over to the other.
 
     Args:
-        beta: strength of the KL regularisation towards the reference.
+        beta: strength of the KL regularisation towards the reference; with ``average_log_prob`` in units of a mean
+            log-ratio per token, so that it is to be chosen anew.
         loss_type: ``sigmoid`` (DPO) or ``ipo``.
         label_smoothing: probability that a comparison is the wrong way round.
+        average_log_prob: a response's log-ratio is the mean over its tokens, not their sum: ``ipo`` is then TRL's
+            ``ipo``, and ``sigmoid`` its ``sigmoid_norm``.
     """
 
     beta: float = 0.1
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
+    average_log_prob: bool = False
 
     provides: ClassVar[frozenset[Signal]] = frozenset({Signal.PAIRS})
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS})  # that is, several responses to a prompt
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"PairwiseLogistic needs beta > 0 and label_smoothing in [0, 0.5), got {self.beta} and "
-                f"{self.label_smoothing}"
-            )
+        if not (self.beta > 0 and math.isfinite(self.beta)):
+            raise ValueError(f"PairwiseLogistic.beta must be a finite number above 0, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"PairwiseLogistic.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        if self.loss_type not in _LOSSES:
+            raise ValueError(f"PairwiseLogistic.loss_type must be {' or '.join(_LOSSES)}, got '{self.loss_type}'")
 
     @property
     def clip_range(self) -> ClipRange:
@@ -71,8 +78,8 @@ class PairwiseLogistic(PolicyLoss):
         together_BB = (group_B.unsqueeze(1) == group_B) & trained_B & trained_B.unsqueeze(1)
         chosen_P, rejected_P = (together_BB & (score_B.unsqueeze(1) > score_B)).nonzero(as_tuple=True)
 
-        log_ratio_BT = (output.logprobs_BT - experience.reference_logprobs_BT).where(mask_BT, 0.0)
-        log_ratio_B = log_ratio_BT.sum(1)
+        log_ratio_BT = output.logprobs_BT - experience.reference_logprobs_BT
+        log_ratio_B = response_log_ratio(log_ratio_BT, mask_BT, self.average_log_prob)
         difference_P = log_ratio_B[chosen_P] - log_ratio_B[rejected_P]
         margin_B = torch.zeros_like(log_ratio_B) if combined.margin_B is None else combined.margin_B
         logits_P = modpo_logits(difference_P, margin_B[chosen_P] - margin_B[rejected_P], self.beta, combined.weight)

@@ -42,10 +42,11 @@ def case(seed=0, masked=()):
     return experience, SimpleNamespace(logprobs_BT=logprobs_BT, entropy_BT=torch.zeros_like(reference_BT))
 
 
-def by_loop(experience, output, scores, beta, of_pair, margins=None, weight=1.0):
+def by_loop(experience, output, scores, beta, of_pair, margins=None, weight=1.0, average=False):
     """The definition: each prompt's pairs share its weight, and prompts count equally."""
     total, prompts = 0.0, sorted(set(GROUPS))
     ratio_B = ((output.logprobs_BT - experience.reference_logprobs_BT) * experience.mask_BT).sum(1)
+    ratio_B = [r / max(int(m.sum()), 1) if average else r for r, m in zip(ratio_B, experience.mask_BT, strict=True)]
     for prompt in prompts:
         rows = [i for i, g in enumerate(GROUPS) if g == prompt and experience.mask_BT[i].any()]
         pairs = [(i, j) for i, j in permutations(rows, 2) if scores[i] > scores[j]]
@@ -56,17 +57,18 @@ def by_loop(experience, output, scores, beta, of_pair, margins=None, weight=1.0)
     return total
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("masked", [(), (0, 4)])
 @pytest.mark.parametrize(
     ("loss_type", "of_pair"),
     [("sigmoid", lambda z: torch.log1p(torch.exp(-z))), ("ipo", lambda z: ((z - 0.5) / 0.3) ** 2)],
 )
-def test_value_and_gradient(loss_type, of_pair, masked):
+def test_value_and_gradient(loss_type, of_pair, masked, average):
     experience, output = case(masked=masked)
-    result = PairwiseLogistic(0.3, loss_type)(
+    result = PairwiseLogistic(0.3, loss_type, average_log_prob=average)(
         Combined(torch.tensor(SCORES), torch.ones(2)), experience, output, RewardKL()
     )
-    expected = by_loop(experience, output, SCORES, 0.3, of_pair)
+    expected = by_loop(experience, output, SCORES, 0.3, of_pair, average=average)
     assert result.loss.item() == pytest.approx(expected.item(), abs=1e-12)
     (found,) = torch.autograd.grad(result.loss, output.logprobs_BT)
     (wanted,) = torch.autograd.grad(expected, output.logprobs_BT)
@@ -184,7 +186,17 @@ def test_modpo_refuses(combiner, says):
         combiner.init(["a", "b"], torch.ones(2))
 
 
-@pytest.mark.parametrize("fields", [{"beta": 0.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}])
-def test_values_without_meaning(fields):
-    with pytest.raises(ValueError, match="PairwiseLogistic needs beta > 0 and label_smoothing"):
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"beta": 0.0}, r"PairwiseLogistic\.beta must be a finite number above 0, got 0\.0"),
+        ({"beta": math.nan}, r"beta must be a finite number above 0, got nan"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0\.5\), got 0\.5"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 0\.5\), got -0\.1"),
+        ({"label_smoothing": math.nan}, r"label_smoothing must lie in \[0, 0\.5\), got nan"),
+        ({"loss_type": "hinge"}, "loss_type must be sigmoid or ipo, got 'hinge'"),
+    ],
+)
+def test_values_without_meaning(fields, says):
+    with pytest.raises(ValueError, match=says):
         PairwiseLogistic(**fields)

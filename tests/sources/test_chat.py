@@ -20,7 +20,11 @@ LABELLED = [{"prompt": row["prompt"], "responses": row["answers"], "wins/h": [1.
 # Printed by `python -m bench.peers.chat_dpo` under TRL 1.16.0, torch 2.13.0 and transformers 5.23.0 on a CPU.
 TRL = {
     ("newline", "sigmoid"): 0.80197716,
+    ("newline", "ipo"): 3.61906624,
+    ("newline", "sigmoid_norm"): 0.72136354,
     ("bare", "sigmoid"): 0.67178172,
+    ("bare", "ipo"): 2.48664951,
+    ("bare", "sigmoid_norm"): 0.67567825,
 }
 
 
@@ -47,9 +51,16 @@ def dpo(template, loss):
 
 
 @pytest.mark.parametrize("template", list(TEMPLATES))
-def test_the_loss_is_trls(template):
-    found = dpo(template, PairwiseLogistic(BETA, "sigmoid"))
-    assert found == pytest.approx(TRL[template, "sigmoid"], abs=1e-6)
+@pytest.mark.parametrize(
+    ("trls", "loss"),
+    [
+        ("sigmoid", PairwiseLogistic(BETA)),
+        ("ipo", PairwiseLogistic(BETA, "ipo", average_log_prob=True)),
+        ("sigmoid_norm", PairwiseLogistic(BETA, "sigmoid", average_log_prob=True)),
+    ],
+)
+def test_the_loss_is_trls(template, trls, loss):
+    assert dpo(template, loss) == pytest.approx(TRL[template, trls], abs=1e-6)
 
 
 def test_sampling_stops_at_the_end_of_a_turn():
