@@ -31,7 +31,9 @@ class PreferenceRows(Source):
 
     Evaluation generates nothing either: it shows, for each held-out prompt, the win probability that the policy
     would have if it chose among the prompt's candidates, ``sum_y w(y) p(y)`` with ``w ~ pi/mu``; the loaded policy
-    has w equal, so 1/2 for an objective that all candidates share.
+    has w equal, so 1/2 for an objective that all candidates share. Since no label of these prompts has set a weight,
+    the mean is an unbiased estimate, also where labels are single votes. A prompt counts for an objective that labels
+    all of its candidates; with some missing the mean over the others would lie nearer to 1/2 than it should.
 
     Args:
         max_response_length: longest response in tokens, its end token included; longer ones are refused.
@@ -141,6 +143,7 @@ class PreferenceRows(Source):
             log_prior_B=log_prior_B,
             sequences=int(rows),
             tokens=tokens,
+            log_policy_B=self._log_policy(logprobs_BT, reference_BT, loaded_BT),
             seconds={"scoring": scored - started, "forward": time.perf_counter() - scored},
             metrics=of_prior,
         )
@@ -150,13 +153,10 @@ class PreferenceRows(Source):
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
         logprobs_BT, reference_BT, loaded_BT = self._logprobs(responses, group_B, actors)
         ratio_B = (logprobs_BT - (reference_BT if loaded_BT is None else loaded_BT)).sum(1)
-        weight_B = group_softmax(ratio_B if self.prior == "sampled" else logprobs_BT.sum(1), group_B)
+        weight_B = group_softmax(self._log_policy(logprobs_BT, reference_BT, loaded_BT), group_B)
         count = len(batch.prompts)
-        present_BN = wins_BN.isfinite()
-        weighted_BN = (weight_B.unsqueeze(1) * wins_BN).where(present_BN, 0.0)
-        mass_BN = weight_B.unsqueeze(1).expand_as(wins_BN).where(present_BN, 0.0)
-        nothing_PN = wins_BN.new_zeros(count, wins_BN.shape[1])
-        wins_PN = nothing_PN.index_add(0, group_B, weighted_BN) / nothing_PN.index_add(0, group_B, mass_BN)
+        # NaN in one candidate's label makes the prompt's value NaN, and with it the prompt left out.
+        wins_PN = wins_BN.new_zeros(count, wins_BN.shape[1]).index_add(0, group_B, weight_B.unsqueeze(1) * wins_BN)
         kl_P = ratio_B.new_zeros(count).index_add(0, group_B, weight_B * ratio_B)
         rows = [(group_B == p).nonzero().flatten() for p in range(count)]
         best = [int(candidates[weight_B[candidates].argmax()]) for candidates in rows]
@@ -205,6 +205,12 @@ class PreferenceRows(Source):
             reference_BT = actors.reference.logprobs(actors.policy, *inputs, group_B)
             loaded_BT = actors.reference.behaviour_logprobs(actors.policy, *inputs)
         return logprobs_BT, reference_BT, loaded_BT
+
+    def _log_policy(self, logprobs_BT: Tensor, reference_BT: Tensor, loaded_BT: Tensor | None) -> Tensor:
+        """The log-weight of each candidate under the policy: of pi/mu, or of pi where all responses are listed."""
+        if self.prior == "listed":
+            return logprobs_BT.sum(1)
+        return (logprobs_BT - (reference_BT if loaded_BT is None else loaded_BT)).sum(1)
 
     def _log_prior(
         self, reference_BT: Tensor, loaded_BT: Tensor | None, group_B: Tensor
