@@ -103,7 +103,12 @@ def learn(
     module = AlignmentModule(
         PolicyConfig(str(folder)),
         objectives={name: Objective(FromLabels(name)) for name in names},
-        combiner=MOPO(thresholds=thresholds, tau=recipe.tau, dual=Projected(lr=recipe.dual_rate)),
+        combiner=MOPO(
+            thresholds=thresholds,
+            tau=recipe.tau,
+            dual=Projected(lr=recipe.dual_rate),
+            dual_values="optimum",  # the labels are probabilities
+        ),
         source=PreferenceRows(max_response_length=8, prior="listed"),
         loss=WeightedLikelihood(),
         reference=FrozenCopy(),

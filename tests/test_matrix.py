@@ -21,7 +21,7 @@ from moa_lightning.rewards import FunctionReward, Length, Objective
 from moa_lightning.sources import GroupRelative, Source
 from tests import pairs, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score")
+pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score", "ignore:MOPO's labels")
 
 
 def of_package(package, base):

@@ -10,7 +10,7 @@ from tests import pairs, processes, tiny
 from tests.test_checkpoints import cut_off, written
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:objective 'kind' did not score", "ignore:objective 'good' did not score"
+    "ignore:objective 'kind' did not score", "ignore:objective 'good' did not score", "ignore:MOPO's labels"
 )
 
 PASSES = {"combiner": PAMA, "passes": 2, "scripted": False}

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:objective 'kind' did not score",
     "ignore:objective 'good' did not score",
     "ignore:objective 'short' did not score",
+    "ignore:MOPO's labels",
 )
 
 COMBINERS = {"Linear": Linear, "PAMA": PAMA, "MGDAUB": MGDAUB, "MOPO": MOPO}

@@ -9,7 +9,7 @@ from moa_lightning.losses import WeightedLikelihood
 from moa_lightning.models import LaggedCopy
 from tests import pairs, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score")
+pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score", "ignore:MOPO's labels")
 
 
 class Recorder(Callback):

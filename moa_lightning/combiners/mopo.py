@@ -15,7 +15,13 @@ from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.constraints import constrained, curves
 from moa_lightning.combiners.duals import DualUpdate, Projected
-from moa_lightning.combiners.mopo_thresholds import adapted, judged, require_probabilities, threshold_memory
+from moa_lightning.combiners.mopo_thresholds import (
+    adapted,
+    judged,
+    require_probabilities,
+    threshold_memory,
+    warn_of_votes,
+)
 from moa_lightning.combiners.mopo_values import judged_responses
 from moa_lightning.distributed import all_sum
 from moa_lightning.signals import Signal, Signals
@@ -30,13 +36,22 @@ class MOPO(Combiner):
     ``rho = exp((p + lambda q) / tau) / E_ref exp(...)``, with mean 1. It goes with loss ``WeightedLikelihood``. The
     multipliers ``lambda`` take one step per collected batch; there is one for each objective, for the whole data set.
 
+    A threshold is compared with the policy's own mean win probability: what its probability relative to the data's
+    policy gives each response, on prompts that it meets for the first time. Their labels set no weight yet, so this is
+    unbiased for the policy as it is. The mean under ``rho`` itself (curve ``believed``) is not: where labels are single
+    votes, ``rho`` follows each vote, also those that are accidents. No estimate from one vote a prompt can tell a
+    preference from a coin; only what carries over to other prompts can. From the second pass over the data on, the
+    policy has been trained on the prompts and the values lean towards "met". What a threshold is judged by at the end
+    is ``held_out``, the mean on the validation prompts.
+
     Choose it when: one objective matters most, and the others need a least win probability. Cost: no extra backward
     pass. Convergence: stated, to the front wherever it can be reached. Source: Agnihotri et al., "Multi-Objective
-    Preference Optimization", arXiv 2505.10892, Algorithm 1. Deviations: the ratio is the normalised one (the paper's
+    Preference Optimization", arXiv 2505.10892, Algorithm 1. Deviations: the multipliers follow the policy's own values
+    unless ``dual_values`` says otherwise; the ratio is the normalised one (the paper's
     Eq. 3 is no density ratio); it is normalised among the responses to each prompt unless ``normalize`` says otherwise;
     the robust value is off unless ``radius`` is set, because the paper's 0.15 lies far above the slack that its
-    adaptive thresholds leave. A prompt without a label for an objective counts in no expectation of that objective, and
-    its term is left out of the ratio there; where some of its responses have one, the others count as their mean.
+    adaptive thresholds leave. A prompt counts in the values of an objective if all of its responses have a label; in
+    the ratio a missing one is the mean of the others, and an objective without any label there has no term.
 
     Args:
         primary: name of the primary objective; ``None`` is the first.
@@ -52,6 +67,9 @@ class MOPO(Combiner):
         normalize: whose responses share one normalisation: each ``prompt``'s, or the ``batch``'s on a process.
         patience: batches in the means that thresholds are judged by. A warning names one that even the best response
             to each prompt would miss, or that stays violated as long again with its multiplier at its largest.
+        dual_values: what moves the multipliers on preference data: the values of the ``policy``, or, as in the paper,
+            of the ``optimum`` that ``rho`` stands for. The latter needs no trained policy, but is right only where all
+            responses have labels and these are probabilities. On rollouts it is always the optimum's.
     """
 
     primary: str | None = None
@@ -64,6 +82,7 @@ class MOPO(Combiner):
     dual_delay: int = 0
     normalize: Literal["prompt", "batch"] = "prompt"
     patience: int = 200
+    dual_values: Literal["policy", "optimum"] = "policy"
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS})
     claims: ClassVar[frozenset[Claim]] = CONVEX
@@ -80,7 +99,15 @@ class MOPO(Combiner):
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First multipliers, thresholds by name."""
         state = constrained(self, self.primary, self.thresholds, self.dual, objectives)
-        return state | {"chi": torch.full_like(state["primary"], torch.inf), **threshold_memory(len(objectives))}
+        unknown_N = torch.full_like(state["primary"], torch.nan)
+        return state | {
+            "chi": torch.full_like(unknown_N, torch.inf),
+            "believed": unknown_N,  # values of the optimum by the labels that made it
+            "held_out": unknown_N.clone(),  # values at the last evaluation
+            "evaluates_wins": torch.zeros(()),  # whether evaluations give win probabilities
+            "labelled": unknown_N.clone(),  # share of the last batch's prompts that counted in the values
+            **threshold_memory(len(objectives)),
+        }
 
     @property
     def gives_weights(self) -> bool:
@@ -95,22 +122,35 @@ class MOPO(Combiner):
 
     def observe(self, experience: Experience, state: State) -> State:
         """One step of the multipliers on a collected batch, in the order of Algorithm 1: chi, then lambda."""
-        batch = judged_responses(experience, self.normalize)
+        batch, names = judged_responses(experience, self.normalize), experience.rewards.trained_names
+        if state["batches"] == 0 and experience.log_policy_B is not None:
+            warn_of_votes(batch, names)
         policy_B = batch.policy(state["primary"] + state["duals"], self.tau)
-        state = state | dict(zip(("values", "chi"), batch.values(policy_B, self.radius), strict=True))
+        believed_N, chi_N = batch.values(policy_B, self.radius)
+        values_N = believed_N
+        if experience.log_policy_B is not None and self.dual_values == "policy":
+            # The policy learnt these weights from other prompts, so this batch's labels are independent of them.
+            own = judged_responses(experience, "prompt")
+            values_N, chi_N = own.values(own.choice(experience.log_policy_B), self.radius)
+        state = state | {"values": values_N, "chi": chi_N, "believed": believed_N, "labelled": batch.labelled()}
+        state["evaluates_wins"] = torch.tensor(float(experience.log_policy_B is not None))
         if self.thresholds is None:
             reference_N, _ = batch.values(batch.prior(), self.radius)
             state |= adapted(state, reference_N, self.beta, self.refresh_interval)
         slack_N = (state["values"] - state["thresholds"]).where(state["primary"] == 0, torch.nan)
         if state["batches"] >= self.dual_delay:
             state |= self.dual.stepped(state, slack_N)
-        names, bound_N = experience.rewards.trained_names, slack_N.isfinite()
+        bound_N = slack_N.isfinite()
         state |= judged(state, batch.attainable(), bound_N, self.dual, self.patience, self.radius, names)
         return state | {"batches": state["batches"] + 1}
 
+    def evaluated(self, values_N: Tensor, state: State) -> State:
+        """The values on held-out prompts, where these are win probabilities."""
+        return state | {"held_out": values_N.float()} if state["evaluates_wins"] else state
+
     def report(self, state: State) -> dict[str, Tensor]:
-        """Multipliers, thresholds, and the values that they are compared with."""
-        return curves(state)
+        """Multipliers, thresholds, the values that they are compared with, and what else is known of these."""
+        return curves(state) | {name: state[name] for name in ("believed", "held_out", "labelled")}
 
     def combine(self, signals: Signals, state: State) -> Combined:
         """The importance weight of each response: mean 1 over the batch, and each prompt as much as any other."""

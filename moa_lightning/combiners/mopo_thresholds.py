@@ -6,10 +6,12 @@ Legend: N objectives.
 from collections.abc import Mapping, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.constraints import running_mean, watched
 from moa_lightning.combiners.duals import DualUpdate
+from moa_lightning.combiners.mopo_values import Judged
 from moa_lightning.types import State
 
 
@@ -18,6 +20,23 @@ def require_probabilities(thresholds: Mapping[str, float]) -> None:
     for name, threshold in thresholds.items():
         if not 0 < threshold < 1:
             raise ValueError(f"MOPO.thresholds.{name} must lie in (0, 1), as a win probability; got {threshold}")
+
+
+FEW_RESPONSES = 8
+"""With fewer responses to a prompt than this, single votes leave the weights far from those of the true preferences."""
+
+
+def warn_of_votes(batch: Judged, names: Sequence[str]) -> None:
+    """Warn if labels are single votes among few responses: what that costs, and what to judge thresholds by."""
+    votes_N, responses = batch.votes()
+    named = [name for name, votes in zip(names, votes_N.tolist(), strict=True) if votes]
+    if named and responses < FEW_RESPONSES:
+        rank_zero_warn(
+            f"MOPO's labels of {', '.join(map(repr, named))} are single votes among {responses:.2g} responses to a "
+            "prompt. The weights follow each vote, so the policy stays farther from the constrained optimum, and the "
+            "curve 'believed' is too high: judge thresholds by held-out values alone. Labels that are probabilities "
+            "(moa label), or more responses to a prompt, help"
+        )
 
 
 def threshold_memory(count: int) -> State:
@@ -67,7 +86,8 @@ def judged(
 
     Args:
         state: the combiner's, with this batch's ``values``.
-        attainable_N: mean of each objective if the best response to each prompt were always chosen.
+        attainable_N: mean of each objective if the best response to each prompt, by these labels, were always chosen:
+            no less than what any policy has.
         bound_N: bool, objectives with a threshold and a value.
         dual: how the multipliers move.
         patience: batches in the means, and violated ones until the warning.
@@ -81,7 +101,8 @@ def judged(
 
     def message(i: int, best: float) -> str:
         why = (
-            f"always choosing the best response to each prompt would give {float(attainable_N[i]):.3g}"
+            f"always choosing the best response to each prompt, by these very labels, would give only "
+            f"{float(attainable_N[i]):.3g}"
             if impossible_N[i]
             else f"its multiplier has been at its largest for {patience} batches"
         )

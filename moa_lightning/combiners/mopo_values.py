@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moa_lightning.distributed import all_rows, all_sum
 from moa_lightning.functional.mopo import robust_value
-from moa_lightning.functional.preference import fill_from_group, group_max, group_softmax
+from moa_lightning.functional.preference import fill_from_group, group_max, group_softmax, group_sum
 from moa_lightning.signals import Signals
 from moa_lightning.types import Experience
 
@@ -32,9 +32,15 @@ class Judged:
         return self.trained_B & self.wins_BN.isfinite().any(1)
 
     @property
-    def present_BN(self) -> Tensor:
-        """Judgements that take part."""
-        return self.wins_BN.isfinite() & self.counted_B.unsqueeze(1)
+    def complete_BN(self) -> Tensor:
+        """Judgements of prompts all of whose responses have one; the others are in no expectation of the objective.
+
+        A prompt that lacks some would be counted as if the policy were trained on all of them, which it is not.
+        """
+        judged_BN = self.wins_BN.isfinite()
+        lacking_BN = ~judged_BN & (self.trained_B | ~judged_BN.any(1)).unsqueeze(1)
+        lacking_GN = group_sum(lacking_BN.float(), self.group_B) > 0
+        return judged_BN & self.counted_B.unsqueeze(1) & ~lacking_GN[self.group_B]
 
     def policy(self, weights_N: Tensor, tau: float) -> Tensor:
         """Probability of each response among those of its pool under the constrained optimum."""
@@ -45,11 +51,35 @@ class Judged:
         """Probability of each response among those of its pool under the reference."""
         return self._softmax(torch.zeros_like(self.wins_BN[:, 0]))
 
+    def choice(self, log_weights_B: Tensor) -> Tensor:
+        """Probability of each response among those to its prompt, from its log-weight."""
+        return group_softmax(log_weights_B.masked_fill(~self.counted_B, -torch.inf), self.group_B)
+
+    def labelled(self) -> Tensor:
+        """Share of the prompts that count in each objective's values, over all processes."""
+        counts_GN = group_max(torch.cat([self.complete_BN, self.trained_B.unsqueeze(1)], 1).float(), self.group_B)
+        counts_N = all_sum((counts_GN > 0).float().sum(0)).cpu()
+        return counts_N[:-1] / counts_N[-1]
+
+    def votes(self) -> tuple[Tensor, float]:
+        """Bool ``(N,)``: whether all labels are means of single votes (a win, a loss or a draw against each rival).
+
+        Also the mean number of responses to a prompt. Both are over all processes.
+        """
+        judged_BN = self.wins_BN.isfinite()
+        rivals_B1 = (torch.bincount(self.group_B)[self.group_B] - 1).unsqueeze(1)
+        halves_BN = (self.wins_BN * 2 * rivals_B1).where(judged_BN, 0.0)
+        graded_BN = (halves_BN - halves_BN.round()).abs() > 1e-3
+        decided_BN = judged_BN & ((self.wins_BN - 0.5).abs() > 1e-3)
+        sizes = torch.tensor([float(len(self.group_B)), float(len(self.group_B.unique()))]).to(self.wins_BN)
+        counts = all_sum(torch.cat([graded_BN.sum(0).to(sizes), decided_BN.sum(0).to(sizes), sizes])).cpu()
+        graded_N, decided_N, sizes = counts.split([self.wins_BN.shape[1], self.wins_BN.shape[1], 2])
+        return (graded_N == 0) & (decided_N > 0), float(sizes[0] / sizes[1].clamp(min=1))
+
     def values(self, policy_B: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """Mean of each objective under a policy, over the prompts that have it and over all processes; its ``chi``."""
-        present_BN, policy_B1 = self.present_BN, policy_B.unsqueeze(1)
+        present_BN, policy_B1 = self.complete_BN, policy_B.unsqueeze(1)
         weighted_BN = (policy_B1 * self.wins_BN).where(present_BN, 0.0)
-        # Where a prompt lacks some of an objective's labels, the others stand for them.
         mass_BN = policy_B1.expand_as(self.wins_BN).where(present_BN, 0.0)
         totals_2N = all_sum(torch.stack([weighted_BN.sum(0), mass_BN.sum(0)])).cpu()
         values_N, chi_N = totals_2N[0] / totals_2N[1], torch.full_like(totals_2N[0], torch.inf)
@@ -66,8 +96,11 @@ class Judged:
         return values_N, chi_N
 
     def attainable(self) -> Tensor:
-        """Mean of each objective if the best response to each prompt were always chosen: no policy has more."""
-        best_GN = group_max(self.wins_BN.where(self.present_BN, -torch.inf), self.pool_B)
+        """Mean of each objective if the best response to each prompt, by these very labels, were always chosen.
+
+        No policy has more. On votes none comes near: a vote that is an accident counts here as a preference.
+        """
+        best_GN = group_max(self.wins_BN.where(self.complete_BN, -torch.inf), self.pool_B)
         found_GN = best_GN.isfinite()
         sums_2N = all_sum(torch.stack([best_GN.where(found_GN, 0.0).sum(0), found_GN.float().sum(0)])).cpu()
         return sums_2N[0] / sums_2N[1]

@@ -9,7 +9,7 @@ from tests import pairs
 from tests.cli.preference_task import changed, make
 from tests.cli.task import complaint, moa
 
-pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score")
+pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score", "ignore:MOPO's labels")
 
 
 @pytest.fixture

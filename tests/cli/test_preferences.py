@@ -13,7 +13,7 @@ from tests import pairs
 from tests.cli.preference_task import changed, make
 from tests.cli.task import moa
 
-pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score")
+pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score", "ignore:MOPO's labels")
 
 
 @pytest.fixture
@@ -59,6 +59,8 @@ def test_mopo_from_end_to_end(done: Path) -> None:
         assert numbers["start"] == pytest.approx(0.5, abs=1e-6), name  # the loaded policy against itself
         assert 0 < numbers["end"] < 1
         assert numbers["end"] != numbers["start"]
+    assert summary["held_out"] == pytest.approx({name: o["end"] for name, o in summary["objectives"].items()}, abs=1e-6)
+    assert summary["held_out"]["kind"] != summary["values"]["kind"] != summary["believed"]["kind"]
     front = table(run / "front.csv")
     assert [row["step"] for row in front] == ["0", "3", "6"]
     assert float(front[-1]["good"]) == summary["objectives"]["good"]["end"]
@@ -70,6 +72,12 @@ def test_mopo_from_end_to_end(done: Path) -> None:
     for column, low, high in (("ess", 0.0, 1.0), ("capped_ratio", 0.0, 1.0), ("score/mean", 0.0, 4.0)):
         values = [float(row[column]) for row in metrics if row["loss"]]
         assert all(low <= value <= high for value in values), column
+    collected = [row for row in metrics if row["labelled/kind"]]
+    assert len(collected) == 6
+    assert all(float(row["labelled/good"]) == 1 for row in collected)
+    assert any(float(row["labelled/kind"]) < 1 for row in collected)  # not on every row
+    assert all(row["held_out/kind"] for row in collected[3:])  # from the evaluation after three updates on
+    assert all(row["values/kind"] and row["believed/kind"] for row in collected)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {sample["completion"] for sample in samples} <= set(pairs.RESPONSES)
 

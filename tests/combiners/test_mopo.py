@@ -117,7 +117,80 @@ def test_a_response_that_nobody_judged_is_neither_for_nor_against():
     score_B = combiner.combine(signals(wins_BN, torch.zeros(3).long()), state).score
     torch.testing.assert_close(score_B, torch.tensor([1.5, 1.5, 0.0]))
     observed = combiner.observe(batch(wins_BN, torch.zeros(3).long()), state)
-    assert observed["values"].tolist() == pytest.approx([0.5, 0.5])
+    assert observed["values"].isnan().all()  # what the policy would have there depends on the missing label
+    assert observed["labelled"].tolist() == [0.0, 0.0]
+
+
+def test_only_prompts_with_all_labels_are_compared_with_a_threshold():
+    wins_BN, group_B = problem(prompts=4, responses=3)
+    wins_BN[4, 1] = torch.nan  # one response's label for b
+    wins_BN[6:9, 2] = torch.nan  # all labels for c of a prompt
+    state, _ = run(MOPO(thresholds={"b": 0.6, "c": 0.5}), wins_BN, group_B, 1)
+    whole, _ = run(MOPO(thresholds={"b": 0.6, "c": 0.5}), *problem(prompts=4, responses=3), 1)
+    torch.testing.assert_close(state["labelled"], torch.tensor([1.0, 0.75, 0.75]))
+    torch.testing.assert_close(whole["labelled"], torch.ones(3))
+    for column, lacking in ((1, 1), (2, 2)):
+        rows = group_B != lacking
+        alone, _ = run(MOPO(thresholds={"b": 0.6, "c": 0.5}), wins_BN[rows], group_B[rows], 1)
+        torch.testing.assert_close(state["values"][column], alone["values"][column])
+        torch.testing.assert_close(state["mean_attainable"][column], alone["mean_attainable"][column])
+    torch.testing.assert_close(state["values"][0], whole["values"][0])
+
+
+def shown(wins_BN, group_B, log_policy_B):
+    """The batch as preference rows give it."""
+    return dataclasses.replace(batch(wins_BN, group_B), log_policy_B=log_policy_B)
+
+
+def test_the_policys_own_values_move_the_multipliers():
+    wins_BN, group_B = problem()
+    log_policy_B = torch.randn(len(wins_BN), generator=torch.Generator().manual_seed(7))
+    policy_B = log_policy_B.view(3, 5).softmax(1).flatten() / 3
+    own, rho = (MOPO(thresholds={"b": 0.6}, dual=Projected(lr=1.0), dual_values=v) for v in ("policy", "optimum"))
+    for combiner, values in ((own, "values"), (rho, "none")):
+        state = combiner.observe(shown(wins_BN, group_B, log_policy_B), combiner.init(list("abc"), torch.ones(3)))
+        optimum, _ = run(rho, wins_BN, group_B, 1)
+        torch.testing.assert_close(state["believed"], optimum["values"])
+        expected_N = policy_B @ wins_BN if values == "values" else optimum["values"]
+        torch.testing.assert_close(state["values"], expected_N)
+        torch.testing.assert_close(state["duals"][1], (0.6 - expected_N[1]).clamp(min=0.0))
+    batchwide = dataclasses.replace(own, normalize="batch")
+    state = batchwide.observe(shown(wins_BN, group_B, log_policy_B), batchwide.init(list("abc"), torch.ones(3)))
+    torch.testing.assert_close(state["values"], policy_B @ wins_BN)  # each prompt counts the same
+
+
+def test_held_out_values_are_reported_where_they_are_win_probabilities():
+    wins_BN, group_B = problem(objectives=2)
+    combiner = MOPO(thresholds={"b": 0.6})
+    online, _ = run(combiner, wins_BN, group_B, 1)
+    offline = combiner.observe(shown(wins_BN, group_B, torch.zeros(15)), combiner.init(["a", "b"], torch.ones(2)))
+    held_out_N = torch.tensor([0.55, 0.58])
+    assert combiner.report(combiner.evaluated(held_out_N, online))["held_out"].isnan().all()  # the rewards' own units
+    assert torch.equal(combiner.report(combiner.evaluated(held_out_N, offline))["held_out"], held_out_N)
+
+
+def votes(prompts, responses, seed=0):
+    """A label by one vote for each pair of responses, and one that is a probability."""
+    generator = torch.Generator().manual_seed(seed)
+    won = torch.rand(prompts, responses, responses, generator=generator).round().triu(1)
+    won = won + (1 - won.mT).tril(-1)
+    wins_B = won.sum(2).flatten() / (responses - 1)
+    group_B = torch.arange(prompts).repeat_interleave(responses)
+    return torch.stack([torch.rand(len(wins_B), generator=generator), wins_B], 1), group_B
+
+
+@pytest.mark.parametrize(("responses", "said"), [(2, True), (4, True), (8, False)])
+def test_votes_among_few_responses_are_named_once(responses, said, recwarn):
+    wins_BN, group_B = votes(6, responses)
+    combiner = MOPO(thresholds={"b": 0.5})
+    state = combiner.init(["a", "b"], torch.ones(2))
+    for _ in range(2):
+        state = combiner.observe(shown(wins_BN, group_B, torch.zeros(len(wins_BN))), state)
+    found = [str(w.message) for w in recwarn]
+    assert len(found) == said
+    assert all(f"labels of 'b' are single votes among {responses} responses" in message for message in found)
+    run(combiner, wins_BN, group_B, 1)  # on rollouts no label is a vote of the data
+    assert len(recwarn) == said
 
 
 def test_a_response_that_is_not_trained_on_has_no_share():
