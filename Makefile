@@ -47,8 +47,9 @@ bench-family: install  ## Every combiner: what it adds to a step, and where it e
 	@$(BIN)/python -m bench.family
 	@$(BIN)/python -m bench.fronts
 
-bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; then the cost of its dual step.
+bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; noisy and missing labels; the cost of its dual step.
 	@$(BIN)/python -m bench.mopo
+	@$(BIN)/python -m bench.mopo --votes
 	@$(BIN)/python -m bench.mopo --cost
 
 bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes, without a GPU; the cost of sampling in pieces.

@@ -2,6 +2,7 @@
 
     python -m bench.mopo [--quick] [--out FOLDER] [--jobs N]
     python -m bench.mopo --cost [--quick] [--out FOLDER]
+    python -m bench.mopo --votes [--quick] [--out FOLDER] [--jobs N]
 
 A problem is six to eight responses to one prompt, a win matrix for each of two or three objectives, and a reference: a
 freshly initialised language model, restricted to these responses. The first objective is maximised, less tau times the
@@ -29,7 +30,19 @@ How to read the tables.
   time of one thread. The step is a forward and a backward pass alone, so the share is an upper bound for one thread; on
   several cores the step gets faster and the dual step, which is a few dozen operations on tiny tensors, does not.
 
-In the folder: ``exact.csv``, ``learned.csv``, ``ablations.csv``, ``front.png``, ``cost.csv``.
+* **Votes** (``--votes``). Labels are one 0/1 vote for each pair of a prompt's K responses, on prompts whose true win
+  probabilities are known; the policy is a table. ``second`` is the objective with the threshold: a ``coin``, a
+  ``Condorcet`` circle (in both no policy is worth more than .5) or ``Bradley-Terry`` preferences. ``believed`` is the
+  value of the optimum by the labels that made it, ``values`` what moved the multiplier (``dual values``), ``choice``
+  the truth of it: the policy's choice among K responses; ``policy`` that of a response which it samples. ``believed
+  met`` and ``met`` count the thresholds that the believed value and the held-out interval (95 %) call met, ``false``
+  how many of these the last policy's choice truly misses.
+* **Missing labels** (``--votes`` too). Labels are probabilities, and 30 % of the second objective's are missing at
+  random. ``choice - values`` is by how much the truth exceeds what moved the multiplier, ``largest`` in the worst
+  problem. ``policy - values`` has in it also that a choice among K responses is not a sample from all.
+
+In the folder: ``exact.csv``, ``learned.csv``, ``ablations.csv``, ``front.png``, ``cost.csv``, ``votes.csv``,
+``missing.csv``.
 
 In the figure a panel is a structure, the constrained objective to the right, the maximised one upwards. Single
 responses can lie above the front, because the divergence from the reference is charged for. With three objectives a
@@ -57,6 +70,8 @@ from bench.mopo_cost import as_dict, cost
 from bench.mopo_learned import Learned, Recipe, learn, prior, write_policy
 from bench.mopo_report import Entry, draw, print_exact, print_learned, write_csv
 from bench.mopo_structures import STRUCTURES, Structure, mopo, partial_conflict, solve, sweep, total_conflict
+from bench.mopo_votes import MISSING, PRECISE, VOTES, Settings, as_rows, print_missing, print_votes
+from bench.mopo_votes import study as study_labels
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,16 @@ def ablations(plan: Plan, out: Path) -> None:
     write_csv(rows, out / "ablations.csv")
 
 
+def noisy(vote_seeds: int, missing_seeds: int, out: Path, jobs: int) -> None:
+    """Two tables: labels that are votes, and labels that are missing."""
+    votes = study_labels(VOTES, vote_seeds, jobs, Settings())
+    print_votes(votes)
+    write_csv(as_rows(votes), out / "votes.csv")
+    missing = study_labels(MISSING, missing_seeds, jobs, PRECISE)
+    print_missing(missing)
+    write_csv(as_rows(missing), out / "missing.csv")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute, print and write."""
     parser = argparse.ArgumentParser(prog="python -m bench.mopo", description=(__doc__ or "").split("\n")[0])
@@ -195,12 +220,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mopo"), help="folder for tables and figure")
     parser.add_argument("--jobs", type=int, default=2, help="policies to train at the same time")
     parser.add_argument("--cost", action="store_true", help="measure the cost of the dual step instead")
+    parser.add_argument("--votes", action="store_true", help="noisy and missing labels instead")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     transformers_logging.disable_progress_bar()
     if options.cost:
         write_csv([as_dict(row) for row in cost(options.quick)], options.out / "cost.csv")
+    elif options.votes:
+        noisy(1 if options.quick else 20, 1 if options.quick else 5, options.out, options.jobs)
     else:
         plan = QUICK if options.quick else DEFAULT
         study(plan, options.out, options.jobs)
