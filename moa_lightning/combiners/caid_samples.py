@@ -1,20 +1,17 @@
-"""What CAID keeps of the reference: its responses with their scores, and the problem on them.
+"""What CAID keeps of the reference: its responses with their scores.
 
-Legend: B sequences, R kept responses of C columns, N objectives, M of them with a threshold.
+Legend: B sequences, R kept responses of C columns, N objectives.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.distributed import all_rows, rank
-from moa_lightning.functional.dual import DualSolution, one_shot_dual
-from moa_lightning.functional.preference import group_max, group_softmax
-from moa_lightning.types import Experience, State
+from moa_lightning.functional.preference import group_count, group_softmax, group_sum
+from moa_lightning.types import Experience
 
 
 def with_responses(samples_RC: Tensor, experience: Experience) -> Tensor:
@@ -42,8 +39,9 @@ def with_responses(samples_RC: Tensor, experience: Experience) -> Tensor:
 class ReferenceSamples:
     """The kept responses as a problem; float64."""
 
-    scores_RN: Tensor  # without penalties; a missing one is the mean of the prompt's others
+    scores_RN: Tensor  # less the penalty; a missing one is the mean of the prompt's others
     present_RN: Tensor  # bool: False in prompts that an objective did not score at all
+    complete_RN: Tensor  # bool: True in prompts whose responses all have the objective's score
     penalty_R: Tensor
     log_prior_R: Tensor
     group_R: Tensor
@@ -51,68 +49,34 @@ class ReferenceSamples:
     @classmethod
     def of(cls, samples_RC: Tensor) -> "ReferenceSamples":
         """From what :func:`with_responses` gives."""
-        raw_RN, group_R = samples_RC[:, :-3].double(), samples_RC[:, -1].long()
-        scores_RN, present_RN = ScoredResponses(raw_RN.nan_to_num(), raw_RN.isfinite(), group_R).filled()
-        return cls(scores_RN, present_RN, samples_RC[:, -3].double(), samples_RC[:, -2].double(), group_R)
+        raw_RN, penalty_R, group_R = samples_RC[:, :-3].double(), samples_RC[:, -3].double(), samples_RC[:, -1].long()
+        filled_RN, present_RN = ScoredResponses(raw_RN.nan_to_num(), raw_RN.isfinite(), group_R).filled()
+        complete_RN = group_sum(raw_RN.isnan().double(), group_R)[group_R] == 0
+        scores_RN = filled_RN - penalty_R.unsqueeze(1)
+        return cls(scores_RN, present_RN, complete_RN, penalty_R, samples_RC[:, -2].double(), group_R)
+
+    def select(self, rows_R: Tensor) -> "ReferenceSamples":
+        """The rows where a mask is True, their prompts counted from 0."""
+        rows = {field.name: getattr(self, field.name)[rows_R] for field in fields(self)}
+        return ReferenceSamples(**rows | {"group_R": rows["group_R"].unique(return_inverse=True)[1]})
+
+    @property
+    def prior_R(self) -> Tensor:
+        """Weight of a response among those to its prompt."""
+        return group_softmax(self.log_prior_R, self.group_R)
 
     def means(self) -> Tensor:
-        """Mean of each objective under the reference, over the prompts that have it; NaN where none has."""
-        prior_RN = group_softmax(self.log_prior_R, self.group_R).unsqueeze(1) * self.present_RN
-        return (prior_RN * self.scores_RN).sum(0) / prior_RN.sum(0)
+        """Mean of each objective under the reference, without penalties, over the prompts that have it; or NaN."""
+        prior_RN = self.prior_R.unsqueeze(1) * self.present_RN
+        return (prior_RN * (self.scores_RN + self.penalty_R.unsqueeze(1))).sum(0) / prior_RN.sum(0)
 
-    def attainable(self) -> Tensor:
-        """Mean of each objective if the best response to each prompt were always chosen."""
-        best_GN = group_max(self.scores_RN.where(self.present_RN, -torch.inf), self.group_R)
-        found_GN = best_GN.isfinite()
-        return best_GN.where(found_GN, 0.0).sum(0) / found_GN.sum(0)
+    def deviations(self) -> Tensor:
+        """Standard deviation of each objective among the responses to a prompt; 0 where nothing is known of it."""
+        prior_RN = self.prior_R.unsqueeze(1) * self.present_RN
+        means_GN = group_sum(prior_RN * self.scores_RN, self.group_R)
+        squares_RN = prior_RN * (self.scores_RN - means_GN[self.group_R]).square()
+        return (squares_RN.sum(0) / prior_RN.sum(0).clamp(min=1e-9)).sqrt()
 
-    def solve(self, primary_N: Tensor, thresholds_N: Tensor, beta: float) -> tuple[Tensor, DualSolution]:
-        """Multipliers of all objectives, 0 where there is no threshold, and the solution for those that have one.
-
-        In a prompt that an objective did not score its term is left out, as it is in the training.
-        """
-        bound_N = thresholds_N.isfinite()
-        excess_RM = (self.scores_RN - thresholds_N).where(self.present_RN, 0.0)[:, bound_N]
-        primary_R = (self.scores_RN * primary_N).where(self.present_RN, 0.0).sum(1) - self.penalty_R
-        nothing_M = excess_RM.new_zeros(excess_RM.shape[1])
-        found = one_shot_dual(primary_R, excess_RM, nothing_M, beta, self.group_R, self.log_prior_R)
-        duals_N = torch.zeros_like(thresholds_N)
-        duals_N[bound_N] = found.duals.float()
-        return duals_N, found
-
-
-def solved(state: State, beta: Tensor, fixed: bool, largest: float, names: Sequence[str]) -> State:
-    """Multipliers for the kept responses, and what else is known then; warns of thresholds that are out of reach.
-
-    Args:
-        state: the combiner's, with its ``samples``.
-        beta: strength of the KL charge.
-        fixed: whether the thresholds are given; else they are what the reference has.
-        largest: a multiplier may be.
-        names: of the objectives.
-    """
-    reference, thresholds_N = ReferenceSamples.of(state["samples"]), state["thresholds"]
-    if not fixed:
-        # Rounded down, so that the reference itself meets them.
-        rounded_N = torch.nextafter(reference.means().float(), torch.tensor(-torch.inf))
-        thresholds_N = rounded_N.where(state["primary"] == 0, torch.nan)
-    duals_N, found = reference.solve(state["primary"], thresholds_N, float(beta))
-    beyond_N = duals_N > largest
-    for i in (beyond_N & (state["warned"] == 0)).nonzero().flatten().tolist():
-        rank_zero_warn(
-            f"CAID's threshold {float(thresholds_N[i]):.3g} for '{names[i]}' "
-            + (
-                f"takes a multiplier of {float(duals_N[i]):.3g}, and {largest:g} is the largest of its dual step; let "
-                "that grow larger, or lower the threshold"
-                if found.feasible
-                else "cannot be met, with the others, on the responses of the reference: always choosing the best one "
-                f"to each prompt would give {float(reference.attainable()[i]):.3g}; lower it, or raise "
-                "source.num_generations"
-            )
-        )
-    return {
-        "thresholds": thresholds_N,
-        "duals": duals_N.clamp(max=largest),
-        "beta": beta,
-        "warned": state["warned"].masked_fill(beyond_N, 1.0),
-    }
+    def complete_share(self) -> Tensor:
+        """Share of the prompts that are complete for each objective."""
+        return (self.prior_R.unsqueeze(1) * self.complete_RN).sum(0) / group_count(self.group_R)

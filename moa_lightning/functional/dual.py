@@ -107,6 +107,41 @@ def one_shot_dual(
     )
 
 
+def without_prompt_effects(scores_BM: Tensor, group_B: Tensor, log_prior_B: Tensor) -> Tensor:
+    """Scores as if all responses answered one prompt: each prompt's own level is taken off, the mean over prompts kept.
+
+    A score is taken as its prompt's level plus what the response adds, which is distributed alike in all prompts. So a
+    few responses to each of many prompts tell what many responses to one would. A prompt's level is estimated by its
+    mean, shrunk towards the mean over prompts by ``B = between / (between + within / n)``: as far as prompts differ by
+    no more than chance the scores stay as they are. What is left is divided by ``sqrt(1 - B / n)``, which gives back
+    the variance that a mean of ``n`` responses takes.
+
+    Args:
+        scores_BM: scores, each column by itself.
+        group_B: int64, from 0, which prompt a response belongs to.
+        log_prior_B: log-weights of a prompt's responses; ``n`` is their effective number.
+
+    Returns:
+        ``(B, M)``; for a single prompt the scores themselves.
+
+    Source: the one-way random effects model with moment estimates of its variances (Searle, Casella & McCulloch,
+    "Variance Components", 1992, chapter 3), the shrunken level being its best linear predictor.
+    """
+    prior_B1 = group_softmax(log_prior_B, group_B).unsqueeze(1)
+    count_G1 = 1 / group_sum(prior_B1.square(), group_B)
+    means_GM = group_sum(prior_B1 * scores_BM, group_B)
+    prompts, mean_M = len(means_GM), means_GM.mean(0)
+    within_GM = group_sum(prior_B1 * (scores_BM - means_GM[group_B]).square(), group_B)
+    within_M = (count_G1 * within_GM).sum(0) / (count_G1 - 1).sum().clamp(min=1e-9)
+    between_M = (means_GM - mean_M).square().sum(0) / max(prompts - 1, 1) - (within_M / count_G1).mean(0)
+    noise_GM = within_M / count_G1
+    shrink_GM = between_M.clamp(min=0) / (between_M.clamp(min=0) + noise_GM).clamp(min=1e-300)
+    levels_GM = mean_M + shrink_GM * (means_GM - mean_M)
+    scale_GM = (1 - shrink_GM / count_G1).clamp(min=1e-6).rsqrt()
+    residuals_BM = (scores_BM - levels_GM[group_B]) * scale_GM[group_B]
+    return mean_M + residuals_BM - (prior_B1 * residuals_BM).sum(0) / prompts
+
+
 _FAR = 1e6  # multipliers that stand for infinity: the KL term no longer matters beside them
 
 

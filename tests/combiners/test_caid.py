@@ -72,7 +72,9 @@ def train(combiner, seed, kept, steps):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_one_shot_the_policy_converges_to_the_exact_optimum(seed):
-    policy_B, duals_M, (best_B, best_M) = train(CAID(reference_batches=1), seed, torch.arange(20), 100)
+    # Here the five responses are all that there are, so each prompt is a problem of its own.
+    combiner = CAID(reference_batches=1, interval=None, pool_prompts=False)
+    policy_B, duals_M, (best_B, best_M) = train(combiner, seed, torch.arange(20), 100)
     assert (best_M[0] > 0.05) == (seed < 3)
     np.testing.assert_allclose(duals_M, best_M, atol=1e-4)
     np.testing.assert_allclose(policy_B, best_B, atol=1e-4)
@@ -81,7 +83,7 @@ def test_one_shot_the_policy_converges_to_the_exact_optimum(seed):
 @pytest.mark.parametrize("dual", [Projected(lr=0.2), Optimistic(lr=0.2), PID(kp=0.2, ki=0.2)])
 def test_iterated_it_corrects_what_too_few_responses_of_the_reference_say(dual):
     some = torch.arange(20)[torch.arange(20) % 5 < 3]
-    combiner = CAID(reference_batches=1, interval=3, window=1, dual=dual)
+    combiner = CAID(reference_batches=1, pool_prompts=False, interval=3, window=1, dual=dual)
     _, first_M, (best_B, best_M) = train(combiner, 1, some, 0)
     assert np.abs(first_M.numpy() - best_M).max() > 0.1
     policy_B, duals_M, _ = train(combiner, 1, some, 900)
@@ -130,17 +132,28 @@ def test_without_thresholds_nothing_may_get_worse_than_under_the_reference():
     assert constant["duals"].tolist() == [0.0, 0.0]  # and no warning
 
 
-def test_penalties_are_charged_once_and_are_no_part_of_the_values():
+def test_penalties_are_taken_off_each_objective_and_are_no_part_of_the_values():
     combiner, penalty_B = CAID({"b": 0.5}, reference_batches=1), torch.tensor([0.0, 0.0, 0.4])
     rows = batch([[1.0, 0.0], [0.0, 1.0], [0.5, 0.75]], penalty_B=penalty_B)
     state = combiner.observe(rows, begin(combiner))
     dual = float(state["duals"][1])
     assert dual > 0.1
-    signal_B = torch.tensor([1.0, dual, 0.5 + 0.75 * dual]) - penalty_B
+    signal_B = torch.tensor([1.0, dual, 0.5 + 0.75 * dual]) - (1 + dual) * penalty_B
     expected_B = (signal_B - signal_B.mean()) / (signal_B - signal_B.mean()).square().mean().sqrt()
     torch.testing.assert_close(score(combiner, rows, state).score, expected_B, rtol=1e-5, atol=1e-5)
-    policy_B = (signal_B / BETA).softmax(0)
-    assert float(policy_B @ rows.rewards.trained_BN[:, 1]) == pytest.approx(0.5, abs=1e-5)  # the solution's own value
+    policy_B = (signal_B / BETA).softmax(0)  # the solution's own; a cut-off response counts less the penalty
+    assert float(policy_B @ (rows.rewards.trained_BN[:, 1] - penalty_B)) == pytest.approx(0.5, abs=1e-5)
+    assert state["values"].tolist() == pytest.approx([0.5, 1.75 / 3])
+
+
+@pytest.mark.parametrize("dual", [0.5, 3.0, 100.0])
+def test_a_cut_off_response_is_never_preferred_for_what_it_gains_by_length(dual):
+    """A fact more, of 8 instead of 7, for a penalty of .5: less than the penalty, whatever the multiplier is."""
+    combiner, penalty_B = CAID({"b": 0.5}, reference_batches=1), torch.tensor([0.5, 0.0])
+    rows = batch([[1 / 9, (8 / 9) ** 0.5], [1 / 8, (7 / 8) ** 0.5]], penalty_B=penalty_B)
+    state = begin(combiner) | {"duals": torch.tensor([0.0, dual])}
+    cut_off, complete = score(combiner, rows, state).score.tolist()
+    assert cut_off < complete
 
 
 def test_responses_without_a_score_do_not_count():
@@ -159,27 +172,82 @@ def test_responses_without_a_score_do_not_count():
     missing_BN = scores_BN.clone()
     missing_BN[2:, 1] = nan
     rows = batch(missing_BN, group_B)
-    state = combiner.observe(rows, begin(combiner))
+    by_prompt = dataclasses.replace(combiner, pool_prompts=False)
+    state = by_prompt.observe(rows, begin(by_prompt))
     dual = float(state["duals"][1])
     first_B = (torch.tensor([1.0 - dual, dual]) / BETA).softmax(0)
     assert float(first_B @ scores_BN[:2, 1]) == pytest.approx(0.2, abs=1e-5)
     assert torch.isfinite(score(combiner, rows, state).score).all()
 
 
+@pytest.mark.parametrize("pool_prompts", [True, False])
+def test_prompts_that_lack_some_of_the_scores_do_not_count_in_the_dual(pool_prompts):
+    combiner, generator = CAID({"b": 0.8}, None, 1, pool_prompts), torch.Generator().manual_seed(0)
+    scores_BN, group_B = torch.rand(256, 2, generator=generator), torch.arange(256) // 4
+    lacking_B = (torch.arange(256) % 4 == 1) & (group_B % 4 != 0)  # one score in each of three prompts out of four
+    missing_BN = scores_BN.clone()
+    missing_BN[lacking_B, 1] = torch.nan
+    state = combiner.observe(batch(missing_BN, group_B), begin(combiner))
+    assert combiner.report(state)["complete"][1] == 0.25
+    # The same as if the others did not have the objective at all.
+    missing_BN[group_B % 4 != 0, 1] = torch.nan
+    without = combiner.observe(batch(missing_BN, group_B), begin(combiner))
+    assert 0.1 < without["duals"][1] < 5
+    torch.testing.assert_close(state["duals"], without["duals"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_threshold_that_no_prompt_can_judge_is_named():
+    combiner = CAID({"b": 0.5}, reference_batches=1)
+    rows = batch([[0.0, torch.nan], [1.0, 1.0], [0.0, torch.nan], [1.0, 0.0]], torch.tensor([0, 0, 1, 1]))
+    with pytest.warns(UserWarning, match=r"0\.5 for 'b' has no prompt whose responses all have the scores"):
+        state = combiner.observe(rows, begin(combiner))
+    assert combiner.report(state)["complete"][1] == 0.0
+    assert 0 < state["duals"][1] < torch.inf
+
+
+def few(generator, prompts, responses, level):
+    """Three kinds of response in proportions 5 : 4 : 1, scores with a level of each prompt's own, and noise."""
+    kind = torch.multinomial(torch.tensor([5.0, 4.0, 1.0]), prompts * responses, True, generator=generator)
+    group_B = torch.arange(prompts).repeat_interleave(responses)
+    level_GN = level * torch.randn(prompts, 2, generator=generator)
+    scores_BN = torch.tensor([[-0.5, 0.0], [0.8, 0.0], [0.3, 0.6]])[kind]
+    scores_BN = scores_BN + 0.05 * torch.randn(len(scores_BN), 2, generator=generator)
+    return scores_BN + (level_GN - level_GN.mean(0))[group_B], group_B
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_few_responses_to_a_prompt_give_the_multiplier_of_many(level):
+    """What ruined runs with 4 responses: within a prompt the reference looks as if it could not meet the threshold."""
+    generator = torch.Generator().manual_seed(3)
+    by_prompt = CAID({"b": 0.4}, reference_batches=1, pool_prompts=False)
+    many = by_prompt.observe(batch(*few(generator, 16, 2000, level)), begin(by_prompt))
+    exact = float(many["duals"][1])
+    assert 0.5 < exact < 1.5
+    batches = [batch(*few(generator, 64, 4, level)) for _ in range(4)]
+    for rows in batches:
+        with pytest.warns(UserWarning, match=r"cannot be met, .* Its multiplier starts at"):
+            by_prompt.observe(rows, begin(by_prompt))
+    pooled = dataclasses.replace(by_prompt, pool_prompts=True)
+    found = [float(pooled.observe(rows, begin(pooled))["duals"][1]) for rows in batches]
+    assert sum(found) / 4 == pytest.approx(exact, rel=0.2)
+    assert max(found) < 1.5 * exact
+    assert min(found) > exact / 1.5
+
+
 def test_a_threshold_out_of_reach_is_named_once():
     rows = batch([[1.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]], beta=0.5)
-    combiner = CAID({"b": 0.7, "c": -1.0}, reference_batches=1)
+    combiner = CAID({"b": 0.7, "c": -1.0}, reference_batches=1, interval=None)
     with pytest.warns(UserWarning, match=r"threshold 0\.7 for 'b' cannot be met, .* would give 0\.5; lower") as found:
         state = combiner.observe(rows, begin(combiner, 3))
     assert len(found) == 1
-    assert state["duals"].tolist() == [0.0, 10.0, 0.0]
+    assert state["duals"].tolist() == pytest.approx([0.0, 2.0, 0.0])  # the primary objective's spread, no more
     other = dataclasses.replace(rows, kl_coefficient=0.4)
     combiner.observe(other, state)  # solved anew, not told again: warnings are errors here
     with pytest.warns(UserWarning, match=r"for '[bc]' cannot be met, with the others"):
         CAID({"b": 0.3, "c": 0.3}, reference_batches=1).observe(rows, begin(combiner, 3))
     combiner = CAID({"b": 0.49}, reference_batches=1, dual=Projected(cap=2.0))
-    with pytest.warns(UserWarning, match=r"takes a multiplier of .*, and 2 is the largest of its dual step"):
-        assert float(combiner.observe(rows, begin(combiner, 3))["duals"][1]) == 2.0
+    with pytest.warns(UserWarning, match=r"takes a multiplier of .*, and its dual step's largest is 4; let"):
+        assert float(combiner.observe(rows, begin(combiner, 3))["duals"][1]) == 4.0  # in spreads
 
 
 def test_iterated_a_threshold_that_stays_violated_is_named():
@@ -219,10 +287,11 @@ def test_a_checkpoint_goes_on_to_the_bit_and_takes_new_thresholds(tmp_path, inte
             state, resumed = combiner.observe(rows, state), combiner.observe(rows, resumed)
         torch.testing.assert_close(resumed, state, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(score(combiner, batches[0], resumed).score, score(combiner, batches[0], state).score)
-    other = dataclasses.replace(combiner, thresholds={"c": 0.6})
+    other = dataclasses.replace(combiner, thresholds={"c": 1.0})
     changed = other.observe(batches[0], other.resume(state, begin(other, 3)))
     assert changed["duals"][1] == 0.0
     assert changed["duals"][2] > 0.0
+    assert changed["dual_sum"].isnan().all()  # the steps begin where the new solution is
     assert torch.equal(changed["samples"], state["samples"])
 
 
@@ -245,5 +314,7 @@ def test_it_needs_a_kl_charge_and_several_responses_to_a_prompt():
 
 @pytest.mark.parametrize("setting", ["reference_batches", "interval", "window", "patience"])
 def test_refuses_settings_without_meaning(setting):
-    with pytest.raises(ValueError, match="of at least 1"):
+    with pytest.raises(ValueError, match=f"CAID needs {setting} of at least 1, got 0"):
         CAID(**{setting: 0})
+    with pytest.raises(ValueError, match="CAID needs dual_window from 1 to window 8, got 9"):
+        CAID(dual_window=9)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moa_lightning.functional import mopo_dual, one_shot_dual
+from moa_lightning.functional.dual import without_prompt_effects
 
 EXACT = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
 
@@ -109,3 +110,36 @@ def test_settings_without_meaning_are_refused():
         one_shot_dual(torch.zeros(3), torch.zeros(3, 1), torch.zeros(1), 0.0)
     with pytest.raises(ValueError, match="secondary scores"):
         one_shot_dual(torch.zeros(3), torch.zeros(3, 1), torch.zeros(2), 0.1)
+
+
+def test_the_responses_to_one_prompt_keep_their_scores():
+    (primary_B, secondary_BM, *_), _ = problem(0)
+    scores_BM = torch.cat([primary_B.unsqueeze(1), secondary_BM], 1)
+    alone = without_prompt_effects(scores_BM, torch.zeros(len(scores_BM)).long(), torch.zeros(len(scores_BM)).double())
+    torch.testing.assert_close(alone, scores_BM, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 100.0])
+def test_the_levels_of_prompts_are_taken_off_and_the_spread_within_them_kept(level):
+    generator = torch.Generator().manual_seed(0)
+    group_B, log_prior_B = torch.arange(300).repeat_interleave(4), torch.zeros(1200).double()
+    noise_B1 = torch.randn(1200, 1, generator=generator, dtype=torch.float64)
+    level_G1 = level * torch.randn(300, 1, generator=generator, dtype=torch.float64)
+    scores_B1 = noise_B1 + level_G1[group_B]
+    found_B1 = without_prompt_effects(scores_B1, group_B, log_prior_B)
+    assert float(found_B1.mean()) == pytest.approx(float(scores_B1.mean()), abs=1e-9)
+    assert float(found_B1.std()) == pytest.approx(1.0, rel=0.05)
+    # The prompts' means differ by no more than those of 4 responses do by chance, 1/2.
+    assert float(found_B1.view(300, 4).mean(1).std()) < 0.55
+
+
+def test_responses_that_the_reference_gives_more_often_weigh_more():
+    """One response listed thrice is one of three times the weight, in the levels too."""
+    scores_B1 = torch.tensor([[1.0], [1.0], [1.0], [5.0], [2.0], [2.0], [2.0], [9.0]]).double()
+    group_B = torch.arange(2).repeat_interleave(4)
+    listed_B1 = without_prompt_effects(scores_B1, group_B, torch.zeros(8).double())
+    rows_B = torch.tensor([0, 3, 4, 7])
+    log_prior_B = torch.tensor([3.0, 1.0, 3.0, 1.0]).double().log()
+    weighed_B1 = without_prompt_effects(scores_B1[rows_B], group_B[rows_B], log_prior_B)
+    mean = (log_prior_B.view(2, 2).softmax(1).view(-1, 1) * weighed_B1).sum() / 2
+    assert float(mean) == pytest.approx(float(listed_B1.mean()))
