@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from moa_lightning.callbacks.growing_file import drop_cut_line
+from moa_lightning.callbacks.writing import Writing
 
 
 class MetricsFile(Logger):
@@ -33,7 +34,9 @@ class MetricsFile(Logger):
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}
         self._flushed: dict[str, Any] = {}  # what was written of a step that may not be over
+        self._waiting: list[dict[str, Any]] = []  # rows that are not in the file yet
         self._opened = False
+        self._writing = Writing()
 
     @property
     def name(self) -> str:
@@ -73,9 +76,10 @@ class MetricsFile(Logger):
         if self._row:
             self._flushed = self._written_of(self._row["step"])
         self._append()
-        if self.path.is_file():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+        with self._writing.attempt(self.path):
+            if self.path.is_file():
+                with self.path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -87,20 +91,34 @@ class MetricsFile(Logger):
         return {k: v for part in (self._flushed, self._row) if part.get("step") == step for k, v in part.items()}
 
     def _append(self) -> None:
-        if not self._row:
-            return
+        if self._row:
+            self._waiting.append(self._row)
+            self._row = {}
+        while self._waiting:
+            done = False
+            with self._writing.attempt(self.path):
+                self._write(self._waiting[0])
+                done = True
+            if not done:  # what of the row is there goes when the file is opened again
+                self._opened, self._columns = False, []
+                return
+            self._waiting.pop(0)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._columns and not self.path.is_file():
+            rank_zero_warn(f"{self.path} is gone: somebody removed or moved it while the run works; it is begun anew")
+            self._columns = []
         if not self._opened:
             drop_cut_line(self.path)
             self._opened = True
         if not self._columns and self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
                 self._columns = next(csv.reader(file), [])
-        missing = [name for name in self._row if name not in self._columns]
+        missing = [name for name in row if name not in self._columns]
         if missing:
             self._widen([*self._columns, *missing])
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns).writerow(self._row)
-        self._row = {}
+            csv.DictWriter(file, self._columns).writerow(row)
 
     def _widen(self, columns: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

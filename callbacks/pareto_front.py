@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, log_everywhere
 from moa_lightning.callbacks.front_plot import draw_front
+from moa_lightning.callbacks.writing import Writing
 from moa_lightning.functional import hypervolume, non_dominated
 from moa_lightning.types import Evaluation
 
@@ -36,6 +37,7 @@ class ParetoFront(EvaluationCallback):
     def __init__(self, reference: dict[str, float] | None = None) -> None:
         super().__init__()
         self.reference = reference
+        self._writing = Writing()
         self.points: list[dict[str, Any]] = []  # step, and mean and std_error by objective
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,7 +74,8 @@ class ParetoFront(EvaluationCallback):
         metrics = {"pareto/hypervolume": self.hypervolume(), "pareto/size": float(sum(self.on_front()))}
         log_everywhere(trainer, pl_module, metrics)
         if trainer.is_global_zero:
-            self._write(Path(trainer.default_root_dir))
+            with self._writing.attempt(Path(trainer.default_root_dir, "front.csv")):
+                self._write(Path(trainer.default_root_dir))
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     self._log_wandb(logger, Path(trainer.default_root_dir) / "front.png")

@@ -1,12 +1,15 @@
 """Writes what ``moa predict`` produces."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moa_lightning.callbacks.samples import lines_of
+from moa_lightning.callbacks.writing import reason
 from moa_lightning.distributed import rank, world_size
 from moa_lightning.types import Evaluation
 
@@ -48,8 +51,9 @@ class PredictionWriter(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the file."""
         file = self.file(trainer)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        with _writable(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
 
     def on_predict_batch_end(
         self,
@@ -62,7 +66,19 @@ class PredictionWriter(Callback):
     ) -> None:
         """Append the batch."""
         assert isinstance(outputs, Evaluation)
-        with self.file(trainer).open("a", encoding="utf-8") as file:
+        path = self.file(trainer)
+        with _writable(path), path.open("a", encoding="utf-8") as file:
             for i, line in enumerate(lines_of(outputs)):
                 line["columns"] = {name: values[i] for name, values in outputs.responses.columns.items()}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Context manager: predictions that cannot be written end the command in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"'{path}' cannot be written: {reason(error)}; set --predictions.path to another file"
+        ) from error

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
+from moa_lightning.callbacks.writing import Writing
 from moa_lightning.distributed import together
 from moa_lightning.signals import Signal
 from moa_lightning.types import Evaluation
@@ -29,7 +31,7 @@ class RunFiles(EvaluationCallback):
 
     def __init__(self, save_policy: bool = True) -> None:
         super().__init__()
-        self.save_policy = save_policy
+        self.save_policy, self._writing = save_policy, Writing()
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
         self._seconds_before = 0.0  # of the run that this one goes on from
@@ -65,8 +67,11 @@ class RunFiles(EvaluationCallback):
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what was reached."""
-        self._write(trainer, pl_module)
+        """Write what was reached; what keeps that from being written must not hide the error."""
+        try:
+            self._write(trainer, pl_module)
+        except Exception as error:  # noqa: BLE001  # the first error is the one to see
+            rank_zero_warn(f"summary.json was not written: {type(error).__name__}: {error}")
 
     def _seconds(self) -> float:
         return self._seconds_before + (time.perf_counter() - self._started if self._started is not None else 0.0)
@@ -94,10 +99,11 @@ class RunFiles(EvaluationCallback):
             **_report(pl_module),
         }
         root = Path(trainer.default_root_dir)
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = root / ".summary.json"
-        scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, root / "summary.json")
+        with self._writing.attempt(root / "summary.json"):
+            root.mkdir(parents=True, exist_ok=True)
+            scratch = root / ".summary.json"
+            scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            os.replace(scratch, root / "summary.json")
 
     def _tokens_per_second(self, trainer: Trainer) -> float | None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
 from moa_lightning.callbacks.growing_file import drop_cut_line
+from moa_lightning.callbacks.writing import Writing
 from moa_lightning.types import Evaluation
 
 
@@ -45,7 +46,7 @@ class SampleTable(EvaluationCallback):
         super().__init__()
         if rows < 0:
             raise ValueError(f"sample_table.rows must be at least 0, got {rows}")
-        self.rows = rows
+        self.rows, self._writing = rows, Writing()
 
     def on_evaluation(
         self,
@@ -59,11 +60,12 @@ class SampleTable(EvaluationCallback):
             return
         samples = [line for batch in batches for line in lines_of(batch)][: self.rows]
         file = Path(trainer.default_root_dir) / "samples.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        drop_cut_line(file)
-        with file.open("a", encoding="utf-8") as opened:
-            for sample in samples:
-                opened.write(json.dumps({"step": trainer.global_step, **sample}, ensure_ascii=False) + "\n")
+        with self._writing.attempt(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            drop_cut_line(file)
+            with file.open("a", encoding="utf-8") as opened:
+                for sample in samples:
+                    opened.write(json.dumps({"step": trainer.global_step, **sample}, ensure_ascii=False) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _log_wandb(logger, trainer.global_step, samples)

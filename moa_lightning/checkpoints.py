@@ -6,7 +6,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -112,8 +112,9 @@ class Replacement:
         _remove(former)
 
     def clear(self) -> None:
-        """Remove what was written beside the place."""
-        _remove(self.path)
+        """Remove what was written beside the place, as far as the disk allows."""
+        with suppress(OSError):
+            _remove(self.path)
 
 
 def save_file(content: Any, path: Path) -> None:

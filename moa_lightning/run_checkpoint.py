@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import all_objects
 
@@ -52,6 +53,13 @@ class RunCheckpoint(ModelCheckpoint):
                 "kth_value": best.get(worst, self.kth_value),
             }
         )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, with ``save_on_exception``; what keeps that from being written must not hide the error."""
+        try:
+            super().on_exception(trainer, pl_module, exception)
+        except (ValueError, OSError) as error:
+            rank_zero_warn(f"no checkpoint was written after the error: {error}")
 
     def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
         """Whether a file must be left alone: in the folder that the run resumed in, only one of the best is."""

@@ -1,6 +1,7 @@
 """One run, one folder: a lock that names its process, and that is gone with it."""
 
 import atexit
+import errno
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ NAME = ".lock"
 
 _BEAT = 20.0  # seconds between two signs of life
 _SILENCE = 180.0  # seconds without one, after which a process on another host counts as gone
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # A launcher or scheduler that starts a job again counts how often. Before it does, the former processes have ended.
 _JOBS = (("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"), ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
 
@@ -100,18 +102,20 @@ class RunLock:
     def _create(self) -> bool:
         """Make the file with what it says in one step: nobody sees it half written."""
         mine = self.path.with_name(f"{NAME}-{socket.gethostname()}-{os.getpid()}")
-        mine.write_text(json.dumps(asdict(Holder.here())), encoding="utf-8")
         try:
+            mine.write_text(json.dumps(asdict(Holder.here())), encoding="utf-8")
             os.link(mine, self.path)
         except FileExistsError:
             return False
-        except OSError:  # no hard links here
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
             with suppress(FileExistsError), self.path.open("x", encoding="utf-8") as file:
                 file.write(mine.read_text(encoding="utf-8"))
                 return True
             return False
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
         return True
 
     def _take_away(self) -> None:

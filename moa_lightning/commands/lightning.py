@@ -32,7 +32,14 @@ from moa_lightning.checkpoints import AtomicCheckpointIO, require_whole
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.commands.run_config import RunConfig
-from moa_lightning.commands.start_folder import RunPlace, free_folder, place_of, refuse_foreign, run_of
+from moa_lightning.commands.start_folder import (
+    RunPlace,
+    free_folder,
+    place_of,
+    refuse_foreign,
+    refuse_unwritable,
+    run_of,
+)
 from moa_lightning.console import launched_as
 from moa_lightning.masking import masked_arguments, masked_settings
 from moa_lightning.module import AlignmentModule
@@ -172,6 +179,7 @@ class AlignmentCLI(LightningCLI):
             if not (checkpoint and Path(checkpoint).absolute().is_relative_to(folder.absolute())):
                 refuse_foreign(folder)
             if launched_as() == 0:
+                refuse_unwritable(folder)
                 refuse_if_held(folder)
         config.trainer.default_root_dir = str(folder)
         config.checkpoint.dirpath = place.dirpath

@@ -1,6 +1,7 @@
 """``config.yaml`` in the run folder, and what is said to a user who stops a run."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from moa_lightning.callbacks.writing import reason
 from moa_lightning.checkpoints import by_steps, steps_of
 from moa_lightning.distributed import together
 from moa_lightning.masking import masked
@@ -41,7 +43,13 @@ class RunConfig(SaveConfigCallback):
                 self._take(Path(trainer.default_root_dir), start=self.config.ckpt_path is None)
         self.config = self.config.clone()
         self.config.ckpt_path = None
-        super().setup(trainer, pl_module, "fit")
+        self._save(trainer, pl_module, "fit")
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        try:
+            super().setup(trainer, pl_module, stage)
+        except OSError as error:
+            raise _unwritable(Path(trainer.default_root_dir), error) from error
 
     def _take(self, root: Path, start: bool) -> None:
         try:
@@ -55,7 +63,9 @@ class RunConfig(SaveConfigCallback):
             for name in _GROWING:  # of an attempt that left no checkpoint
                 (root / name).unlink(missing_ok=True)
         except OSError as error:
-            raise ValueError(f"the run folder '{root}' cannot be written: {error.strerror}") from error
+            with suppress(OSError):
+                root.rmdir()  # it is empty
+            raise _unwritable(root, error) from error
 
     def release(self) -> None:
         """Leave the folder to others."""
@@ -80,8 +90,12 @@ class RunConfig(SaveConfigCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, for ``moa validate``."""
-        super().setup(trainer, pl_module, "validate")
+        self._save(trainer, pl_module, "validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, for ``moa test``."""
-        super().setup(trainer, pl_module, "test")
+        self._save(trainer, pl_module, "test")
+
+
+def _unwritable(root: Path, error: OSError) -> ValueError:
+    return ValueError(f"the run folder '{root}' cannot be written: {reason(error)}; give another one, or make room")

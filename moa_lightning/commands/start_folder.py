@@ -1,5 +1,6 @@
 """Which folder a run works in, and where its checkpoints are."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,18 @@ def refuse_foreign(root: Path) -> None:
             f"'{root}' holds {', '.join(found)}, which no run wrote (there is no config.yaml of moa fit); a run would "
             "write over it. Give the run a folder of its own with --trainer.default_root_dir"
         )
+
+
+def refuse_unwritable(root: Path) -> None:
+    """Nothing if a folder can be made, or written to, as far as the system says beforehand.
+
+    Raises:
+        ValueError: one line.
+    """
+    there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "there is no permission, or the disk is read-only" if there.is_dir() else f"{there} is a file"
+        raise ValueError(f"trainer.default_root_dir '{root}' cannot be written: {why}; give another folder")
 
 
 def _is_used(folder: Path) -> bool:
