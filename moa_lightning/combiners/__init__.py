@@ -7,7 +7,7 @@ import pkgutil
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.caid import CAID
 from moa_lightning.combiners.ctwa import CTWA
-from moa_lightning.combiners.duals import PID, DualUpdate, Exponential, LogBarrier, Optimistic, Projected
+from moa_lightning.combiners.duals import PID, DualUpdate, Exponential, LogBarrier, LogPID, Optimistic, Projected
 from moa_lightning.combiners.dynamic_weights import DynamicWeights
 from moa_lightning.combiners.gapo import GAPO
 from moa_lightning.combiners.gdpo import GDPO
@@ -44,6 +44,7 @@ __all__ = [
     "Lagrangian",
     "Linear",
     "LogBarrier",
+    "LogPID",
     "Optimistic",
     "Projected",
     "SmoothTchebycheff",

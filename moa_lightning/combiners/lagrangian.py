@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import at_its_largest, constrained, curves, watched, windowed
-from moa_lightning.combiners.duals import DualUpdate, Exponential
+from moa_lightning.combiners.constraints import at_its_largest, constrained, curves, spread, watched, windowed
+from moa_lightning.combiners.duals import DualUpdate, LogPID
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -29,24 +29,27 @@ class Lagrangian(Combiner):
 
     Choose it when: one objective matters most, and the others need a least mean reward.
     Cost: no extra backward pass.
-    Convergence: none stated; multipliers and policy may circle each other, which ``Optimistic`` and ``PID`` damp.
+    Convergence: none stated. Steps that only sum violations swing around the threshold; ``LogPID`` settles near it.
     Source: Dai et al., "Safe RLHF", ICLR 2024, arXiv 2310.12773 (PPO-Lag), a cost being an objective of scale -1.
-    Deviations: any number of constraints; an objective that could not score a response adds 0 there.
+    Deviations: any number of constraints; an objective that could not score a response adds 0 there; the multipliers
+    move by ``LogPID`` on the last batch. The paper's are ``Exponential`` on the whole window (``dual_window: 8``).
 
     Args:
         thresholds: least mean value by name, in the objective's own units (after its transform, without penalties and
             KL); objectives not named are only watched. ``None`` asks of each what it had in the first ``window``.
         primary: name of the objective to maximise; ``None`` is the first.
         dual: how the multipliers move, once per collected batch.
-        window: batches that values are averaged over, each response alike.
+        window: batches that reported values, the warning and ``thresholds: null`` average over, each response alike.
+        dual_window: last batches of the window that the multipliers follow; each older one delays them.
         dual_delay: batches before the multipliers move.
         patience: batches violated, with the multiplier at its largest, until a warning names the threshold.
     """
 
     thresholds: dict[str, float] | None = None
     primary: str | None = None
-    dual: DualUpdate = field(default_factory=Exponential)
+    dual: DualUpdate = field(default_factory=LogPID)
     window: int = 8
+    dual_window: int = 1
     dual_delay: int = 0
     patience: int = 200
 
@@ -55,8 +58,15 @@ class Lagrangian(Combiner):
 
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
-        if min(self.window, self.patience, self.dual_delay + 1) < 1:
-            raise ValueError("Lagrangian needs window and patience of at least 1, and dual_delay of at least 0")
+        for name, value, least in (
+            ("window", self.window, 1),
+            ("patience", self.patience, 1),
+            ("dual_delay", self.dual_delay, 0),
+        ):
+            if value < least:
+                raise ValueError(f"Lagrangian needs {name} of at least {least}, got {value}")
+        if not 1 <= self.dual_window <= self.window:
+            raise ValueError(f"Lagrangian needs dual_window from 1 to window {self.window}, got {self.dual_window}")
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First multipliers, thresholds by name."""
@@ -75,10 +85,12 @@ class Lagrangian(Combiner):
         """One step of the multipliers on the values of the window that a collected batch completes."""
         window_W2N, values_N = windowed(state["window"], experience)
         state = state | {"window": window_W2N, "values": values_N, "batches": state["batches"] + 1}
+        state["spreads"] = spread(state, experience)
         if self.thresholds is None and state["batches"] <= self.window:
             state["thresholds"] = values_N.where(state["primary"] == 0, torch.nan)
         elif state["batches"] > self.dual_delay:
-            state |= self.dual.stepped(state, values_N - state["thresholds"])
+            recent_N = torch.div(*window_W2N[-self.dual_window :].sum(0))
+            state |= self.dual.stepped(state, recent_N - state["thresholds"])
         return self._watch(state, experience.rewards.trained_names)
 
     def report(self, state: State) -> dict[str, Tensor]:

@@ -62,7 +62,8 @@ class MOPO(Combiner):
             optimiser steps, times ``accumulate_grad_batches``.
         tau: strength of the KL regularisation towards the reference, in units of win probability.
         radius: of the KL ball of the robust value, in nats; 0 is the plain mean.
-        dual: how the multipliers move: ``Projected``, ``Optimistic``, ``PID``, ``Exponential`` or ``LogBarrier``.
+        dual: how the multipliers move: ``Projected``, ``Optimistic``, ``PID``, ``LogPID``, ``Exponential`` or
+            ``LogBarrier``.
         dual_delay: batches before the multipliers move.
         normalize: whose responses share one normalisation: each ``prompt``'s, or the ``batch``'s on a process.
         patience: batches in the means that thresholds are judged by. A warning names one that even the best response

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moa_lightning.combiners.constraints as module
-from moa_lightning.combiners import PID, Exponential, Lagrangian, Optimistic, Projected
+from moa_lightning.combiners import PID, Exponential, Lagrangian, LogPID, Optimistic, Projected
 from moa_lightning.signals import Signals
 from moa_lightning.sources import GAE, GroupRelative
 from tests.combiners.scored import experience
@@ -38,7 +38,7 @@ def exact(rewards_BN, thresholds_M, budget):
 
 @pytest.mark.parametrize(
     "dual",
-    [Exponential(lr=1.0, floor=1e-4), Projected(), Optimistic(), PID()],
+    [Exponential(lr=1.0, floor=1e-4), Projected(), Optimistic(), PID(), LogPID(ki=0.5, margin=0.0, floor=1e-4)],
     ids=lambda dual: type(dual).__name__,
 )
 @pytest.mark.parametrize("active", [1, 2])
@@ -93,13 +93,13 @@ def test_the_weights_are_the_papers():
 
 
 def test_the_worked_number():
-    combiner = Lagrangian({"b": 1.5}, window=1)
+    combiner = Lagrangian({"b": 1.5}, window=1, dual=Exponential())
     state = combiner.observe(collected([0.0, -2.0], [0.0, 1.0]), begin(combiner))
     assert float(state["duals"][1]) == pytest.approx(1.221403, abs=1e-6)  # violation 2
 
 
 def test_values_are_means_of_the_windows_responses_in_the_objectives_units():
-    combiner = Lagrangian({"b": 0.0}, window=2, dual=Projected(lr=0.1))
+    combiner = Lagrangian({"b": 0.0}, window=2, dual_window=2, dual=Projected(lr=0.1))
     state, seen, nan = begin(combiner), [], torch.nan
     for batch in (
         collected([100.0, -1.0]),
@@ -122,18 +122,54 @@ def test_values_are_means_of_the_windows_responses_in_the_objectives_units():
 
 def test_two_processes_are_one(monkeypatch):
     combiner, whole = Lagrangian({"b": 1.0}), collected([1.0, 0.5], [2.0, -1.0], [0.0, 3.0])
-    rest, kept = [], begin(combiner)
-    monkeypatch.setattr(module, "all_sum", lambda sums: rest.append(sums) or sums)
-    combiner.observe(whole.select(torch.tensor([1, 2])), kept)
-    monkeypatch.setattr(module, "all_sum", lambda sums: sums + rest[0])
-    divided = combiner.observe(whole.select(torch.tensor([0])), kept)
-    monkeypatch.undo()
+    kept = begin(combiner)
     together = combiner.observe(whole, kept)
+    # The other process's part of each sum; the squares are about the mean of both.
+    deviations_BN = whole.rewards.trained_BN - whole.rewards.trained_BN.mean(0)
+    count_N, sum_N = torch.full((2,), 2.0), whole.rewards.trained_BN[1:].sum(0)
+    rest = [torch.stack([sum_N, count_N]), count_N, sum_N, deviations_BN[1:].square().sum(0)]
+    monkeypatch.setattr(module, "all_sum", lambda sums: sums + rest.pop(0))
+    divided = combiner.observe(whole.select(torch.tensor([0])), kept)
+    assert not rest
     torch.testing.assert_close(divided, together, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+def test_spreads_are_between_responses_whatever_the_mean():
+    combiner, state = Lagrangian({"b": 1.0}), begin(Lagrangian({"b": 1.0}))
+    values_B = 1e4 + torch.tensor([-3.0, 3.0, -3.0, 3.0])
+    state = combiner.observe(collected(*([0.5, float(value)] for value in values_B)), state)
+    assert state["spreads"].tolist() == pytest.approx([1e-6, 3.0], rel=1e-3)  # the floor of one that is constant
+    state = combiner.observe(collected(*([0.5, float(value)] for value in 5 * values_B)), state)
+    assert float(state["spreads"][1]) == pytest.approx(((9 + 225) / 2) ** 0.5, rel=1e-3)
+    unknown = combiner.observe(collected([0.5, torch.nan], [1.5, torch.nan]), state)
+    assert float(unknown["spreads"][1]) == float(state["spreads"][1])
+
+
+def test_the_multiplier_of_an_objective_does_not_depend_on_its_unit():
+    generator, seen = torch.Generator().manual_seed(0), []
+    batches = torch.randn(12, 8, 2, generator=generator)
+    for scale, shift in ((1.0, 0.0), (100.0, 7.0)):
+        combiner = Lagrangian({"b": 0.3 * scale + shift})
+        state = begin(combiner)
+        for batch_BN in batches:
+            rows = (batch_BN * torch.tensor([1.0, scale]) + torch.tensor([0.0, shift])).tolist()
+            state = combiner.observe(collected(*rows), state)
+        seen.append(float(state["duals"][1]))
+    assert seen[0] != 1.0
+    assert seen[1] == pytest.approx(seen[0], rel=1e-3)
+
+
+def test_the_dual_step_follows_the_last_batches_and_values_are_the_windows():
+    combiner = Lagrangian({"b": 0.0}, window=3, dual_window=1, dual=Projected(lr=0.1))
+    state = begin(combiner)
+    for value in (-1.0, -1.0, 2.0):
+        state = combiner.observe(collected([0.0, value]), state)
+    assert float(state["values"][1]) == 0.0
+    assert float(state["duals"][1]) == 0.0  # .2, and down by the last batch alone
+
+
 def test_without_thresholds_nothing_may_get_worse_than_at_the_start():
-    combiner = Lagrangian(window=2)
+    combiner = Lagrangian(window=2, dual_window=2, dual=Exponential())
     state = begin(combiner)
     for value in (1.0, 3.0):
         state = combiner.observe(collected([0.0, value]), state)
@@ -145,14 +181,17 @@ def test_without_thresholds_nothing_may_get_worse_than_at_the_start():
 
 
 def test_the_delay_holds_the_multipliers():
-    combiner, batch = Lagrangian({"b": 1.0}, dual_delay=3), collected([0.0, 0.0])
+    combiner, batch = Lagrangian({"b": 1.0}, dual_delay=3, dual=Exponential()), collected([0.0, 0.0])
     state = begin(combiner)
     moved = [float((state := combiner.observe(batch, state))["duals"][1]) > 1 for _ in range(4)]
     assert moved == [False, False, False, True]
 
 
 def test_a_threshold_that_stays_violated_at_the_cap_is_named_once():
-    combiner, batch = Lagrangian({"b": 2.0, "c": -1.0}, patience=10, window=3), collected([0.0, 0.5, 0.0])
+    combiner, batch = (
+        Lagrangian({"b": 2.0, "c": -1.0}, patience=10, window=3, dual=Exponential()),
+        collected([0.0, 0.5, 0.0]),
+    )
 
     def observe(state, steps):
         for _ in range(steps):
@@ -170,8 +209,7 @@ def test_a_threshold_that_stays_violated_at_the_cap_is_named_once():
 
 
 def test_a_checkpoint_goes_on_to_the_bit_and_takes_new_settings(tmp_path):
-    dual = PID(kp=0.5, kd=0.5)
-    combiner, generator = Lagrangian({"b": 0.5}, dual=dual, window=3), torch.Generator().manual_seed(0)
+    combiner, generator = Lagrangian({"b": 0.5}, window=3), torch.Generator().manual_seed(0)
     batches = [experience(torch.randn(4, 3, generator=generator), torch.arange(4)) for _ in range(9)]
     state = begin(combiner, 3)
     for batch in batches[:5]:
@@ -182,7 +220,9 @@ def test_a_checkpoint_goes_on_to_the_bit_and_takes_new_settings(tmp_path):
     for batch in batches[5:]:
         state, resumed = combiner.observe(batch, state), combiner.observe(batch, resumed)
     torch.testing.assert_close(resumed, state, rtol=0, atol=0, equal_nan=True)
-    other = Lagrangian({"c": 0.25}, window=2)  # another threshold, another dual step, another window
+    other = Lagrangian(
+        {"c": 0.25}, window=2, dual=Exponential()
+    )  # another threshold, another dual step, another window
     changed = other.resume(state, begin(other, 3))
     assert changed["duals"].tolist() == [0.0, 0.0, 1.0]
     assert changed["thresholds"].nan_to_num(9).tolist() == [9.0, 9.0, 0.25]
@@ -197,8 +237,10 @@ def test_a_checkpoint_goes_on_to_the_bit_and_takes_new_settings(tmp_path):
         (lambda: begin(Lagrangian({"x": 0.5})), "Lagrangian.thresholds names 'x', which is no trained objective"),
         (lambda: begin(Lagrangian(primary="x")), "Lagrangian.primary 'x' is no trained objective; they are a, b"),
         (lambda: begin(Lagrangian({"b": float("nan")})), "Lagrangian.thresholds.b must be a finite number"),
-        (lambda: Lagrangian(window=0), "window and patience of at least 1"),
-        (lambda: Lagrangian(dual_delay=-1), "dual_delay of at least 0"),
+        (lambda: Lagrangian(window=0), "Lagrangian needs window of at least 1, got 0"),
+        (lambda: Lagrangian(patience=0), "Lagrangian needs patience of at least 1, got 0"),
+        (lambda: Lagrangian(dual_delay=-1), "Lagrangian needs dual_delay of at least 0, got -1"),
+        (lambda: Lagrangian(dual_window=9), "Lagrangian needs dual_window from 1 to window 8, got 9"),
     ],
 )
 def test_refuses_settings_without_meaning(make, message):

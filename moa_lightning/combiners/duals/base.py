@@ -5,6 +5,7 @@ Legend: M constraints. The violation of one is ``v = b - G``: threshold minus va
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class DualUpdate(ABC):
 
     start: float = 0.0
     """The multipliers' first value."""
+
+    in_spreads: ClassVar[bool] = False
+    """Whether slacks are in spreads of the values (standard deviations between responses), not in their own units."""
 
     @property
     @abstractmethod
@@ -47,8 +51,13 @@ class DualUpdate(ABC):
         return new_M.where(known_M, duals_M), {k: new.where(known_M, state[k]) for k, new in memory.items()}
 
     def stepped(self, state: State, slack_M: Tensor) -> State:
-        """Multipliers and memory after one :meth:`update`; the state has the multipliers as ``duals``."""
-        duals_M, memory = self.update(state["duals"], slack_M, state)
+        """Multipliers and memory after one :meth:`update`.
+
+        Args:
+            state: holds the multipliers as ``duals`` and the spreads of the values as ``spreads``.
+            slack_M: in the values' own units; NaN is unknown.
+        """
+        duals_M, memory = self.update(state["duals"], slack_M / state["spreads"] if self.in_spreads else slack_M, state)
         return {"duals": duals_M, **memory}
 
     def stuck(self, duals_M: Tensor, violated_M: Tensor, batches_M: Tensor) -> Tensor:
