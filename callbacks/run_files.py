@@ -15,6 +15,7 @@ from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
 from moa_lightning.callbacks.writing import Writing
 from moa_lightning.distributed import together
+from moa_lightning.random_streams import run_seed
 from moa_lightning.signals import Signal
 from moa_lightning.types import Evaluation
 
@@ -79,13 +80,12 @@ class RunFiles(EvaluationCallback):
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self._last:
             return
-        seed = os.environ.get("PL_GLOBAL_SEED")
         summary = {
             "combiner": type(pl_module.combiner).__name__,
             "steps": trainer.global_step,
             "seconds": self._seconds(),
             "tokens_per_second": self._tokens_per_second(trainer),
-            "seed": None if seed is None else int(seed),
+            **_seeds(trainer, pl_module),
             "objectives": {
                 name: {
                     "start": self._first.get(name, mean)[0],
@@ -125,6 +125,17 @@ def _record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """What the policy's folder says of it. The summary may be of a later step: a resumed run writes it first."""
     module: Any = pl_module
     return {"steps": trainer.global_step, "combiner": type(module.combiner).__name__}
+
+
+def _seeds(trainer: Trainer, pl_module: LightningModule) -> dict[str, int | None]:
+    """The seeds in force, by what they are of; ``None`` where nothing was seeded."""
+    module: Any = pl_module
+    data = getattr(trainer, "datamodule", None)
+    return {
+        "seed": run_seed() if "PL_GLOBAL_SEED" in os.environ else None,
+        "data_seed": None if data is None else run_seed(getattr(data, "seed", None)),
+        "model_seed": run_seed(module.seed),
+    }
 
 
 def _report(pl_module: LightningModule) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from moa_lightning.losses.base import with_values_in_graph
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_tokenizer
 from moa_lightning.progress import ScheduledWeights
+from moa_lightning.random_streams import run_seed
 from moa_lightning.resumption import ResumedModule
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
@@ -53,7 +54,8 @@ class AlignmentModule(ResumedModule):
         optimizer: from parameters to an optimiser; ``None`` is AdamW with learning rate 1e-5.
         lr_scheduler: from the optimiser to a schedule, stepped after each optimiser step.
         value_learning_rate: of the value heads; ``None`` is the optimiser's.
-        seed: of evaluations: each one answers with the same random numbers, so that they can be compared.
+        seed: of evaluations: each one of a run answers with the same random numbers, so that they can be compared.
+            ``None`` is the run's seed (``seed_everything``).
     """
 
     settings: Mapping[str, str] = {}  # the command line's, by dotted key: the same on all processes
@@ -70,7 +72,7 @@ class AlignmentModule(ResumedModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         value_learning_rate: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.policy_config = policy
@@ -264,7 +266,7 @@ class AlignmentModule(ResumedModule):
             return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
 
     def _evaluation_seed(self, batch_idx: int) -> int:
-        return (self.seed + 1) * 15_485_863 + batch_idx
+        return ((run_seed(self.seed) + 1) * 15_485_863 + batch_idx) % 2**62
 
     # Checkpoints: what is trained, and what the combiner and the KL control remember.
 

@@ -1,10 +1,19 @@
-"""The random streams of a process, as plain containers that a checkpoint can hold."""
+"""What seeds a run, and the random streams of a process as plain containers that a checkpoint can hold."""
 
+import os
 import random
 from typing import Any
 
 import numpy as np
 import torch
+
+
+def run_seed(own: int | None = None) -> int:
+    """The seed that is in force: a part's own, or else the run's, which ``seed_everything`` was given last.
+
+    0 where neither is given.
+    """
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if own is None else own
 
 
 def random_state() -> dict[str, Any]:

@@ -34,6 +34,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``seed_everything`` of one test would otherwise seed whatever the next ones build."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def no_open_wandb_run() -> Iterator[None]:
     """A run that one test leaves open would be reused by the next one in the same process."""
     yield

@@ -16,7 +16,7 @@ def test_both_objectives_rise_on_three_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     summaries = []
     for seed in range(3):
-        main(["fit", f"--config={CONFIG}", f"--seed_everything={seed}", f"--data.init_args.seed={seed}",
+        main(["fit", f"--config={CONFIG}", f"--seed_everything={seed}",
               f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}",
               f"--trainer.default_root_dir=runs/{seed}", "--trainer.enable_progress_bar=false"])  # fmt: skip
         summaries.append(json.loads((tmp_path / "runs" / str(seed) / "summary.json").read_text()))

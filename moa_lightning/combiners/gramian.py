@@ -15,6 +15,7 @@ from torchjd.linalg import Matrix
 
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import GradientCombiner, Place
+from moa_lightning.random_streams import run_seed
 from moa_lightning.types import Experience, State
 
 _NO_CONFLICT = CONVEX | {Claim.ONE_OBJECTIVE, Claim.NON_CONFLICT}
@@ -76,12 +77,12 @@ class Gramian(GradientCombiner):
             raise ValueError(f"Gramian.norm_power must be a finite number >= 0, got {self.norm_power}")
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
-        """Nothing drawn.
+        """Nothing drawn; what weightings draw goes by the run's seed.
 
         Raises:
             ValueError: the weighting is not for this many objectives.
         """
-        state = {"batches": torch.zeros(())}
+        state = {"batches": torch.zeros(()), "seed": torch.tensor(float(run_seed() % 2**24))}  # exact in float32
         count = len(objectives)
         try:
             weights_N = self.weigh(torch.eye(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool), state)
@@ -99,12 +100,13 @@ class Gramian(GradientCombiner):
 
     def observe(self, experience: Experience, state: State) -> State:
         """Another order for weightings that draw one."""
-        return {"batches": state["batches"] + 1}
+        return state | {"batches": state["batches"] + 1}
 
     def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
         """The weighting's."""
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(state["batches"]))
+            seed = state.get("seed", torch.zeros(()))  # a checkpoint from before it was kept
+            torch.default_generator.manual_seed(int(seed) * 1_000_003 + int(state["batches"]))
             return self._of_any_size(gram_NN, present_N)
 
     def _of_any_size(self, gram_NN: Tensor, present_N: Tensor) -> Tensor:

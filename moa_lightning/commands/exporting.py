@@ -49,7 +49,7 @@ class Export:
         self.run, self.saved, self.base, self.dtype = run, saved, base, dtype
         self.facts = dict(saved.summary if saved is not None else run.summary() or run.record())
         if run.settings:
-            self.facts.setdefault("seed", run.settings.get("seed_everything"))
+            self.facts = {**_seeds(run.settings), **self.facts}
         self.notes: list[str] = []  # for whoever asked
         self._model: Any = None  # an adapter that lies there already is left as it is
         self._config = self._policy_config()
@@ -195,6 +195,16 @@ def shareable(settings: Any) -> Any:
         return [shareable(value) for value in settings]
     is_local = isinstance(settings, str) and "\n" not in settings and Path(settings).expanduser().is_absolute()
     return Path(settings).name if is_local else settings
+
+
+def _seeds(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The seeds in ``config.yaml``, by their names in ``summary.json``."""
+    data, model = settings.get("data") or {}, settings.get("model") or {}
+    return {
+        "seed": settings.get("seed_everything"),
+        "data_seed": (data.get("init_args") or {}).get("seed"),
+        "model_seed": model.get("seed"),
+    }
 
 
 def merged(model: Any) -> tuple[Any, float]:

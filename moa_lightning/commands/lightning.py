@@ -32,6 +32,7 @@ from moa_lightning.checkpoints import AtomicCheckpointIO, require_whole
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
 from moa_lightning.commands.run_config import RunConfig
+from moa_lightning.commands.seeds import seed_run
 from moa_lightning.commands.start_folder import (
     RunPlace,
     free_folder,
@@ -132,6 +133,9 @@ class AlignmentCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the command line alone: a checkpoint does not override it."""
 
+    def _set_seed(self) -> None:
+        """Leave it to :meth:`before_instantiate_classes`, which knows the run that is resumed."""
+
     def before_instantiate_classes(self) -> None:
         """Give the run a folder of its own, or that of the checkpoint it goes on from; evaluations get one inside it.
 
@@ -183,6 +187,7 @@ class AlignmentCLI(LightningCLI):
                 refuse_if_held(folder)
         config.trainer.default_root_dir = str(folder)
         config.checkpoint.dirpath = place.dirpath
+        seed_run(config, root / "config.yaml" if self.subcommand == "fit" and config.get("ckpt_path") else None)
 
     def _newest(self, place: RunPlace) -> str | None:
         """What ``ckpt_path: last`` means: the newest valid checkpoint of the run folder, or a start in it."""

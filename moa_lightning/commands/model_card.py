@@ -153,6 +153,19 @@ def _objectives(exported: Exported) -> list[str]:
     return text
 
 
+def _seeds(facts: Mapping[str, Any]) -> str | None:
+    """The run's seed, and those of its data and its evaluations where they are others.
+
+    >>> _seeds({"seed": 7, "data_seed": 7, "model_seed": 0})
+    '7, evaluation 0'
+    """
+    seed = facts.get("seed")
+    own = {"data": facts.get("data_seed"), "evaluation": facts.get("model_seed")}
+    others = [f"{name} {value}" for name, value in own.items() if value not in (None, seed)]
+    said = [] if seed is None else [str(seed)]
+    return ", ".join([*said, *others]) or None
+
+
 def _how(exported: Exported) -> list[str]:
     model, facts = exported.settings.get("model", {}), exported.facts
     adapts = (model.get("policy") or {}).get("lora")
@@ -170,7 +183,7 @@ def _how(exported: Exported) -> list[str]:
         else None,
         "thresholds": spelled(facts["thresholds"]) if facts.get("thresholds") else None,
         "steps": _steps(facts),
-        "seed": facts.get("seed"),
+        "seed": _seeds(facts),
     }
     listed = [f"- {name}: {plain(str(value))}" for name, value in lines.items() if value is not None]
     if not listed:

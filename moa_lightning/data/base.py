@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, cast
 from lightning.pytorch import LightningDataModule
 
 from moa_lightning.distributed import is_distributed
+from moa_lightning.random_streams import run_seed
 
 
 class Stage(StrEnum):
@@ -37,12 +38,13 @@ class PromptData(LightningDataModule, ABC):
     Args:
         batch_size: prompts per collected batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
-        seed: of the order in which training prompts are drawn.
+        seed: of the order in which training prompts are drawn, and of the responses that are sampled for them; ``None``
+            is that of the run (``seed_everything``).
     """
 
     one_thread: ClassVar[bool] = False  # the task's model is so small that threads would only wait for each other
 
-    def __init__(self, batch_size: int = 64, val_batch_size: int | None = None, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, val_batch_size: int | None = None, seed: int | None = None) -> None:
         super().__init__()
         if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
             raise ValueError(f"data.batch_size must be at least 1, got {batch_size} (val_batch_size {val_batch_size})")
@@ -98,7 +100,7 @@ class PromptData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> Iterable[Any]:
         """Collected experience, minibatch by minibatch."""
-        return self._module().experience_loader(self.rows(Stage.TRAIN), self.batch_size, self.seed)
+        return self._module().experience_loader(self.rows(Stage.TRAIN), self.batch_size, run_seed(self.seed))
 
     def val_dataloader(self) -> Iterable[Any]:
         """Prompts in order."""

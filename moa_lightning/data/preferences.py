@@ -52,7 +52,7 @@ class Preferences(PromptData):
         limit: use the first rows only; ``None`` is all of them.
         batch_size: prompts per batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
-        seed: of the order of training rows.
+        seed: of the order of training rows; ``None`` is that of the run (``seed_everything``).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Preferences(PromptData):
         limit: int | None = None,
         batch_size: int = 16,
         val_batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         if val_size < 0 or (limit is not None and limit < 1):

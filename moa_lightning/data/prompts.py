@@ -38,7 +38,8 @@ class Prompts(PromptData):
         val_limit: the same for validation and for tests.
         batch_size: prompts per collected batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
-        seed: of the order in which training prompts are drawn.
+        seed: of the order in which training prompts are drawn, and of the responses that are sampled for them; ``None``
+            is that of the run (``seed_everything``).
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Prompts(PromptData):
         val_limit: int | None = None,
         batch_size: int = 64,
         val_batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         for name, value in {"limit": limit, "val_limit": val_limit}.items():

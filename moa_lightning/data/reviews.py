@@ -136,8 +136,10 @@ class Reviews(PromptData):
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
         val_size: openings held out for evaluation, of 320.
         val_repeats: times each held-out opening is answered in an evaluation.
-        seed: of the order of prompts.
-        warm_start_seed: of the policy's initial weights and of the reviews it learns from.
+        seed: of the order of prompts, and of the responses that are sampled for them; ``None`` is that of the run
+            (``seed_everything``).
+        warm_start_seed: of the policy's initial weights and of the reviews it learns from. It does not follow the run's
+            seed: the policy is built once, and runs that differ in their seed start from the same one.
         baseline_reviews: reviews of each opening that the grammar wrote, the same in each run, as a list in column
             ``baseline_reviews``: what ``WinProbability`` compares with. 0 adds no column.
     """
@@ -148,7 +150,7 @@ class Reviews(PromptData):
         val_batch_size: int | None = None,
         val_size: int = 64,
         val_repeats: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
         warm_start_seed: int = 0,
         baseline_reviews: int = 0,
     ) -> None:

@@ -111,7 +111,7 @@ class Scripted(LightningModule):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.combiner, self.combiner_state = Equal(), {}
+        self.combiner, self.combiner_state, self.seed = Equal(), {}, None
         self.evaluations, self.collected, self.updates = list(evaluations), list(collected), updates
         self.weights, self.score_BT, self.terms = list(weights), score_BT, terms or {}
         table = (*self.evaluations, *self.collected)[0].rewards

@@ -178,7 +178,7 @@ def test_the_summary(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["combiner"] == "Equal"
     assert summary["steps"] == 1
-    assert summary["seed"] == 11
+    assert (summary["seed"], summary["data_seed"], summary["model_seed"]) == (11, None, 11)
     assert 0 < summary["seconds"] < 600
     assert 0 < summary["tokens_per_second"] <= 12 / 4  # four responses of three tokens, four seconds beside learning
     start_std_error = pytest.approx(1 / math.sqrt(3) / 2)

@@ -79,7 +79,8 @@ def test_every_combiner_under_the_trainers_flags(
 
     summary = json.loads((task.root / "summary.json").read_text())
     assert set(summary) == {
-        "combiner", "steps", "seconds", "tokens_per_second", "seed", "objectives", "hypervolume"
+        "combiner", "steps", "seconds", "tokens_per_second", "seed", "data_seed", "model_seed", "objectives",
+        "hypervolume",
     }  # fmt: skip
     assert (summary["combiner"], summary["steps"], summary["seed"]) == (combiner, 2, 7)
     assert summary["seconds"] > 0

@@ -65,6 +65,22 @@ def test_the_direction_is_that_of_torchjd(name, seed):
     torch.testing.assert_close(ours / ours.norm(), theirs / theirs.norm(), rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_weighting_draws_goes_by_the_runs_seed(monkeypatch):
+    def weights():
+        combiner = Gramian(torchjd.RandomWeighting())
+        state = combiner.init("abc", torch.ones(3))
+        return combiner.weigh(torch.eye(3), torch.ones(3).bool(), state)
+
+    unseeded = weights()
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    first = weights()
+    assert torch.equal(weights(), first)
+    assert not torch.equal(first, unseeded)
+    before = {"batches": torch.zeros(())}  # of a checkpoint that has no seed
+    drawn = Gramian(torchjd.RandomWeighting()).weigh(torch.eye(3), torch.ones(3).bool(), before)
+    assert torch.equal(drawn, unseeded)
+
+
 @pytest.mark.parametrize("name", NEVER_IN_CONFLICT)
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_no_objective_is_made_worse_to_first_order(name, count):
