@@ -20,6 +20,7 @@ from moa_lightning.combiners.mopo_thresholds import (
     judged,
     require_probabilities,
     threshold_memory,
+    warn_of_unlabelled,
     warn_of_votes,
 )
 from moa_lightning.combiners.mopo_values import judged_responses
@@ -143,6 +144,7 @@ class MOPO(Combiner):
             state |= self.dual.stepped(state, slack_N)
         bound_N = slack_N.isfinite()
         state |= judged(state, batch.attainable(), bound_N, self.dual, self.patience, self.radius, names)
+        warn_of_unlabelled(state, self.patience, names)
         return state | {"batches": state["batches"] + 1}
 
     def evaluated(self, values_N: Tensor, state: State) -> State:

@@ -39,6 +39,24 @@ def warn_of_votes(batch: Judged, names: Sequence[str]) -> None:
         )
 
 
+def warn_of_unlabelled(state: State, patience: int, names: Sequence[str]) -> None:
+    """Warn, once patience is at its end, of thresholds that no batch had a value for.
+
+    Args:
+        state: the combiner's, this batch counted in ``valued`` and not yet in ``batches``.
+        patience: batches until the warning.
+        names: of the objectives.
+    """
+    if int(state["batches"]) + 1 != patience:
+        return
+    for i in ((state["primary"] == 0) & state["thresholds"].isfinite() & (state["valued"] == 0)).nonzero().flatten():
+        rank_zero_warn(
+            f"MOPO's threshold {float(state['thresholds'][i]):.3g} for '{names[i]}' has not moved its multiplier: in "
+            f"{patience} batches no prompt had this label for all of its responses. Label whole prompts (moa label "
+            "fills in what is missing)"
+        )
+
+
 def threshold_memory(count: int) -> State:
     """First memory of the functions below, for so many objectives."""
     return {

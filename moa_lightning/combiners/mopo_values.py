@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.distributed import all_rows, all_sum
-from moa_lightning.functional.mopo import robust_value
+from moa_lightning.functional.mopo import mopo_policy, robust_value
 from moa_lightning.functional.preference import fill_from_group, group_max, group_softmax, group_sum
 from moa_lightning.signals import Signals
 from moa_lightning.types import Experience
@@ -45,11 +45,11 @@ class Judged:
     def policy(self, weights_N: Tensor, tau: float) -> Tensor:
         """Probability of each response among those of its pool under the constrained optimum."""
         filled_BN = fill_from_group(self.wins_BN, self.group_B)
-        return self._softmax((filled_BN * weights_N.to(filled_BN.device)).sum(1) / tau)
+        return mopo_policy(filled_BN, weights_N.to(filled_BN.device), tau, self._log_weights(), self.pool_B)
 
     def prior(self) -> Tensor:
         """Probability of each response among those of its pool under the reference."""
-        return self._softmax(torch.zeros_like(self.wins_BN[:, 0]))
+        return group_softmax(self._log_weights(), self.pool_B)
 
     def choice(self, log_weights_B: Tensor) -> Tensor:
         """Probability of each response among those to its prompt, from its log-weight."""
@@ -105,10 +105,10 @@ class Judged:
         sums_2N = all_sum(torch.stack([best_GN.where(found_GN, 0.0).sum(0), found_GN.float().sum(0)])).cpu()
         return sums_2N[0] / sums_2N[1]
 
-    def _softmax(self, logits_B: Tensor) -> Tensor:
-        if self.log_prior_B is not None:
-            logits_B = logits_B + self.log_prior_B
-        return group_softmax(logits_B.masked_fill(~self.counted_B, -torch.inf), self.pool_B)
+    def _log_weights(self) -> Tensor:
+        """Under the reference; -inf is what takes no part."""
+        log_prior_B = torch.zeros_like(self.wins_BN[:, 0]) if self.log_prior_B is None else self.log_prior_B
+        return log_prior_B.masked_fill(~self.counted_B, -torch.inf)
 
 
 def judged_responses(rows: Experience | Signals, normalize: Literal["prompt", "batch"]) -> Judged:

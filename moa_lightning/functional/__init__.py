@@ -5,7 +5,7 @@ from moa_lightning.functional.dual import DualSolution, one_shot_dual
 from moa_lightning.functional.dynamic import front_factor, grow_front, influence, mirror_step
 from moa_lightning.functional.gramian import parameter_gradients, representation_gramian, weights_from_gramian
 from moa_lightning.functional.logprobs import token_logprobs
-from moa_lightning.functional.mopo import mopo_dual, mopo_ratio, robust_value
+from moa_lightning.functional.mopo import mopo_dual, mopo_policy, mopo_ratio, robust_value
 from moa_lightning.functional.pairwise import (
     clip_around_first,
     confidence_weights,
@@ -75,6 +75,7 @@ __all__ = [
     "mirror_step",
     "modpo_logits",
     "mopo_dual",
+    "mopo_policy",
     "mopo_ratio",
     "non_dominated",
     "one_shot_dual",

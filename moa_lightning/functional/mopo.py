@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.functional.dual import DualSolution, one_shot_dual
+from moa_lightning.functional.preference import group_softmax
 
 
 def mopo_ratio(
@@ -36,6 +37,36 @@ def mopo_ratio(
     log_prior_B = _log_prior(primary_B, log_prior_B)
     scores_B = (primary_B + secondary_BM @ duals_M.to(primary_B.dtype)) / tau
     return (scores_B - torch.logsumexp(scores_B + log_prior_B, 0)).exp()
+
+
+def mopo_policy(
+    wins_BN: Tensor, weights_N: Tensor, tau: float, log_prior_B: Tensor, group_B: Tensor | None = None
+) -> Tensor:
+    """The optimal policy for given multipliers: the prior times :func:`mopo_ratio`, for several prompts at once.
+
+    Args:
+        wins_BN: mean win probabilities (or any scores), finite.
+        weights_N: 1 for the primary objective, its multiplier for each secondary one.
+        tau: strength of the KL regularisation, in the scores' units; above 0.
+        log_prior_B: log-weight of each response among those to its prompt under the reference; -inf leaves it out.
+        group_B: int64, which prompt a response belongs to; ``None`` is one prompt.
+
+    Returns:
+        policy_B, which adds to 1 over the responses to each prompt; 0 in a prompt without any prior weight.
+
+    Raises:
+        ValueError: ``tau`` is not above 0.
+
+    Source: Agnihotri et al., arXiv 2505.10892, the normalised form of its Eq. 3.
+
+    Example: two responses to each of two prompts; the prior has left out the last one.
+        >>> wins_BN, prior_B = torch.tensor([[1.0], [0.0], [0.3], [0.9]]), torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+        >>> mopo_policy(wins_BN, torch.ones(1), 1.0, prior_B, torch.tensor([0, 0, 1, 1])).tolist()
+        [0.7310585975646973, 0.2689414322376251, 1.0, 0.0]
+    """
+    _check_tau(tau)
+    group_B = torch.zeros_like(wins_BN[:, 0], dtype=torch.int64) if group_B is None else group_B
+    return group_softmax((wins_BN * weights_N).sum(1) / tau + log_prior_B, group_B)
 
 
 def mopo_dual(

@@ -137,6 +137,15 @@ def test_only_prompts_with_all_labels_are_compared_with_a_threshold():
     torch.testing.assert_close(state["values"][0], whole["values"][0])
 
 
+def test_a_threshold_without_any_complete_prompt_is_named():
+    wins_BN, group_B = problem(prompts=2, responses=3)
+    wins_BN[::3, 2] = torch.nan  # the label for c is never there for all responses
+    with pytest.warns(UserWarning, match="0.5 for 'c' has not moved its multiplier: in 4 batches no prompt") as found:
+        state, _ = run(MOPO(thresholds={"b": 0.5, "c": 0.5}, patience=4), wins_BN, group_B, 10)
+    assert len(found) == 1
+    assert float(state["duals"][2]) == 0
+
+
 def shown(wins_BN, group_B, log_policy_B):
     """The batch as preference rows give it."""
     return dataclasses.replace(batch(wins_BN, group_B), log_policy_B=log_policy_B)

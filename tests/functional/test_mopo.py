@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from moa_lightning.functional import mopo_dual, mopo_ratio, robust_value
+from moa_lightning.functional import mopo_dual, mopo_policy, mopo_ratio, robust_value
 
 EXACT = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
 
@@ -161,3 +161,20 @@ def test_shapes_and_tau_are_checked():
         mopo_dual(torch.zeros(3), torch.zeros(3, 2), torch.zeros(1), 0.1)
     with pytest.raises(ValueError, match="tau must be above 0"):
         mopo_ratio(torch.zeros(3), torch.zeros(3, 1), torch.zeros(1), 0.0)
+
+
+def test_the_policy_is_the_prior_times_the_ratio_of_each_prompt():
+    sizes, generator = (4, 1, 3), torch.Generator().manual_seed(3)
+    wins_BN, log_prior_B = torch.rand(8, 3, generator=generator), torch.randn(8, generator=generator)
+    group_B = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    weights_N = torch.tensor([1.0, 0.7, 2.0])
+    policy_B = mopo_policy(wins_BN, weights_N, 0.1, log_prior_B, group_B)
+    for prompt in range(3):
+        rows = group_B == prompt
+        ratio_B = mopo_ratio(wins_BN[rows, 0], wins_BN[rows, 1:], weights_N[1:], 0.1, log_prior_B[rows])
+        torch.testing.assert_close(policy_B[rows], ratio_B * log_prior_B[rows].softmax(0))
+    torch.testing.assert_close(
+        mopo_policy(wins_BN[:4], weights_N, 0.1, log_prior_B[:4]), policy_B[:4], rtol=1e-5, atol=1e-7
+    )
+    with pytest.raises(ValueError, match="tau must be above 0"):
+        mopo_policy(wins_BN, weights_N, 0.0, log_prior_B)
