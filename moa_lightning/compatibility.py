@@ -1,8 +1,10 @@
 """Which pieces go together: checked before anything is loaded."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -15,7 +17,6 @@ from moa_lightning.losses import (
     RewardKL,
     WeightedLikelihood,
 )
-from moa_lightning.models import Reference
 from moa_lightning.rewards import RewardPanel
 from moa_lightning.signals import SIGNALS_OF_LOSSES, GradientPlace, Signal
 from moa_lightning.sources import Source
@@ -119,16 +120,37 @@ def check_strategy(combiner: Combiner, strategy: Strategy) -> None:
         )
 
 
+FORMAT = 1
+"""Of what a checkpoint holds of ours. 0 had no number, and did not say the classes of KL control, loss and source."""
+
+_FIELDS = ("objectives", "combiner", "combiner_state", "kl_state", "reference_class", "reference")
+_SIGNED = {"duals": 0.0, "weights": 0.0, "kl_coefficient": 0.0, "log_weights": -math.inf}  # least sensible values
+
+
 def check_checkpoint(
-    saved: dict[str, Any] | None, objectives: Sequence[str], combiner: Combiner, reference: Reference
+    checkpoint: Mapping[str, Any], objectives: Sequence[str], combiner: Combiner, pieces: Mapping[str, object]
 ) -> dict[str, Any]:
-    """What a checkpoint holds of ours, if it is of this combiner, these objectives and this reference.
+    """What a checkpoint holds of ours, if it is of a known format, these objectives and these classes.
+
+    Args:
+        checkpoint: all of it.
+        objectives: the trained ones.
+        combiner: of this run.
+        pieces: reference, KL control, loss and source of this run, by those names.
 
     Raises:
         ValueError: one line with what differs.
     """
+    saved, version = checkpoint.get("moa"), checkpoint.get("moa_format", 0)
     if saved is None:
         raise ValueError("this checkpoint was not written by moa_lightning; give one from a run's folder")
+    if version not in range(FORMAT + 1):
+        raise ValueError(
+            f"the checkpoint has format {version}, and this version of moa_lightning reads 0 to {FORMAT}; resume it "
+            "with the version that wrote it"
+        )
+    if missing := [name for name in _FIELDS if name not in saved]:
+        raise ValueError(f"the checkpoint lacks {', '.join(missing)}; give another one from the run's folder")
     if list(saved["objectives"]) != list(objectives):
         raise ValueError(
             f"the checkpoint was trained on the objectives {', '.join(saved['objectives'])}, this run on "
@@ -139,12 +161,44 @@ def check_checkpoint(
             f"the checkpoint was trained with {saved['combiner']}, this run uses {_name(combiner)}; use the run's own "
             "config.yaml, or start from its exported policy"
         )
-    if saved["reference_class"] != _name(reference):
+    classes = {"reference": saved["reference_class"], **saved.get("classes", {})}
+    for name, piece in pieces.items():
+        if classes.get(name, _name(piece)) != _name(piece):
+            raise ValueError(
+                f"the checkpoint was trained with {name} {classes[name]}, this run uses {_name(piece)}; use the run's "
+                "own config.yaml"
+            )
+    return dict(saved)
+
+
+def check_state(of: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint's memory that is another one's, or that makes no sense.
+
+    Args:
+        of: whose memory it is, for the message.
+        saved: the checkpoint's.
+        expected: as this run would begin with it.
+
+    Raises:
+        ValueError: one line with the entry: one is missing, a multiplier, weight or coefficient is NaN or negative.
+    """
+    if missing := sorted(expected.keys() - saved.keys()):
         raise ValueError(
-            f"the checkpoint was trained with reference {saved['reference_class']}, this run uses {_name(reference)}; "
-            "use the run's own config.yaml"
+            f"the checkpoint's memory of {of} lacks {', '.join(missing)}: it was written under other settings or by "
+            "another version; use the run's own config.yaml"
         )
-    return saved
+    for name, least in _SIGNED.items():
+        if name not in saved or name not in expected:
+            continue
+        there = torch.as_tensor(saved[name]).double().flatten()
+        begun = torch.as_tensor(expected[name]).double().flatten()
+        known = begun.isfinite() if begun.shape == there.shape else torch.ones_like(there, dtype=torch.bool)
+        bad = there[known & ~(there.isfinite() & (there >= least))]
+        if len(bad):
+            raise ValueError(
+                f"the checkpoint's memory of {of} makes no sense: {name} holds {float(bad[0]):g}; give an earlier "
+                "checkpoint"
+            )
 
 
 def check_weights(saved: Mapping[str, Any], trained: set[str], known: Mapping[str, Any]) -> None:

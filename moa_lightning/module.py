@@ -28,7 +28,7 @@ from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, Policy
 from moa_lightning.models.loading import load_config, load_tokenizer
 from moa_lightning.progress import ScheduledWeights
 from moa_lightning.random_streams import run_seed
-from moa_lightning.resumption import ResumedModule
+from moa_lightning.resumption import OptimizerSettings, ResumedModule
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.prompt_loader import PromptLoader
@@ -216,6 +216,7 @@ class AlignmentModule(ResumedModule):
             own = {} if self.value_learning_rate is None else {"lr": self.value_learning_rate}
             groups.append({"params": heads, **own})
         optimizer = self.make_optimizer(groups) if self.make_optimizer else torch.optim.AdamW(groups, lr=1e-5)
+        self.optimizer_given = OptimizerSettings.of(optimizer)
         if self.make_scheduler is None:
             return optimizer
         return {
@@ -288,17 +289,35 @@ class AlignmentModule(ResumedModule):
             "reference": self.reference.state_dict(),
             "evaluated_at": self.evaluated_at,
             "progress": self.weights.progress,
+            "classes": {name: type(piece).__name__ for name, piece in self._pieces().items()},
+            "optimizer": None if self.optimizer_given is None else self.optimizer_given.plain(),
         }
+        checkpoint["moa_format"] = compatibility.FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another combiner or other objectives; take the memory up again."""
-        saved, names = checkpoint.get("moa"), self.objective_names
-        saved = compatibility.check_checkpoint(saved, names, self.combiner, self.reference)
+        """Refuse a checkpoint of other pieces or objectives; restore the memory.
+
+        Raises:
+            ValueError: one line with what differs, is missing, or makes no sense.
+        """
+        saved = compatibility.check_checkpoint(checkpoint, self.objective_names, self.combiner, self._pieces())
+        compatibility.check_state(type(self.kl).__name__, saved["kl_state"], self.kl.init())
         fresh = self.weights.resume(saved.get("progress", 0.0), self.combiner_state)
-        self.combiner_state = self.combiner.resume(saved["combiner_state"], fresh)
+        name = type(self.combiner).__name__
+        try:
+            state = self.combiner.resume(saved["combiner_state"], fresh)
+        except KeyError as error:  # a combiner may do without an entry that it did not have before; this one cannot
+            compatibility.check_state(name, {}, {str(error.args[0]): None})
+            raise
+        compatibility.check_state(name, state, fresh)
+        self.combiner_state = state
         self.kl_state = saved["kl_state"]
         self.evaluated_at = saved.get("evaluated_at")
         self.reference.load_state_dict(saved["reference"])
+        self.optimizer_before = OptimizerSettings.of_checkpoint(checkpoint)
+
+    def _pieces(self) -> dict[str, object]:
+        return {"reference": self.reference, "kl": self.kl, "loss": self.loss, "source": self.source}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load trained weights; frozen ones are not in a checkpoint and stay as the policy's folder gave them."""
