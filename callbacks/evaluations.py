@@ -3,7 +3,6 @@
 Legend: B responses, N objectives (eval-only ones included).
 """
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,19 @@ from moa_lightning.types import Evaluation
 
 @dataclass(frozen=True)
 class Statistics:
-    """One objective over one evaluation, over all processes, responses without a score left out."""
+    """One objective over one evaluation, over all processes, responses without a score left out.
+
+    ``mean``, ``std`` and ``std_error`` are of its values: after scale, shift and clip, the unit of training and of
+    thresholds.
+    """
 
     mean: float
     std: float  # of the responses
-    std_error: float  # of the mean
+    std_error: float  # of the mean; NaN with fewer than two responses
     count: int
+    raw_mean: float  # of the scores as the reward gave them
+    raw_std_error: float
+    transform: str = ""  # how values follow from raw scores, in words; empty where they are the same
 
 
 class EvaluationCallback(Callback):
@@ -40,7 +46,7 @@ class EvaluationCallback(Callback):
         statistics: dict[str, Statistics],
         batches: list[Evaluation],
     ) -> None:
-        """An evaluation has ended; ``batches`` are those of this process. The step is ``trainer.global_step``."""
+        """An evaluation has ended; ``batches`` are those of this process. :func:`step_of` is its step."""
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
@@ -66,14 +72,30 @@ class EvaluationCallback(Callback):
         self._batches = []
 
 
+def step_of(trainer: Trainer, pl_module: LightningModule) -> int:
+    """Updates behind the weights: of the run, or of the checkpoint that is evaluated alone."""
+    return int(getattr(pl_module, "steps_done", trainer.global_step))
+
+
 def statistics_of(batches: list[Evaluation]) -> dict[str, Statistics]:
-    """Statistics of each objective's raw rewards, by name."""
-    names = batches[0].rewards.names
-    scores_BN = torch.cat([b.rewards.raw_BN for b in batches]).double()
-    count_N, mean_N, std_N = moments(scores_BN)
+    """Statistics of each objective, by name."""
+    table = batches[0].rewards
+    both_B2N = torch.cat([torch.cat([b.rewards.value_BN, b.rewards.raw_BN], dim=1) for b in batches]).double()
+    count_2N, mean_2N, std_2N = moments(both_B2N)
+    error_2N = (std_2N / count_2N.sqrt()).where(count_2N > 1, torch.nan)
+    count, mean, std, error = (moment_2N.tolist() for moment_2N in (count_2N, mean_2N, std_2N, error_2N))
+    number = len(table.names)
     return {
-        name: Statistics(mean, std, std / math.sqrt(count) if count else math.nan, int(count))
-        for name, count, mean, std in zip(names, count_N.tolist(), mean_N.tolist(), std_N.tolist(), strict=True)
+        name: Statistics(
+            mean[i],
+            std[i],
+            error[i],
+            int(count[i]),
+            mean[number + i],
+            error[number + i],
+            table.transform_by_name.get(name, ""),
+        )
+        for i, name in enumerate(table.names)
     }
 
 
@@ -94,6 +116,6 @@ def log_everywhere(trainer: Trainer, pl_module: LightningModule, metrics: dict[s
     """
     if trainer.sanity_checking:
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=step_of(trainer, pl_module))
     else:
         pl_module.log_dict(metrics, batch_size=1, reduce_fx="max", sync_dist=True)

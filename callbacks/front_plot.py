@@ -1,6 +1,7 @@
 """The picture of a Pareto front."""
 
 import os
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ _INK, _FAINT, _FRONT, _END = "#222222", "#b8b8b8", "#d1495b", "#00798c"
 
 
 def draw_front(
-    points: list[dict[str, Any]], on_front: list[bool], reference: dict[str, float], volume: float, file: Path
+    points: list[dict[str, Any]],
+    on_front: list[bool],
+    reference: dict[str, float],
+    volume: float,
+    file: Path,
+    transforms: Mapping[str, str],
 ) -> None:
     """Draw a run's evaluation points, one panel for each pair of objectives; the file appears whole.
 
@@ -22,6 +28,7 @@ def draw_front(
         reference: the point from which the hypervolume counts.
         volume: the hypervolume, for the title.
         file: the PNG to write.
+        transforms: how values follow from raw scores, in words, of the objectives where they differ.
     """
     names = list(points[0]["mean"])
     pairs = list(combinations(names, 2)) or [(names[0], names[0])]
@@ -32,10 +39,17 @@ def draw_front(
     FigureCanvasAgg(figure)
     figure.suptitle(f"Pareto front after {points[-1]['step']} steps   hypervolume {volume:.4g}", color=_INK)
     for index, (a, b) in enumerate(pairs):
-        _panel(figure.add_subplot(rows, columns, index + 1), figure, points, on_front, reference, a, b)
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _panel(axes, figure, points, on_front, reference, a, b)
+        axes.set_xlabel(_label(a, transforms))
+        axes.set_ylabel(_label(b, transforms))
     scratch = file.with_name(f".{file.name}")
     figure.savefig(scratch, format="png")
     os.replace(scratch, file)
+
+
+def _label(name: str, transforms: Mapping[str, str]) -> str:
+    return f"{name} (value, {transforms[name]})" if name in transforms else f"{name} (mean reward)"
 
 
 def _panel(
@@ -74,8 +88,6 @@ def _panel(
     axes.scatter([low_x], [low_y], marker="x", color=_INK, s=40, zorder=3)
     for x, y, text in ((low_x, low_y, "reference"), (xs[0], ys[0], "start"), (xs[-1], ys[-1], "end")):
         axes.annotate(text, (x, y), xytext=(7, 7), textcoords="offset points", color=_INK, fontsize=9)
-    axes.set_xlabel(f"{a} (mean reward)")
-    axes.set_ylabel(f"{b} (mean reward)")
     axes.margins(0.12)
     axes.spines[["top", "right"]].set_visible(False)
     figure.colorbar(drawn, ax=axes, label="step")

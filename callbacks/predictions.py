@@ -18,7 +18,8 @@ class PredictionWriter(Callback):
     """Writes responses with their N scores as JSONL, one line each, as they come.
 
     A line holds ``prompt``, ``completion``, ``scores`` (by objective, in the reward's own units; null where it had
-    no opinion), ``length`` in tokens, ``truncated``, and the data's other columns under ``columns``.
+    no opinion), ``values`` (of the objectives that scale, shift or clip them), ``length`` in tokens, ``truncated``,
+    and the data's other columns under ``columns``.
 
     Args:
         path: the file; ``None`` is ``predictions.jsonl`` in the run folder. With several processes each writes its

@@ -12,15 +12,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moa_lightning.callbacks.evaluations import moments
 from moa_lightning.distributed import all_sum, world_size
-from moa_lightning.types import Experience, Minibatch, StepOutput
+from moa_lightning.types import Experience, Minibatch, RewardTable, StepOutput
 
 
 class ObjectiveMetrics(Callback):
     """Logs what each objective does in training: rewards, advantages, value losses, weights, correlations.
 
     On each collected batch, over all processes, responses that an objective could not score left out:
-    ``rewards/<name>/mean`` and ``/std`` (the reward's own units), ``/standardized`` (mean in standard deviations from
-    the first batch's mean), ``/missing`` (share without a score), ``advantages/<name>/mean`` and ``/std``,
+    ``rewards/<name>/mean`` and ``/std`` (raw scores, in the reward's own units), ``/standardized`` (mean in standard
+    deviations from the first batch's mean), ``/missing`` (share without a score), ``values/<name>/mean`` and ``/std``
+    (after scale, shift and clip, of objectives that have one), ``advantages/<name>/mean`` and ``/std``,
     ``correlation/<a>/<b>`` (Pearson), ``completions/mean_length`` and ``/truncated``, and what the source measured
     (``kl``, ``kl_coefficient``, ``prior_ess``, …).
     What the combiner reports of its memory, such as ``duals/<name>``, ``thresholds/<name>`` and ``values/<name>``.
@@ -68,6 +69,7 @@ class ObjectiveMetrics(Callback):
                 metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean, std
                 metrics[f"rewards/{name}/standardized"] = (mean - origin) / spread if spread > 0 else 0.0
             metrics[f"rewards/{name}/missing"] = 1 - count / float(total)
+        metrics |= _of_values(rewards)
         present_BTN = collected.mask_BT.unsqueeze(-1) & collected.valid_BN.unsqueeze(1)
         advantages_BTN = collected.advantages_BTN.where(present_BTN, torch.nan)
         _, mean_N, std_N = moments(advantages_BTN.flatten(0, 1).double())
@@ -100,6 +102,16 @@ def combiner_report(pl_module: LightningModule) -> dict[str, dict[str, float]]:
         key: {name: v for name, v in zip(module.objective_names, values_N.tolist(), strict=True) if math.isfinite(v)}
         for key, values_N in found.items()
     }
+
+
+def _of_values(rewards: RewardTable) -> dict[str, float]:
+    """Mean and standard deviation of the values of objectives whose value is not the raw score."""
+    metrics: dict[str, float] = {}
+    count_N, mean_N, std_N = moments(rewards.value_BN.double())
+    for i, name in enumerate(rewards.names):
+        if count_N[i] and name in rewards.transform_by_name:
+            metrics[f"values/{name}/mean"], metrics[f"values/{name}/std"] = float(mean_N[i]), float(std_N[i])
+    return metrics
 
 
 def _correlations(names: tuple[str, ...], values_BN: torch.Tensor) -> dict[str, float]:

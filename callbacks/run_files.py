@@ -1,6 +1,7 @@
 """What a run leaves: the summary and the policy."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
+from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, step_of
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
@@ -19,12 +20,19 @@ from moa_lightning.random_streams import run_seed
 from moa_lightning.signals import Signal
 from moa_lightning.types import Evaluation
 
+Mean = dict[str, Any]
+"""Of one objective in one evaluation: ``mean``, ``std_error``, ``raw_mean``, ``raw_std_error``, ``transform``.
+
+``transform`` is None in what an old checkpoint holds: raw means alone.
+"""
+
 
 class RunFiles(EvaluationCallback):
     """Writes ``summary.json`` after each evaluation and at the end, and the policy at the end of training.
 
     The policy lies in ``policy/`` in Hugging Face format: the adapter alone when there is one. The summary is there
-    also when a run is interrupted or fails: it tells what was reached.
+    also when a run is interrupted or fails: it holds what was reached. Its numbers are means of values, after an
+    objective's scale, shift and clip, with the raw means beside them where they differ; see :func:`start_and_end`.
 
     Args:
         save_policy: write the policy.
@@ -33,8 +41,8 @@ class RunFiles(EvaluationCallback):
     def __init__(self, save_policy: bool = True) -> None:
         super().__init__()
         self.save_policy, self._writing = save_policy, Writing()
-        self._first: dict[str, list[float]] = {}
-        self._last: dict[str, list[float]] = {}
+        self._first: dict[str, Mean] = {}
+        self._last: dict[str, Mean] = {}
         self._seconds_before = 0.0  # of the run that this one goes on from
         self._rate: float | None = None  # tokens per second, of this run or the one before
         self._started: float | None = None
@@ -50,9 +58,22 @@ class RunFiles(EvaluationCallback):
         statistics: dict[str, Statistics],
         batches: list[Evaluation],
     ) -> None:
-        """Keep the means; write the summary."""
-        self._last = {name: [s.mean, s.std_error] for name, s in statistics.items() if s.count}
-        self._first = self._first or self._last
+        """Keep the means."""
+        self._last = {
+            name: {
+                "mean": s.mean,
+                "std_error": s.std_error,
+                "raw_mean": s.raw_mean,
+                "raw_std_error": s.raw_std_error,
+                "transform": s.transform,
+            }
+            for name, s in statistics.items()
+            if s.count
+        }
+        for name, now in self._last.items():
+            first = self._first.get(name, now)
+            # An old checkpoint, or one of another scale, holds a mean in another unit: then the run starts here.
+            self._first[name] = first if (first["transform"] or "") == now["transform"] else now
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the summary, now that all callbacks have seen the evaluation."""
@@ -82,19 +103,11 @@ class RunFiles(EvaluationCallback):
             return
         summary = {
             "combiner": type(pl_module.combiner).__name__,
-            "steps": trainer.global_step,
+            "steps": step_of(trainer, pl_module),
             "seconds": self._seconds(),
             "tokens_per_second": self._tokens_per_second(trainer),
             **_seeds(trainer, pl_module),
-            "objectives": {
-                name: {
-                    "start": self._first.get(name, mean)[0],
-                    "end": mean[0],
-                    "std_error": mean[1],
-                    "start_std_error": self._first.get(name, mean)[1],
-                }
-                for name, mean in self._last.items()
-            },
+            "objectives": start_and_end(self._first, self._last),
             "hypervolume": _hypervolume(trainer),
             **_report(pl_module),
         }
@@ -116,9 +129,51 @@ class RunFiles(EvaluationCallback):
         return {"first": self._first, "last": self._last, "seconds": self._seconds(), "rate": self._rate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._first, self._last = state_dict["first"], state_dict["last"]
+        """Resume from there."""
+        self._first, self._last = saved_means(state_dict["first"]), saved_means(state_dict["last"])
         self._seconds_before, self._rate = state_dict["seconds"], state_dict.get("rate")
+
+
+def start_and_end(first: dict[str, Mean], last: dict[str, Mean]) -> dict[str, dict[str, Any]]:
+    """The first and the last evaluation by objective, as ``summary.json`` has them.
+
+    ``start``, ``end`` and their standard errors are of values; ``transform`` says how these follow from raw scores,
+    and is empty where they are the same. Where they are not, ``raw_start``, ``raw_end`` and their standard errors
+    stand beside them. A standard error that is not known is null. Means of an old checkpoint have no ``transform``:
+    they are of raw scores.
+    """
+    objectives: dict[str, dict[str, Any]] = {}
+    for name, end in last.items():
+        start = first.get(name, end)
+        objectives[name] = {
+            "start": start["mean"],
+            "end": end["mean"],
+            "std_error": _or_none(end["std_error"]),
+            "start_std_error": _or_none(start["std_error"]),
+        }
+        if end["transform"] is not None:
+            objectives[name]["transform"] = end["transform"]
+        if end["transform"]:
+            objectives[name] |= {
+                "raw_start": start["raw_mean"],
+                "raw_end": end["raw_mean"],
+                "raw_std_error": _or_none(end["raw_std_error"]),
+                "raw_start_std_error": _or_none(start["raw_std_error"]),
+            }
+    return objectives
+
+
+def _or_none(number: float) -> float | None:
+    return None if math.isnan(number) else number  # JSON has no NaN
+
+
+def saved_means(saved: dict[str, Any]) -> dict[str, Mean]:
+    """Means as a checkpoint holds them; in an old one each is the raw mean and its standard error."""
+    keys = ("mean", "std_error", "transform")
+    return {
+        name: dict(zip(keys, (*mean, None), strict=True)) if isinstance(mean, list) else mean
+        for name, mean in saved.items()
+    }
 
 
 def _record(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
@@ -99,7 +99,8 @@ class AlignmentModule(ResumedModule):
         self.policy: Policy
         self.encoder: Encoder
         self.tokenizer: PreTrainedTokenizerBase
-        self._means = nn.ModuleDict({f"mean_of_{n}": MeanMetric(nan_strategy="ignore") for n in self.panel.names})
+        keys = [f"{kind}/{name}/mean" for kind in ("rewards", "values") for name in self.panel.names]
+        self._means = nn.ModuleDict({key: MeanMetric(nan_strategy="ignore") for key in keys})
         self._evaluated_2N = torch.zeros(2, len(self.objective_names))  # sums and numbers of the values seen in it
         self._panel_device: torch.device | None = None
 
@@ -228,7 +229,11 @@ class AlignmentModule(ResumedModule):
 
     # Lightning hands whatever these return to the callbacks; its annotation names tensors and mappings only.
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
-        """Respond and score; the objectives' means are logged as ``val/rewards/<name>/mean``."""
+        """Respond and score.
+
+        The objectives' means are logged as ``val/rewards/<name>/mean``, of raw scores, and, where values are not the
+        raw scores, as ``val/values/<name>/mean``.
+        """
         return self._evaluate(batch, batch_idx, "val")
 
     def on_validation_epoch_start(self) -> None:
@@ -245,7 +250,7 @@ class AlignmentModule(ResumedModule):
         self.evaluated_at = step
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
-        """Respond and score; the objectives' means are logged as ``test/rewards/<name>/mean``."""
+        """Respond and score; logs ``test/rewards/<name>/mean`` and ``test/values/<name>/mean``, as in validation."""
         return self._evaluate(batch, batch_idx, "test")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
@@ -254,10 +259,11 @@ class AlignmentModule(ResumedModule):
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str) -> Evaluation:
         evaluation = self._answered(batch, batch_idx)
-        for i, name in enumerate(self.panel.names):
-            metric = cast(MeanMetric, self._means[f"mean_of_{name}"])
-            metric.update(evaluation.rewards.raw_BN[:, i].double())
-            self.log(f"{prefix}/rewards/{name}/mean", metric, on_step=False, on_epoch=True, batch_size=1)
+        table = evaluation.rewards
+        for i, name in enumerate(table.names):
+            self._log_mean(prefix, f"rewards/{name}/mean", table.raw_BN[:, i])
+            if name in table.transform_by_name:
+                self._log_mean(prefix, f"values/{name}/mean", table.value_BN[:, i])
         values_BN, valid_BN = evaluation.rewards.trained_BN, evaluation.rewards.valid_BN
         self._evaluated_2N += torch.stack([values_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(values_BN).sum(0)]).cpu()
         return evaluation
@@ -265,6 +271,11 @@ class AlignmentModule(ResumedModule):
     def _answered(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         with told_with_the_step(self.trainer):
             return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
+
+    def _log_mean(self, prefix: str, key: str, scores_B: Tensor) -> None:
+        metric = cast(MeanMetric, self._means[key])
+        metric.update(scores_B.double())
+        self.log(f"{prefix}/{key}", metric, on_step=False, on_epoch=True, batch_size=1)
 
     def _evaluation_seed(self, batch_idx: int) -> int:
         return ((run_seed(self.seed) + 1) * 15_485_863 + batch_idx) % 2**62

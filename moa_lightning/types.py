@@ -70,6 +70,12 @@ class RewardTable:
     trained: tuple[bool, ...]  # False for eval-only objectives
     raw_BN: Tensor  # float32, as the reward returned it
     value_BN: Tensor  # float32, after the objective's affine transform and clip
+    transforms: tuple[str, ...] = ()  # how values follow from raw scores, in words; empty where they are the same
+
+    @property
+    def transform_by_name(self) -> dict[str, str]:
+        """``transforms`` of the objectives whose value is not the raw score."""
+        return {name: words for name, words in zip(self.names, self.transforms, strict=False) if words}
 
     @property
     def trained_names(self) -> tuple[str, ...]:

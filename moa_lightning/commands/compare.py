@@ -8,33 +8,35 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-_Z = 1.96  # a normal 95 % interval: evaluations are means over many prompts
-
 
 @dataclass(frozen=True)
 class Reached:
-    """The end of one run."""
+    """The end of one run. Means are of values; NaN where a run recorded raw means only and values do not follow."""
 
     run: str
     combiner: str
     steps: int
     mean: dict[str, float]
-    interval: dict[str, float]  # half width of the 95 % interval
+    interval: dict[str, float]  # half width of the 95 % interval; NaN where it is not known
+    raw: dict[str, float]  # means of raw scores, of objectives whose value is not the raw score
+    transform: dict[str, str | None]  # how values follow from raw scores, in words; None where nobody knows
     thresholds: dict[str, float]
+    verdict: dict[str, str]  # of each threshold: met, missed, open or unknown
+    lacks: tuple[str, ...]  # lines on what an old run did not record
 
-    def outcome(self, name: str) -> str:
-        """Whether a threshold is met: ``met``, ``missed``, or ``open`` where the interval holds it."""
-        if name not in self.thresholds:
-            return ""
-        distance = self.mean[name] - self.thresholds[name]
-        if abs(distance) <= self.interval[name]:
-            return "open"
-        return "met" if distance > 0 else "missed"
+    def cell(self, name: str) -> str:
+        """Mean and interval, and the raw mean where it is another number."""
+        if math.isnan(self.mean[name]):
+            return f"? (raw {self.raw[name]:.3f})"
+        interval = "" if math.isnan(self.interval[name]) else f" ± {self.interval[name]:.3f}"
+        raw = f" (raw {self.raw[name]:.3f})" if name in self.raw else ""
+        return f"{self.mean[name]:.3f}{interval}{raw}"
 
 
 def compare(runs: str | list[str], output: str | None = None) -> None:
     """Print what runs reached on their validation prompts: each objective with its 95 % interval, and its threshold.
 
+    Numbers are means of values, after scale, shift and clip; the raw mean stands beside them where it differs.
     A run that no other one dominates is marked. A threshold is ``met`` or ``missed`` where the interval lies on one
     side of it, and ``open`` where it holds it.
 
@@ -57,8 +59,10 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
                 f"'{other.run}' has the objectives {', '.join(other.mean)}, '{found[0].run}' has {', '.join(names)}; "
                 "compare runs on the same ones"
             )
-    on_front = _on_front(found, names)
+    on_front, notes = _on_front(found, names)
     for line in _table(found, names, on_front):
+        print(line)
+    for line in [f"{run.run}: {lack}" for run in found for lack in run.lacks] + notes:
         print(line)
     if output is not None:
         _write(found, names, on_front, Path(output))
@@ -74,38 +78,66 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _read(run: str) -> Reached:
+    import yaml
+
+    from moa_lightning.commands.run_summary import in_values, verdict
+    from moa_lightning.functional.verdict import Z
+
     path = Path(run) / "summary.json" if Path(run).is_dir() else Path(run)
+    config = path.with_name("config.yaml")
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        summary, lacks = in_values(recorded, settings)
         objectives = summary["objectives"]
+        thresholds = {name: t for name, t in summary.get("thresholds", {}).items() if name in objectives}
         return Reached(
             run,
             summary["combiner"],
             summary["steps"],
-            {name: o["end"] for name, o in objectives.items()},
-            {name: _Z * (0.0 if o["std_error"] is None else o["std_error"]) for name, o in objectives.items()},
-            {name: t for name, t in summary.get("thresholds", {}).items() if name in objectives},
+            mean={name: _number(o["end"]) for name, o in objectives.items()},
+            interval={name: Z * _number(o["std_error"]) for name, o in objectives.items()},
+            raw={name: _number(o["raw_end"]) for name, o in objectives.items() if "raw_end" in o},
+            transform={name: o["transform"] for name, o in objectives.items()},
+            thresholds=thresholds,
+            verdict={name: verdict(summary, name) for name in thresholds},
+            lacks=tuple(lacks),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"'{run}' holds no summary.json of a run; give folders that moa fit wrote") from error
 
 
-def _on_front(found: list[Reached], names: list[str]) -> list[bool]:
+def _number(recorded: float | None) -> float:
+    return math.nan if recorded is None else recorded
+
+
+def _on_front(found: list[Reached], names: list[str]) -> tuple[list[bool], list[str]]:
+    """Which runs no other one dominates, and lines on those that cannot be compared."""
     import torch
 
     from moa_lightning.functional import non_dominated
 
+    notes = []
+    for name in names:
+        units = sorted({unit or "raw" for run in found if (unit := run.transform[name]) is not None})
+        if len(units) > 1:
+            notes.append(f"'{name}' is {' in some runs, '.join(units)} in others: in different units, no front")
+    if notes:
+        return [False] * len(found), notes
     points_PN = torch.tensor([[run.mean[name] for name in names] for run in found], dtype=torch.float64)
-    return [bool(keep) for keep in non_dominated(points_PN)]
+    known_P = points_PN.isfinite().all(1)
+    on_front_P = torch.zeros(len(found), dtype=torch.bool)
+    on_front_P[known_P] = torch.as_tensor(non_dominated(points_PN[known_P]))
+    return [bool(keep) for keep in on_front_P], notes
 
 
 def _table(found: list[Reached], names: list[str], on_front: list[bool]) -> list[str]:
     head = ["run", "combiner", "steps", *(f"{name} (95 %)" for name in names), "front", "thresholds"]
     lines = [head]
     for run, keep in zip(found, on_front, strict=True):
-        values = [f"{run.mean[n]:.3f} ± {run.interval[n]:.3f}" for n in names]
-        told = "; ".join(f"{n} {t:.3g}: {run.outcome(n)}" for n, t in run.thresholds.items())
-        lines.append([run.run, run.combiner, str(run.steps), *values, "*" if keep else "", told])
+        cells = [run.cell(name) for name in names]
+        told = "; ".join(f"{n} {t:.3g}: {run.verdict[n]}" for n, t in run.thresholds.items())
+        lines.append([run.run, run.combiner, str(run.steps), *cells, "*" if keep else "", told])
     if not any(run.thresholds for run in found):
         lines = [line[:-1] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -122,12 +154,17 @@ def _write(found: list[Reached], names: list[str], on_front: list[bool], folder:
     with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         each = [f"{n}{what}" for n in map(_cell, names) for what in ("", "_interval", "_threshold", "_outcome")]
-        writer.writerow(["run", "combiner", "steps", "non_dominated", *each])
+        with_raw = [n for n in names if any(n in run.raw for run in found)]
+        raw = [f"{n}{what}" for n in map(_cell, with_raw) for what in ("_raw", "_value")]
+        writer.writerow(["run", "combiner", "steps", "non_dominated", *each, *raw])
         for run, keep in zip(found, on_front, strict=True):
             cells = [
                 cell
                 for n in names
-                for cell in (run.mean[n], run.interval[n], run.thresholds.get(n, math.nan), run.outcome(n))
+                for cell in (run.mean[n], run.interval[n], run.thresholds.get(n, math.nan), run.verdict.get(n, ""))
+            ]
+            cells += [
+                cell for n in with_raw for cell in (run.raw.get(n, run.mean[n]), _cell(run.transform[n] or "raw"))
             ]
             writer.writerow([_cell(run.run), _cell(run.combiner), run.steps, int(keep), *cells])
 

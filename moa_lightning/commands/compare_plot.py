@@ -1,5 +1,6 @@
 """The picture of ``moa compare``."""
 
+import math
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,17 @@ def draw_comparison(found: "list[Reached]", names: list[str], on_front: list[boo
     figure.savefig(file, format="png")
 
 
+def _label(found: "list[Reached]", name: str) -> str:
+    units = sorted({run.transform[name] or "raw" for run in found})
+    return name if units == ["raw"] else f"{name} (value, {' or '.join(units)})"
+
+
 def _panel(axes: Any, found: "list[Reached]", labels: list[str], on_front: list[bool], a: str, b: str) -> None:
     for i, (run, label, keep) in enumerate(zip(found, labels, on_front, strict=True)):
         color = _COLORS[i % len(_COLORS)]
         x, y = run.mean[a], run.mean[b]
+        if math.isnan(x + y):  # an old run whose values are not known
+            continue
         axes.errorbar(x, y, xerr=run.interval[a], yerr=run.interval[b], fmt="o", color=color, ecolor=_FAINT, zorder=3)
         axes.annotate(
             label.replace("$", r"\$"), (x, y), xytext=(6, 6), textcoords="offset points", color=color, fontsize=9
@@ -42,7 +50,7 @@ def _panel(axes: Any, found: "list[Reached]", labels: list[str], on_front: list[
         for name, line in ((a, axes.axvline), (b, axes.axhline)):
             if name in run.thresholds:
                 line(run.thresholds[name], color=color, linewidth=1, linestyle=":", zorder=1)
-    axes.set_xlabel(a)
-    axes.set_ylabel(b)
+    axes.set_xlabel(_label(found, a))
+    axes.set_ylabel(_label(found, b))
     axes.margins(0.15)
     axes.spines[["top", "right"]].set_visible(False)

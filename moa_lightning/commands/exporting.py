@@ -23,6 +23,7 @@ from moa_lightning import __version__
 from moa_lightning.chat import end_tokens
 from moa_lightning.commands.model_card import Exported, card
 from moa_lightning.commands.run_folder import RunFolder, Saved
+from moa_lightning.commands.run_summary import in_values
 from moa_lightning.console import library_bars, shows_progress
 from moa_lightning.masking import masked
 from moa_lightning.models import PolicyConfig, ValueHeads
@@ -47,10 +48,11 @@ class Export:
 
     def __init__(self, run: RunFolder, saved: Saved | None, base: str | None, dtype: str) -> None:
         self.run, self.saved, self.base, self.dtype = run, saved, base, dtype
-        self.facts = dict(saved.summary if saved is not None else run.summary() or run.record())
+        recorded = saved.summary if saved is not None else run.summary() or run.record()
+        self.facts, lacks = in_values(recorded, run.settings)
         if run.settings:
             self.facts = {**_seeds(run.settings), **self.facts}
-        self.notes: list[str] = []  # for whoever asked
+        self.notes = [f"the run {lack}" for lack in lacks]  # for whoever asked
         self._model: Any = None  # an adapter that lies there already is left as it is
         self._config = self._policy_config()
         self._tokenizer: Any = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from moa_lightning.commands.run_summary import verdict
 from moa_lightning.dotted import import_dotted
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -118,6 +119,7 @@ def _objectives(exported: Exported) -> list[str]:
     names = list(asked) or list(numbers)
     if not names:
         return []
+    raw = ("transform", "raw_start", "raw_end") if any(found.get("transform") for found in numbers.values()) else ()
     rows = []
     for name in names:
         settings, found = asked.get(name, {}), numbers.get(name, {})
@@ -125,21 +127,27 @@ def _objectives(exported: Exported) -> list[str]:
         cells = [
             plain(spelled(settings.get("reward", ""), short=True)),
             plain(weight),
-            *(_number(found.get(key)) for key in ("start", "end")),
+            *(_number(found.get(key)) for key in ("start", "end", "std_error")),
+            *(plain(found.get(key) or "raw") if key == "transform" else _number(found.get(key)) for key in raw),
         ]
-        rows.append(f"| {plain(name)} | {' | '.join(cells)} | {_number(found.get('std_error'))} |")
+        rows.append(f"| {plain(name)} | {' | '.join(cells)} |")
     start = _named(exported.base) or "A language model"
     text = [
         f"{start} aligned to {len(names)} objectives at once: {plain(', '.join(names))}.\n",
         "## Objectives\n",
-        "| objective | reward | weight | start | end | standard error |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        "| objective | reward | weight | start | end | standard error |"
+        + (" value is | raw start | raw end |" if raw else ""),
+        "| --- | --- | --- | ---: | ---: | ---: |" + (" --- | ---: | ---: |" if raw else ""),
         *rows,
         "",
     ]
     if numbers:
         text.append(
             "Means on held-out prompts, before and after; the standard error is that of the end. Bigger is better.\n"
+            if not raw
+            else "Means of values on held-out prompts, before and after; the standard error is that of the end. A "
+            "value is what was trained on and what thresholds are written in; `value is` says how it follows from the "
+            "reward's raw score. Bigger values are better.\n"
         )
     else:
         text.append("There is no evaluation of this step.\n")
@@ -181,7 +189,7 @@ def _how(exported: Exported) -> list[str]:
         "weights at the end": spelled({k: _number(v) for k, v in facts["weights"].items()})
         if facts.get("weights")
         else None,
-        "thresholds": spelled(facts["thresholds"]) if facts.get("thresholds") else None,
+        "thresholds on held-out means": _thresholds(facts) if facts.get("thresholds") else None,
         "steps": _steps(facts),
         "seed": _seeds(facts),
     }
@@ -267,6 +275,12 @@ def _defaults(path: str) -> dict[str, Any]:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else ""
+
+
+def _thresholds(facts: Mapping[str, Any]) -> str:
+    """Each threshold and whether the numbers above meet it."""
+    told = {name: f"{_number(t)} {verdict(facts, name)}".rstrip() for name, t in facts["thresholds"].items()}
+    return spelled(told)
 
 
 def _steps(facts: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from moa_lightning.callbacks import ParetoFront
+from moa_lightning.callbacks.run_files import saved_means, start_and_end
 from moa_lightning.checkpoints import META, newest_whole, require_whole
 from moa_lightning.commands.start_folder import RunPlace
 from moa_lightning.distributed import read_pieces
@@ -156,21 +157,12 @@ def read_checkpoint(path: Path) -> Saved:
         raise ValueError(f"checkpoint '{path}' is none of moa fit")
     moa, callbacks = whole["moa"], whole.get("callbacks", {})
     evaluated = callbacks.get("RunFiles", {})
-    first, last = evaluated.get("first", {}), evaluated.get("last", {})
-    objectives = {
-        name: {
-            "start": first.get(name, end)[0],
-            "end": end[0],
-            "std_error": end[1],
-            "start_std_error": first.get(name, end)[1],
-        }
-        for name, end in last.items()
-    }
+    first, last = saved_means(evaluated.get("first", {})), saved_means(evaluated.get("last", {}))
     summary = {
         "combiner": moa["combiner"],
         "steps": int(whole["global_step"]),
         "seconds": evaluated.get("seconds"),
-        "objectives": objectives,
+        "objectives": start_and_end(first, last),
         "evaluated_at": moa.get("evaluated_at"),
         "hypervolume": _hypervolume(callbacks.get("ParetoFront")),
     }

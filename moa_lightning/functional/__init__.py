@@ -45,6 +45,7 @@ from moa_lightning.functional.surrogate import (
     squared_log_ratio,
     value_loss,
 )
+from moa_lightning.functional.verdict import threshold_verdict
 
 __all__ = [
     "DualSolution",
@@ -90,6 +91,7 @@ __all__ = [
     "soft_minimum",
     "squared_log_ratio",
     "tchebycheff",
+    "threshold_verdict",
     "token_logprobs",
     "truncated_log_ratio",
     "value_loss",

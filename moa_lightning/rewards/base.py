@@ -5,7 +5,7 @@ Legend: B responses.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -66,7 +66,8 @@ class Reward(ABC):
 class Objective:
     """One reward and its place in the panel: the value is ``clip(scale * raw + shift)``.
 
-    The transform changes what is trained on; logs, tables and evaluations show the raw score as well.
+    The value is what trains, what thresholds are written in, and what fronts and comparisons are made of. Where it
+    differs from the raw score, logs, tables and files show the raw score beside it.
 
     Args:
         reward: what is scored.
@@ -101,7 +102,28 @@ class Objective:
                 "take out of [0, 1]; remove them, or turn the objective around with scale -1 and shift 1"
             )
 
+    @property
+    def transform(self) -> str:
+        """How the value follows from the raw score, in words; empty where they are the same."""
+        return transform_in_words(self.scale, self.shift, self.clip)
+
     def value(self, raw_B: Tensor) -> Tensor:
         """``clip(scale * raw + shift)``; NaN stays NaN."""
         value_B = self.scale * raw_B + self.shift
         return value_B if self.clip is None else value_B.clamp(*self.clip)
+
+
+def transform_in_words(scale: float, shift: float, clip: Sequence[float] | None) -> str:
+    """How an objective's value follows from its raw score; empty where they are the same.
+
+    Example:
+        >>> transform_in_words(-1.0, 2.0, [0.0, 1.0])
+        '-1 x raw + 2, clipped to [0, 1]'
+        >>> transform_in_words(1.0, 0.0, None)
+        ''
+    """
+    product = "raw" if scale == 1 else f"{scale:g} x raw"
+    total = product if shift == 0 else f"{product} {'-' if shift < 0 else '+'} {abs(shift):g}"
+    if clip is not None:
+        return f"{total}, clipped to [{clip[0]:g}, {clip[1]:g}]"
+    return "" if total == "raw" else total

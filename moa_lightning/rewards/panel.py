@@ -146,7 +146,8 @@ class RewardPanel:
             raw_BN[:, i] = _finite_or_nan(raw_B)
             value_BN[:, i] = _finite_or_nan(objective.value(raw_BN[:, i]))
             self._warn_once(name, raw_B, value_BN[:, i])
-        return RewardTable(self.names, self.trained, raw_BN, value_BN)
+        transforms = tuple(objective.transform for objective in self.objectives.values())
+        return RewardTable(self.names, self.trained, raw_BN, value_BN, transforms)
 
     def _warn_once(self, name: str, raw_B: Tensor, value_B: Tensor) -> None:
         missing = int(value_B.isnan().sum())

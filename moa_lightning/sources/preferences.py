@@ -4,7 +4,7 @@ Legend: P prompts, B candidates of all prompts, T response tokens, N objectives.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -185,7 +185,7 @@ class PreferenceRows(Source):
         }
         device = group_B.device
         table = actors.panel.score(responses.prompts, responses.completions, spread)
-        rewards = RewardTable(table.names, table.trained, table.raw_BN.to(device), table.value_BN.to(device))
+        rewards = replace(table, raw_BN=table.raw_BN.to(device), value_BN=table.value_BN.to(device))
         wins_BN = rewards.value_BN.clone()
         compared = [i for i, name in enumerate(rewards.names) if not actors.panel.objectives[name].reward.gives_wins]
         for p in range(len(candidates)) if compared else ():

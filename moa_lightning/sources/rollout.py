@@ -6,7 +6,7 @@ Legend: B sequences, P prompt tokens, T response tokens, L = P + T, N trained ob
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -281,4 +281,4 @@ def _require_finite(failed: bool) -> None:
 
 
 def _to_device(rewards: RewardTable, device: torch.device) -> RewardTable:
-    return RewardTable(rewards.names, rewards.trained, rewards.raw_BN.to(device), rewards.value_BN.to(device))
+    return replace(rewards, raw_BN=rewards.raw_BN.to(device), value_BN=rewards.value_BN.to(device))

@@ -4,6 +4,7 @@ Legend: B responses, T response tokens, N objectives.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from moa_lightning.rewards.base import transform_in_words
 from moa_lightning.types import Evaluation, Experience, Minibatch, Responses, RewardTable, StepOutput
 
 NAMES = ("good", "short")
@@ -30,14 +32,22 @@ def responses(mask_BT: Tensor, word: str = "fine") -> Responses:
     )
 
 
-def rewards(raw_BN: Tensor, names: Sequence[str], unwatched: Sequence[str] = (), scale: float = 1.0) -> RewardTable:
-    return RewardTable(tuple(names), tuple(n not in unwatched for n in names), raw_BN, scale * raw_BN)
+def rewards(
+    raw_BN: Tensor, names: Sequence[str], unwatched: Sequence[str] = (), scales: Sequence[float] = ()
+) -> RewardTable:
+    """Raw scores, and the values that objectives with these scales make of them; without scales they are the same."""
+    scales = scales or [1.0] * len(names)
+    transforms = tuple(transform_in_words(scale, 0.0, None) for scale in scales)
+    trained = tuple(n not in unwatched for n in names)
+    return RewardTable(tuple(names), trained, raw_BN, torch.tensor(scales) * raw_BN, transforms)
 
 
-def evaluation(raw_BN: Tensor, names: Sequence[str] = NAMES, unwatched: Sequence[str] = ()) -> Evaluation:
+def evaluation(
+    raw_BN: Tensor, names: Sequence[str] = NAMES, unwatched: Sequence[str] = (), scales: Sequence[float] = ()
+) -> Evaluation:
     mask_BT = torch.ones(len(raw_BN), LENGTH, dtype=torch.bool)
     mask_BT[0, 1:] = False
-    return Evaluation(responses(mask_BT), rewards(raw_BN, names, unwatched), torch.zeros(len(raw_BN)))
+    return Evaluation(responses(mask_BT), rewards(raw_BN, names, unwatched, scales), torch.zeros(len(raw_BN)))
 
 
 def around(*means: float) -> Tensor:
@@ -52,10 +62,10 @@ def experience(
     advantages_BTN: Tensor | None = None,
     seconds: dict[str, float] | None = None,
     unwatched: Sequence[str] = (),
-    scale: float = 1.0,
+    scales: Sequence[float] = (),
 ) -> Experience:
     mask_BT = torch.ones(len(raw_BN), LENGTH, dtype=torch.bool) if mask_BT is None else mask_BT
-    table = rewards(raw_BN, names, unwatched, scale)
+    table = rewards(raw_BN, names, unwatched, scales)
     nothing_BT = torch.zeros(mask_BT.shape)
     return Experience(
         responses=responses(mask_BT),
@@ -151,7 +161,7 @@ class Scripted(LightningModule):
             [responses_.completions[i] for i in picked],
             {name: [column[i] for i in picked] for name, column in responses_.columns.items()},
         )
-        half = RewardTable(table.names, table.trained, table.raw_BN[picked], table.value_BN[picked])
+        half = replace(table, raw_BN=table.raw_BN[picked], value_BN=table.value_BN[picked])
         return Evaluation(part, half, whole.kl_B[picked])
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:

@@ -103,6 +103,15 @@ def test_a_sample_line(tmp_path):
     assert "été" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_sample_of_a_cost_has_its_value_too(tmp_path):
+    raw_BN = torch.tensor([[1.5, torch.nan], [2.0, 3.0]])
+    moa = Scripted([evaluation(raw_BN, scales=[1.0, -2.0])] * 2)
+    trainer(tmp_path, SampleTable(), max_steps=1).fit(moa)
+    first, second = lines(tmp_path / "samples.jsonl")[:2]
+    assert (first["scores"], first["values"]) == ({"good": 1.5, "short": None}, {"short": None})
+    assert (second["scores"], second["values"]) == ({"good": 2.0, "short": 3.0}, {"short": -6.0})
+
+
 def test_samples_may_be_switched_off(tmp_path):
     trainer(tmp_path, SampleTable(rows=0), max_steps=1).fit(script((0, 0), (1, 1)))
     assert not (tmp_path / "samples.jsonl").exists()
@@ -188,17 +197,59 @@ def test_the_summary(tmp_path):
             "end": 3.0,
             "std_error": pytest.approx(2 / math.sqrt(3)),
             "start_std_error": start_std_error,
+            "transform": "",
         },
         "short": {
             "start": 0.0,
             "end": 6.0,
             "std_error": pytest.approx(1.0),  # standard deviation sqrt(2) of two responses
             "start_std_error": start_std_error,
+            "transform": "",
         },
     }
     assert summary["hypervolume"] == {"start": 1.0, "end": 28.0, "reference": {"good": -1.0, "short": -1.0}}
     assert (tmp_path / "policy" / "config.json").is_file()
     assert not (tmp_path / ".summary.json").exists()
+
+
+def test_the_summary_of_a_cost_is_of_its_values(tmp_path):
+    """The raw means stand beside them; a single response has no standard error."""
+    alone = torch.tensor([[1.0, 3.0], [3.0, torch.nan]])
+    moa = Scripted([evaluation(raw_BN, scales=[1.0, -2.0]) for raw_BN in (around(0.0, 0.5), alone)])
+    trainer(tmp_path, RunFiles(save_policy=False), max_steps=1).fit(moa)
+    error = 1 / math.sqrt(3) / 2
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["objectives"]["short"] == {
+        "start": -1.0,
+        "end": -6.0,
+        "std_error": None,
+        "start_std_error": pytest.approx(2 * error),
+        "transform": "-2 x raw",
+        "raw_start": 0.5,
+        "raw_end": 3.0,
+        "raw_std_error": None,
+        "raw_start_std_error": pytest.approx(error),
+    }
+
+
+def test_raw_means_of_an_old_checkpoint_are_not_taken_for_values(tmp_path):
+    def objectives(scales=()):
+        files = RunFiles(save_policy=False)
+        files.load_state_dict({"first": {"good": [9.0, 0.1], "short": [9.0, 0.1]}, "last": {}, "seconds": 1.0})
+        moa = Scripted([evaluation(around(1.0, 2.0), scales=scales)] * 2)
+        trainer(tmp_path, files, max_steps=1).fit(moa)
+        return json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["objectives"]
+
+    with_cost = objectives([1.0, -1.0])
+    assert [with_cost[name]["start"] for name in ("good", "short")] == [9.0, -2.0]
+    assert [numbers["start"] for numbers in objectives().values()] == [9.0, 9.0]  # without a scale they are values
+
+    files = RunFiles(save_policy=False)  # stopped before its first evaluation: what is left says that it is of old
+    files.load_state_dict({"first": {}, "last": {"good": [9.0, 0.1]}, "seconds": 1.0})
+    running = trainer(tmp_path, files, Stop(0, RuntimeError("stop")), num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError, match="stop"):
+        running.fit(script((0, 0)))
+    left = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["objectives"]
+    assert left == {"good": {"start": 9.0, "end": 9.0, "std_error": 0.1, "start_std_error": 0.1}}
 
 
 @pytest.mark.parametrize(("error", "raised"), [(RuntimeError("stop"), RuntimeError), (KeyboardInterrupt(), SystemExit)])

@@ -40,7 +40,7 @@ def advantages(seed=0):
 
 
 def batch(raw_BN, seed=0):
-    return experience(raw_BN, NAMES, MASK_BT, advantages(seed), unwatched=["watched"], scale=-2.0)
+    return experience(raw_BN, NAMES, MASK_BT, advantages(seed), unwatched=["watched"], scales=[1.0, -2.0, 1.0])
 
 
 def record(tmp_path, *batches, **options):
@@ -62,16 +62,18 @@ def test_rewards_and_advantages_of_a_batch(tmp_path):
             f"rewards/{name}/standardized": 0.0,
             f"rewards/{name}/missing": 0.2,
         }
+    short = -2 * FIRST_BN[:, 1].double().numpy()  # the values of the one objective that has a scale
+    expected |= {"values/short/mean": np.nanmean(short), "values/short/std": np.nanstd(short, ddof=1)}
     for i, name in enumerate(NAMES[:2]):
         scored_B = ~np.isnan(FIRST_BN[:, i].numpy())
         counted = advantages()[..., i].double().numpy()[MASK_BT.numpy() & scored_B[:, None]]
         expected |= {f"advantages/{name}/mean": counted.mean(), f"advantages/{name}/std": counted.std(ddof=1)}
     rows = [0, 2, 4]  # those that both could score
-    expected["correlation/good/short"] = np.corrcoef(FIRST_BN[rows, 0], FIRST_BN[rows, 1])[0, 1]
+    expected["correlation/good/short"] = np.corrcoef(FIRST_BN[rows, 0], -2 * FIRST_BN[rows, 1])[0, 1]
     expected |= {"completions/truncated": 0.2, "completions/mean_length": 13 / 5, "kl": 0.25, "kl_coefficient": 0.2}
     expected |= {"weights/good": 0.5, "weights/short": 0.5, "score/mean": 0.0}
     assert expected["rewards/good/mean"] == 2.5
-    assert expected["correlation/good/short"] < -0.1
+    assert expected["correlation/good/short"] > 0.1  # of values: the raw scores' is negative
     assert logged == pytest.approx(expected, rel=1e-5)
 
 
@@ -80,14 +82,15 @@ def test_what_the_combiner_reports_is_logged_by_objective(tmp_path):
     moa = Scripted(collected=[batch(FIRST_BN)])
     moa.combiner_state = {"duals": torch.tensor([math.nan, 2.5]), "values": torch.tensor([0.5, 0.25])}
     trainer(tmp_path, callback, max_steps=1, limit_val_batches=0).fit(moa)
-    reported = {k: v for k, v in callback.logged[0].items() if k.startswith(("duals", "values"))}
+    reported = {k: v for k, v in callback.logged[0].items() if re.fullmatch(r"(duals|values)/\w+", k)}
     assert reported == {"duals/short": 2.5, "values/good": 0.5, "values/short": 0.25}
 
 
 def test_a_silent_objective_leaves_no_number_but_its_missing_share(tmp_path):
     _, second, third = record(tmp_path, FIRST_BN, SECOND_BN, FIRST_BN + 6.0)
     assert second["rewards/short/missing"] == 1.0
-    assert not {"rewards/short/mean", "rewards/short/std", "correlation/good/short"} & second.keys()
+    gone = {"rewards/short/mean", "rewards/short/std", "values/short/mean", "correlation/good/short"}
+    assert not gone & second.keys()
     # Standardised by the first batch: mean 2.5, then 5, and 8.5.
     spread = np.nanstd(FIRST_BN[:, 0], ddof=1)
     assert second["rewards/good/standardized"] == pytest.approx(2.5 / spread)
@@ -145,10 +148,15 @@ def test_shares_of_time(tmp_path, monkeypatch):
 
 
 def test_the_progress_bar_shows_the_objectives(tmp_path, capsys):
-    moa = Scripted([evaluation(around(1, 1)), evaluation(around(2, 2))], [experience(around(1.25, -0.5))])
+    collected = experience(around(1.25, -0.5), scales=[1.0, -2.0])
+    moa = Scripted([evaluation(around(1, 1)), evaluation(around(2, 2))], [collected])
     watchers = [ObjectiveMetrics(), ParetoFront({"good": 0.0, "short": 0.0}), ObjectiveProgressBar(refresh_rate=1)]
     running = trainer(tmp_path, *watchers, max_steps=1, enable_progress_bar=True)
     running.fit(moa)
     shown = capsys.readouterr().out
-    assert re.search(r"good=1\.250, short=-0\.500", shown)
-    assert watchers[-1].get_metrics(running, moa) == {"good": "1.250", "short": "-0.500", "hypervolume": "4.000"}
+    assert re.search(r"good=1\.250, short=1\.000 \(raw -0\.500\)", shown)
+    assert watchers[-1].get_metrics(running, moa) == {
+        "good": "1.250",
+        "short": "1.000 (raw -0.500)",
+        "hypervolume": "4.000",
+    }

@@ -7,6 +7,7 @@ import matplotlib.image
 import pytest
 import torch
 from lightning.pytorch import Callback
+from matplotlib.figure import Figure
 
 from moa_lightning.callbacks import ParetoFront
 from tests.callbacks.scripted import Scripted, around, evaluation, trainer
@@ -30,6 +31,11 @@ class Snapshots(Callback):
 
 def script(means=MEANS, names=("good", "short"), unwatched=()):
     return Scripted([evaluation(around(*point), names, unwatched) for point in means])
+
+
+def rows_of(folder):
+    with (folder / "front.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def flags(table):
@@ -127,3 +133,58 @@ def test_missing_scores_and_watched_objectives(tmp_path):
 def test_a_reference_of_other_objectives_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must name each trained objective once: good, short; got good, lenght"):
         trainer(tmp_path, ParetoFront({"good": 0.0, "lenght": 0.0})).fit(script())
+
+
+# Costs: what is compared is the value, and the raw score stands beside it.
+
+COSTS = [around(1.0, 1.0), around(2.0, 3.0), around(3.0, 0.5)]  # the second costs most, the third dominates all
+SCALES = [1.0, -1.0]
+
+
+def as_cost(points=COSTS):
+    return Scripted([evaluation(raw_BN, scales=SCALES) for raw_BN in points])
+
+
+def test_a_cost_gives_the_same_front_as_its_negative(tmp_path):
+    as_reward = Scripted([evaluation(raw_BN * torch.tensor(SCALES)) for raw_BN in COSTS])
+    fronts, tables = [], []
+    for name, moa in (("cost", as_cost()), ("reward", as_reward)):
+        fronts.append(ParetoFront())
+        trainer(tmp_path / name, fronts[-1], max_steps=2).fit(moa)
+        tables.append(rows_of(tmp_path / name))
+    assert fronts[0].reference == fronts[1].reference
+    assert fronts[0].hypervolume() == fronts[1].hypervolume() > fronts[0].hypervolume(2) > 0
+    assert flags(tables[0]) == [0, 0, 1]
+    assert [{key: row[key] for key in tables[1][0]} for row in tables[0]] == tables[1]
+    assert [(row["short"], row["short_raw"], row["short_raw_std_error"]) for row in tables[0]] == [
+        (row["short"], row["short"].removeprefix("-"), row["short_std_error"]) for row in tables[1]
+    ]
+    assert not [key for key in tables[1][0] if "raw" in key]  # nothing is doubled where value and raw score are one
+
+
+def test_the_axes_say_that_a_value_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "moa_lightning.callbacks.front_plot.Figure",
+        lambda **options: drawn.append(Figure(**options)) or drawn[-1],
+    )
+    trainer(tmp_path, ParetoFront(), max_steps=1).fit(as_cost())
+    axes = drawn[-1].axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("good (mean reward)", "short (value, -1 x raw)")
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, -1.0], [2.0, -3.0]]
+
+
+@pytest.mark.parametrize("given", [None, dict(ORIGIN)])
+def test_points_of_raw_scores_in_an_old_checkpoint_are_not_mixed_with_values(tmp_path, given):
+    """Old checkpoints hold raw means; with a scale these are no points of this run's front."""
+    front = ParetoFront(given)
+    old = [{"step": 7, "mean": {"good": 9.0, "short": 9.0}, "std_error": {"good": 0.1, "short": 0.1}}]
+    front.load_state_dict({"points": old, "reference": {"good": -5.0, "short": -5.0}})
+    with pytest.warns(UserWarning, match=r"in other units \(short = raw\) than this run \(short = -1 x raw\)"):
+        trainer(tmp_path, front, max_steps=1).fit(as_cost())
+    assert [point["step"] for point in front.points] == [0, 1]
+    assert front.reference == given or front.reference["short"] == pytest.approx(-1 - 1 / math.sqrt(3))
+    front = ParetoFront(given)
+    front.load_state_dict({"points": old, "reference": {"good": -5.0, "short": -5.0}})
+    trainer(tmp_path, front, max_steps=1).fit(script())  # without a scale they are values
+    assert [point["step"] for point in front.points] == [7, 0, 1]

@@ -3,18 +3,35 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from matplotlib.image import imread
 
 from tests.cli.task import complaint, moa
 
 
 def run(folder: Path, combiner: str, ends: dict[str, tuple[float, float | None]], **more: object) -> Path:
+    """A run's folder with these ends and standard errors."""
+    objectives = {name: {**numbers(*end), "transform": ""} for name, end in ends.items()}
+    return write(folder, {"combiner": combiner, "steps": 7, "objectives": objectives, **more})
+
+
+def numbers(end: float, error: float | None, prefix: str = "") -> dict[str, Any]:
+    return {
+        f"{prefix}start": 0.0,
+        f"{prefix}end": end,
+        f"{prefix}std_error": error,
+        f"{prefix}start_std_error": error,
+    }
+
+
+def write(folder: Path, summary: dict[str, Any], model: dict[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True)
-    objectives = {n: {"start": 0.0, "end": e, "std_error": s, "start_std_error": s} for n, (e, s) in ends.items()}
-    summary = {"combiner": combiner, "steps": 7, "objectives": objectives, **more}
     (folder / "summary.json").write_text(json.dumps(summary))
+    if model is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
     return folder
 
 
@@ -38,7 +55,7 @@ def test_the_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "PAMA 7 0.500 ± 0.020 0.500 ± 0.020 *",
         "MOPO 7 0.400 ± 0.020 0.700 ± 0.020 * short 0.6: met",
         "MOPO 7 0.400 ± 0.196 0.450 ± 0.196 short 0.6: open",
-        "MOPO 7 0.300 ± 0.000 0.100 ± 0.196 short 0.6: missed",
+        "MOPO 7 0.300 0.100 ± 0.196 short 0.6: missed",
     ]
     with (tmp_path / "out" / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -89,3 +106,96 @@ def test_a_run_is_no_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with Path("out/comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["combiner"]) for row in rows] == [("'=1+1", "'@SUM(1)"), ("$\\frac$", "PAMA")]
+
+
+# Costs: what is compared is the value.
+
+
+def table(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[str]:
+    capsys.readouterr()
+    moa("compare", f"--runs=[{', '.join(map(str, folders))}]")
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:]]
+
+
+def test_a_cost_is_compared_by_its_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal helpfulness, lengths .7 and .05, threshold -.1 on minus the length."""
+    for name, length in (("long", 0.7), ("short", 0.05)):
+        cost = {**numbers(-length, 0.01), **numbers(length, 0.01, "raw_"), "transform": "-1 x raw"}
+        good = {**numbers(0.5, 0.01), "transform": ""}
+        objectives = {"good": good, "cost": cost}
+        summary = {"combiner": "CAID", "steps": 7, "objectives": objectives, "thresholds": {"cost": -0.1}}
+        write(tmp_path / name, summary)
+    assert [line.removeprefix(f"{tmp_path}/") for line in table(capsys, tmp_path / "long", tmp_path / "short")] == [
+        "long CAID 7 0.500 ± 0.020 -0.700 ± 0.020 (raw 0.700) cost -0.1: missed",
+        "short CAID 7 0.500 ± 0.020 -0.050 ± 0.020 (raw 0.050) * cost -0.1: met",
+    ]
+    moa("compare", f"--runs={tmp_path}/*", "--output", tmp_path / "out")
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["cost"], row["cost_raw"], row["cost_value"]) for row in rows] == [
+        ("-0.7", "0.7", "'-1 x raw"),
+        ("-0.05", "0.05", "'-1 x raw"),
+    ]
+    assert "good_raw" not in rows[0]
+
+
+ROLLOUT = {"class_path": "moa_lightning.sources.Rollout"}
+ROWS = {"class_path": "moa_lightning.sources.PreferenceRows"}
+
+
+@pytest.mark.parametrize(
+    ("model", "cells", "said"),
+    [
+        ({"source": ROLLOUT, "objectives": {"cost": {}}}, "0.700 ± 0.020 * cost -0.1: met", None),
+        (
+            {"source": ROLLOUT, "objectives": {"cost": {"scale": -1.0, "shift": 0.5}}},
+            "-0.200 ± 0.020 (raw 0.700) * cost -0.1: missed",
+            "means of values follow from its config.yaml (cost = -1 x raw + 0.5)",
+        ),
+        (
+            {"source": ROLLOUT, "objectives": {"cost": {"scale": -1.0, "clip": [-0.5, 0.0]}}},
+            "? (raw 0.700) cost -0.1: unknown",
+            "the values of cost do not follow (clipped): no verdict, no place on the front",
+        ),
+        ({"source": ROWS, "objectives": {"cost": {"scale": -1.0}}}, "0.700 ± 0.020 * cost -0.1: met", None),
+        (
+            {"source": {"class_path": "somebodys.Source"}, "objectives": {"cost": {"scale": -1.0}}},
+            "? (raw 0.700) cost -0.1: unknown",
+            "the values of cost do not follow (no config.yaml says their scale): no verdict, no place on the front",
+        ),
+        (
+            None,
+            "? (raw 0.700) cost -0.1: unknown",
+            "the values of cost do not follow (no config.yaml says their scale): no verdict, no place on the front",
+        ),
+    ],
+    ids=["no scale", "scale", "clip", "win probabilities", "unknown source", "no config"],
+)
+def test_old_runs_recorded_raw_means(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: dict[str, Any] | None,
+    cells: str,
+    said: str | None,
+) -> None:
+    summary = {"combiner": "CAID", "steps": 7, "objectives": {"cost": numbers(0.7, 0.01)}, "thresholds": {"cost": -0.1}}
+    old = write(tmp_path / "old", summary, model)
+    unit = "-1 x raw + 0.5" if said and "config.yaml (" in said else ""
+    cost = {**numbers(-1.0, 0.01), "transform": unit}
+    new = write(tmp_path / "new", {"combiner": "Linear", "steps": 7, "objectives": {"cost": cost}})
+    rows = table(capsys, old, new)
+    assert rows[0] == f"{old} CAID 7 {cells}"
+    notes = [row for row in rows[2:] if row.startswith(f"{old}: ")]
+    assert len(notes) == (said is not None)
+    assert said is None or notes[0].endswith(said)
+
+
+def test_runs_whose_values_are_in_different_units_have_no_front(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost = {**numbers(-7.0, 0.01), **numbers(0.7, 0.01, "raw_"), "transform": "-10 x raw"}
+    one = write(tmp_path / "one", {"combiner": "CAID", "steps": 7, "objectives": {"cost": cost}})
+    two = run(tmp_path / "two", "CAID", {"cost": (0.5, 0.01)})
+    rows = table(capsys, one, two)
+    assert not [row for row in rows if row.endswith("*")]
+    assert rows[-1] == "'cost' is -10 x raw in some runs, raw in others: in different units, no front"
