@@ -112,6 +112,8 @@ def moments(scores_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def log_everywhere(trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
     """Log metrics of an evaluation; Lightning drops those of the sanity check, so they go to the loggers directly.
 
+    Their step is the number of updates before the evaluation: the module logs it, and with it all that is logged here.
+
     All processes log, since each of them monitors; they have the same values, which their maximum leaves as they are.
     """
     if trainer.sanity_checking:

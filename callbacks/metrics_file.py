@@ -17,9 +17,12 @@ from moa_lightning.callbacks.writing import Writing
 class MetricsFile(Logger):
     """Writes metrics to ``metrics.csv`` in the run folder, one row per step.
 
+    A row's step is the number of updates before it, as Lightning counts: the row of step k holds the evaluation after
+    k updates, and the batch that this policy collected with the update that was made on it, the (k+1)th.
+
     Lightning's own CSV logger wants a folder of its own and empties it; this one appends. Rows of an earlier part of
-    the run stay, and a metric that appears later adds a column. A metric that comes twice for one step, as from the
-    evaluation before the first update and the one after it, makes a second row.
+    the run stay, and a metric that appears later adds a column. A metric that comes twice for one step, as from a
+    part of the run that was repeated, makes a second row.
 
     With :class:`MetricsBeforeCheckpoints` a checkpoint appears after the rows of all steps that it has seen are on the
     disk, so that a run that is killed and resumed has lost none.

@@ -232,7 +232,7 @@ class AlignmentModule(ResumedModule):
         """Respond and score.
 
         The objectives' means are logged as ``val/rewards/<name>/mean``, of raw scores, and, where values are not the
-        raw scores, as ``val/values/<name>/mean``.
+        raw scores, as ``val/values/<name>/mean``. The step of an evaluation is the number of updates before it.
         """
         return self._evaluate(batch, batch_idx, "val")
 
@@ -241,7 +241,8 @@ class AlignmentModule(ResumedModule):
         self._evaluated_2N = torch.zeros(2, len(self.objective_names))
 
     def on_validation_epoch_end(self) -> None:
-        """Tell the combiner, once for each step that was evaluated whole."""
+        """Log the evaluation at its step, and tell the combiner, once for each step that was evaluated whole."""
+        self._log_at_step()
         sums_2N, step = all_sum(self._evaluated_2N.to(self.device)).cpu(), self.trainer.global_step
         if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != math.inf:
             return
@@ -249,9 +250,28 @@ class AlignmentModule(ResumedModule):
             self.combiner_state = self.combiner.evaluated(sums_2N[0] / sums_2N[1], self.combiner_state)
         self.evaluated_at = step
 
+    def _log_at_step(self) -> None:
+        """Let an evaluation's metrics reach the loggers at the number of updates before it, the first one included."""
+        if self.trainer.sanity_checking:  # Lightning drops what is logged then
+            metrics = {key: cast(MeanMetric, metric) for key, metric in self._means.items()}
+            means = {f"val/{key}": float(m.compute()) for key, m in metrics.items() if m.update_called}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(means, self.steps_done)
+        else:
+            # Lightning would take the index of the last update, which is one less; a metric of this name sets the step.
+            self.log("step", float(self.steps_done), batch_size=1, reduce_fx="max", sync_dist=True)
+
+    def on_validation_end(self) -> None:
+        """Forget the step that was logged: checkpoints between evaluations are named by their own."""
+        self.trainer.callback_metrics.pop("step", None)
+
     def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
         """Respond and score; logs ``test/rewards/<name>/mean`` and ``test/values/<name>/mean``, as in validation."""
         return self._evaluate(batch, batch_idx, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test at the step of the weights."""
+        self._log_at_step()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         """Respond and score."""
@@ -324,6 +344,7 @@ class AlignmentModule(ResumedModule):
         self.combiner_state = state
         self.kl_state = saved["kl_state"]
         self.evaluated_at = saved.get("evaluated_at")
+        self.loaded_step = int(checkpoint["global_step"])
         self.reference.load_state_dict(saved["reference"])
         self.optimizer_before = OptimizerSettings.of_checkpoint(checkpoint)
 

@@ -79,6 +79,12 @@ class ResumedModule(LightningModule):
     evaluated_at: int | None = None  # the step of the last whole evaluation
     optimizer_given: OptimizerSettings | None = None  # of this run
     optimizer_before: OptimizerSettings | None = None  # of the checkpoint, until the restored optimiser has this run's
+    loaded_step = 0  # updates behind the weights of the checkpoint that was loaded
+
+    @property
+    def steps_done(self) -> int:
+        """Updates behind the weights: the Trainer's count, or that of the checkpoint where nothing is trained."""
+        return self.trainer.global_step or self.loaded_step
 
     def on_train_start(self) -> None:
         """Take this run's hyper-parameters; evaluate, if that is due after the checkpoint's step and was not done."""
