@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moa_lightning.commands.run_summary import verdict
+
 FILES = {
     "front.png": "the Pareto front of the run, as a picture",
     "front.csv": "the same as numbers",
@@ -31,6 +33,12 @@ def tell(root: Path) -> None:
         volume = summary["hypervolume"]
         reference = ", ".join(f"{name} {value:g}" for name, value in volume["reference"].items())
         console.print(f"hypervolume {volume['start']:.3f} -> {volume['end']:.3f} (reference point {reference})")
+    for name, numbers in summary["objectives"].items():
+        if numbers.get("transform"):
+            console.print(
+                f"{name}: value = {numbers['transform']}; raw mean {numbers['raw_start']:.3f} -> "
+                f"{numbers['raw_end']:.3f}"
+            )
     for name, threshold in summary.get("training_thresholds", {}).items():
         value = summary.get("values", {}).get(name)
         console.print(
@@ -49,7 +57,7 @@ def tell(root: Path) -> None:
 
 
 def before_and_after(summary: dict[str, Any]) -> Table:
-    """Each objective's mean before and after, with the difference in standard errors, and thresholds if there are."""
+    """Each objective's mean value before and after, the difference in standard errors, and what thresholds are met."""
     thresholds = summary.get("thresholds", {})
     table = Table(box=box.SIMPLE_HEAD, title=f"{summary['combiner']}: means on held-out prompts")
     for heading in ("objective", "before", "after", "change", "change / s.e.", *(["threshold"] if thresholds else [])):
@@ -65,5 +73,6 @@ def before_and_after(summary: dict[str, Any]) -> Table:
             f"{change:+.3f}",
             f"{change / error:+.1f}" if error > 0 else "-",
         ]
-        table.add_row(*cells, *([f"{thresholds[name]:.3g}" if name in thresholds else ""] if thresholds else []))
+        told = f"{thresholds[name]:.3g} {verdict(summary, name)}" if name in thresholds else ""
+        table.add_row(*cells, *([told] if thresholds else []))
     return table

@@ -14,11 +14,22 @@ SUMMARY = {
     "tokens_per_second": 250.0,
     "seed": 0,
     "objectives": {
-        "good": {"start": 0.5, "end": 0.7, "std_error": 0.03, "start_std_error": 0.04},
-        "short": {"start": 0.5, "end": 0.45, "std_error": 0.0, "start_std_error": None},
+        "good": {"start": 0.5, "end": 0.7, "std_error": 0.03, "start_std_error": 0.04, "transform": ""},
+        "short": {"start": 0.5, "end": 0.65, "std_error": 0.0, "start_std_error": None, "transform": ""},
+        "cost": {
+            "start": -0.5,
+            "end": -0.7,
+            "std_error": 0.03,
+            "start_std_error": 0.04,
+            "transform": "-1 x raw",
+            "raw_start": 0.5,
+            "raw_end": 0.7,
+            "raw_std_error": 0.03,
+            "raw_start_std_error": 0.04,
+        },
     },
     "hypervolume": {"start": 0.25, "end": 0.5, "reference": {"good": 0.0, "short": -1.0}},
-    "thresholds": {"short": 0.6},
+    "thresholds": {"short": 0.6, "cost": -0.1, "good": 0.65},
 }
 
 
@@ -28,8 +39,11 @@ def test_numbers_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     tell(tmp_path)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "objective before after change change / s.e. threshold" in lines
-    assert "good 0.500 0.700 +0.200 +4.0" in lines  # .2 / sqrt(.03^2 + .04^2)
-    assert "short 0.500 0.450 -0.050 - 0.6" in lines
+    assert "good 0.500 0.700 +0.200 +4.0 0.65 open" in lines  # .2 / sqrt(.03^2 + .04^2); 1.96 * .03 is over .05
+    assert "short 0.500 0.650 +0.150 - 0.6 met" in lines
+    assert "cost -0.500 -0.700 -0.200 -4.0 -0.1 missed" in lines  # although the raw mean .7 is above -.1
+    assert "cost: value = -1 x raw; raw mean 0.500 -> 0.700" in lines
+    assert sum("raw" in line for line in lines) == 1  # nothing is doubled where value and raw score are one
     assert "hypervolume 0.250 -> 0.500 (reference point good 0, short -1)" in lines
     assert "80 steps in 61 s, 250 tokens/s" in lines
     assert f"{tmp_path / 'front.png'} the Pareto front of the run, as a picture" in lines
