@@ -56,6 +56,7 @@ def collected(objectives=3, seed=0, prompts=2):
     rows = scored.experience(draw(count, objectives), torch.arange(prompts).repeat_interleave(4))
     return dataclasses.replace(
         rows,
+        rewards=as_costs(rows.rewards),
         mask_BT=mask_BT,
         advantages_BTN=draw(count, 4, objectives) * mask_BT.unsqueeze(-1),
         wins_BN=draw(count, objectives).sigmoid(),
@@ -66,9 +67,22 @@ def collected(objectives=3, seed=0, prompts=2):
     )
 
 
+def as_costs(table):
+    """The same values, as objectives have them that are costs, doubled and shifted: no raw score is its value."""
+    scales_N = torch.tensor([-1.0, 2.0, 0.5, 1.0] * 4)[: len(table.names)]
+    shifts_N = torch.tensor([0.1, -1.0, 0.25, 3.0] * 4)[: len(table.names)]
+    return dataclasses.replace(table, raw_BN=(table.value_BN - shifts_N) / scales_N)
+
+
+def clipped(rows, low=-0.5, high=0.5):
+    """The same batch with values that objectives clip."""
+    value_BN = rows.rewards.value_BN.clamp(low, high)
+    return dataclasses.replace(rows, rewards=dataclasses.replace(rows.rewards, value_BN=value_BN))
+
+
 def changed(rows, change):
     """The same batch with other numbers: ``change`` is applied to advantages, scores and logits of the wins."""
-    table = dataclasses.replace(rows.rewards, raw_BN=change(rows.rewards.raw_BN), value_BN=change(rows.rewards.raw_BN))
+    table = as_costs(dataclasses.replace(rows.rewards, value_BN=change(rows.rewards.value_BN)))
     return dataclasses.replace(
         rows,
         rewards=table,
@@ -113,7 +127,7 @@ def without(rows, gone_BN, advantage=torch.nan):
     value_BN = rows.rewards.value_BN.masked_fill(gone_BN, torch.nan)
     return dataclasses.replace(
         rows,
-        rewards=dataclasses.replace(rows.rewards, raw_BN=value_BN, value_BN=value_BN),
+        rewards=as_costs(dataclasses.replace(rows.rewards, value_BN=value_BN)),
         valid_BN=~gone_BN,
         mask_BT=rows.mask_BT & ~gone_BN.all(1, keepdim=True),
         advantages_BTN=rows.advantages_BTN.masked_fill(gone_BN.unsqueeze(1), advantage),
@@ -140,6 +154,7 @@ INPUTS = {
     "missing": missing(collected(seed=5)),
     "conflicting": changed(collected(), _column(-1.0)),
     "aligned": changed(collected(), _column(1.0)),
+    "clipped": clipped(collected(seed=6)),
 }
 
 

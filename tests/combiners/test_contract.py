@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from moa_lightning.combiners import MGDAUB, PAMA, PGAPO, Combined, Combiner, Gramian, Linear, Tchebycheff
+from moa_lightning.combiners import MGDAUB, PAMA, PGAPO, Combined, Combiner, Gramian, Lagrangian, Linear, Tchebycheff
 from moa_lightning.combiners.claims import Claim
 from moa_lightning.signals import Signal
+from tests.combiners import scored
 from tests.combiners.claims import CHECKS
 from tests.combiners.inputs import COMBINERS, EVERY, INPUTS, begin, changed, every_combiner, run, signals
 
@@ -99,6 +100,34 @@ def test_what_stands_where_a_score_is_missing_does_not_matter(combiner):
     again = combiner.combine(wild, state)
     assert torch.equal(again.score, combined.score)
     assert torch.equal(again.weights_N, combined.weights_N)
+
+
+@every_combiner
+def test_the_value_decides_and_not_the_raw_score(combiner):
+    for name, rows in INPUTS.items():
+        assert not (rows.rewards.raw_BN == rows.rewards.value_BN).all(0).any(), name
+        raw_BN = torch.full_like(rows.rewards.raw_BN, torch.nan)
+        others = dataclasses.replace(rows, rewards=dataclasses.replace(rows.rewards, raw_BN=raw_BN))
+        assert same(*(combiner.observe(batch, begin(combiner, batch)) for batch in (rows, others))), name
+        combined, other = run(combiner, rows), run(combiner, others)
+        assert torch.equal(other.score, combined.score), name
+        assert torch.equal(other.weights_N, combined.weights_N), name
+
+
+def test_a_threshold_on_a_cost_is_in_its_value():
+    """A length of .7 as a cost has value -.7: it violates -.1, although the raw .7 is above it, and keeps -.9."""
+    value_BN = torch.tensor([[1.0, -0.6], [0.0, -0.8], [2.0, -0.7], [1.0, -0.7]])
+    rows = scored.experience(value_BN, torch.zeros(4).long())
+    rows = dataclasses.replace(rows, rewards=dataclasses.replace(rows.rewards, raw_BN=-value_BN))
+    duals = {}
+    for threshold in (-0.1, -0.9):
+        combiner = Lagrangian({"b": threshold}, primary="a")
+        states = [begin(combiner, rows)]
+        for _ in range(12):
+            states.append(combiner.observe(rows, states[-1]))
+        duals[threshold] = [float(combiner.report(state)["duals"][1]) for state in (states[0], states[-1])]
+    assert duals[-0.1][1] > duals[-0.1][0]
+    assert duals[-0.9][1] <= duals[-0.9][0]
 
 
 @every_combiner
