@@ -88,7 +88,7 @@ class CAID(ResponseCombiner):
             "window": torch.zeros(self.window, 2, len(objectives)),
             "samples": torch.zeros(0, len(objectives) + 3),
             "units": torch.ones(len(objectives)),  # multipliers that give an objective the primary one's spread
-            "complete": torch.ones(len(objectives)),
+            "scored": torch.ones(len(objectives)),  # share of the responses that the dual could count
             "beta": torch.tensor(torch.nan),  # that the dual was solved for; NaN: not yet
         }
 
@@ -121,7 +121,7 @@ class CAID(ResponseCombiner):
 
     def report(self, state: State) -> dict[str, Tensor]:
         """Multipliers, thresholds, and the values that they are compared with."""
-        return curves(state) | {"complete": state["complete"].where(state["thresholds"].isfinite(), torch.nan)}
+        return curves(state) | {"scored": state["scored"].where(state["thresholds"].isfinite(), torch.nan)}
 
     def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """The primary objective's score and the others' by their multipliers, the penalty taken off each."""

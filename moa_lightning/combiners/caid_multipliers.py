@@ -13,7 +13,7 @@ from torch import Tensor
 from moa_lightning.combiners.caid_samples import ReferenceSamples
 from moa_lightning.combiners.constraints import at_its_largest, watched
 from moa_lightning.combiners.duals import DualUpdate
-from moa_lightning.functional.dual import one_shot_dual, without_prompt_effects
+from moa_lightning.functional.dual import one_shot_dual
 from moa_lightning.functional.preference import group_max
 from moa_lightning.types import State
 
@@ -24,41 +24,41 @@ class Start:
 
     duals_N: Tensor  # 0 where there is no threshold
     feasible: bool  # whether some policy on these responses meets all thresholds
-    attainable_N: Tensor  # mean of each objective if the best response to each prompt were always chosen
+    attainable_N: Tensor  # mean of each objective if the best response were always chosen
 
 
 def start(
-    samples: ReferenceSamples, primary_N: Tensor, thresholds_N: Tensor, beta: float, pool_prompts: bool
+    samples: ReferenceSamples, primary_N: Tensor, thresholds_N: Tensor, beta: float, fixed: bool, pool_prompts: bool
 ) -> Start | None:
-    """Solve the dual; None where a threshold has no prompt to be judged by.
+    """Solve the dual; None where no response has the scores that a threshold takes.
 
-    A missing score does not say what a policy would have: a prompt where only some of the responses have an objective's
-    counts in no expectation of it. In one that an objective did not score at all its term is left out, as in training.
+    A missing score does not say what a policy would have, so nothing is put in its place. Pooled, only responses count
+    that have all the scores that the problem takes. By prompt, one where only some of the responses have an objective's
+    score counts in no expectation of it; where none has, the objective's term is left out, as in training.
 
     Args:
         samples: the kept responses.
         primary_N: 1 for the primary objective, else 0.
         thresholds_N: least means; NaN where there is none.
         beta: strength of the KL charge.
+        fixed: whether the thresholds are given; else they are the means of these very responses, penalties included.
         pool_prompts: take what responses add to their prompt's level as samples of one distribution for all prompts.
     """
-    bound_N = thresholds_N.isfinite()
+    bound_N, counted_RN = thresholds_N.isfinite(), samples.complete()
     if pool_prompts:
-        samples = samples.select(samples.complete_RN[:, bound_N | (primary_N > 0)].all(1))
-    complete_RN, scores_RN, group_R, log_prior_R = (
-        samples.complete_RN, samples.scores_RN, samples.group_R, samples.log_prior_R
-    )  # fmt: skip
-    if len(scores_RN) == 0 or not complete_RN[:, bound_N].any(0).all():
+        samples = samples.pooled(bound_N | (primary_N > 0))
+        counted_RN = samples.scored_RN
+    if not counted_RN[:, bound_N].any(0).all():
         return None
-    if pool_prompts:
-        scores_RN = without_prompt_effects(scores_RN, group_R, log_prior_R)
-        group_R, log_prior_R = torch.zeros_like(group_R), samples.prior_R.log()
-    primary_R = (scores_RN * primary_N).where(samples.present_RN, 0.0).sum(1)
-    excess_RM = (scores_RN - thresholds_N).where(complete_RN, 0.0)[:, bound_N]
-    found = one_shot_dual(primary_R, excess_RM, excess_RM.new_zeros(excess_RM.shape[1]), beta, group_R, log_prior_R)
-    duals_N = torch.zeros_like(thresholds_N)
+    if not fixed:
+        thresholds_N = samples.means(counted_RN).where(bound_N, torch.nan) - 1e-9  # the reference itself meets them
+    primary_R = (samples.scores_RN * primary_N).where(samples.present_RN, 0.0).sum(1)
+    excess_RM = (samples.scores_RN - thresholds_N).where(counted_RN, 0.0)[:, bound_N]
+    nothing_M = excess_RM.new_zeros(excess_RM.shape[1])
+    found = one_shot_dual(primary_R, excess_RM, nothing_M, beta, samples.group_R, samples.log_prior_R)
+    duals_N = torch.zeros_like(primary_N)
     duals_N[bound_N] = found.duals.float()
-    best_GN = group_max(scores_RN.where(complete_RN, -torch.inf), group_R)
+    best_GN = group_max(samples.scores_RN.where(counted_RN, -torch.inf), samples.group_R)
     known_GN = best_GN.isfinite()
     return Start(duals_N, found.feasible, best_GN.where(known_GN, 0.0).sum(0) / known_GN.sum(0))
 
@@ -81,13 +81,12 @@ def solved(
     """
     samples, thresholds_N = ReferenceSamples.of(state["samples"]), state["thresholds"]
     if not fixed:
-        # Rounded down, so that the reference itself meets them.
-        rounded_N = torch.nextafter(samples.means().float(), torch.tensor(-torch.inf))
-        thresholds_N = rounded_N.where(state["primary"] == 0, torch.nan)
+        means_N = samples.without_penalties().means(samples.present_RN).float()
+        thresholds_N = means_N.where(state["primary"] == 0, torch.nan)
     deviations_N = samples.deviations().float()
     units_N = (deviations_N @ state["primary"]) / deviations_N
     units_N = units_N.where(units_N.isfinite() & (units_N > 0), 1.0)
-    found = start(samples, state["primary"], thresholds_N, float(beta), pool_prompts)
+    found = start(samples, state["primary"], thresholds_N, float(beta), fixed, pool_prompts)
     asked_N = units_N * thresholds_N.isfinite() if found is None else found.duals_N
     largest_N = units_N * (dual.largest if found is not None and found.feasible else min(1.0, dual.largest))
     first_N = asked_N.minimum(largest_N)
@@ -101,7 +100,7 @@ def solved(
         "duals": first_N,
         "units": units_N,
         "beta": beta,
-        "complete": samples.complete_share().float(),
+        "scored": (samples.scored_RN if pool_prompts else samples.complete()).float().mean(0),
         "warned": state["warned"].masked_fill(beyond_N, 1.0),
     }
 
@@ -109,7 +108,7 @@ def solved(
 def _doubt(found: Start | None, i: int, largest: float) -> str:
     """Why the kept responses cannot tell an objective's multiplier, and what helps."""
     if found is None:
-        return "has no prompt whose responses all have the scores that it takes"
+        return "has no responses with all the scores that it takes"
     if found.feasible:
         return (
             f"takes a multiplier of {float(found.duals_N[i]):.3g}, and its dual step's largest is {largest:.3g}; let "

@@ -3,14 +3,15 @@
 Legend: B sequences, R kept responses of C columns, N objectives.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.distributed import all_rows, rank
-from moa_lightning.functional.preference import group_count, group_softmax, group_sum
+from moa_lightning.functional.dual import without_prompt_effects
+from moa_lightning.functional.preference import group_softmax, group_sum
 from moa_lightning.types import Experience
 
 
@@ -41,7 +42,7 @@ class ReferenceSamples:
 
     scores_RN: Tensor  # less the penalty; a missing one is the mean of the prompt's others
     present_RN: Tensor  # bool: False in prompts that an objective did not score at all
-    complete_RN: Tensor  # bool: True in prompts whose responses all have the objective's score
+    scored_RN: Tensor  # bool: the response itself has the score
     penalty_R: Tensor
     log_prior_R: Tensor
     group_R: Tensor
@@ -51,24 +52,39 @@ class ReferenceSamples:
         """From what :func:`with_responses` gives."""
         raw_RN, penalty_R, group_R = samples_RC[:, :-3].double(), samples_RC[:, -3].double(), samples_RC[:, -1].long()
         filled_RN, present_RN = ScoredResponses(raw_RN.nan_to_num(), raw_RN.isfinite(), group_R).filled()
-        complete_RN = group_sum(raw_RN.isnan().double(), group_R)[group_R] == 0
         scores_RN = filled_RN - penalty_R.unsqueeze(1)
-        return cls(scores_RN, present_RN, complete_RN, penalty_R, samples_RC[:, -2].double(), group_R)
+        return cls(scores_RN, present_RN, raw_RN.isfinite(), penalty_R, samples_RC[:, -2].double(), group_R)
 
-    def select(self, rows_R: Tensor) -> "ReferenceSamples":
-        """The rows where a mask is True, their prompts counted from 0."""
-        rows = {field.name: getattr(self, field.name)[rows_R] for field in fields(self)}
-        return ReferenceSamples(**rows | {"group_R": rows["group_R"].unique(return_inverse=True)[1]})
+    def pooled(self, needed_N: Tensor) -> "ReferenceSamples":
+        """The responses that all needed objectives scored, as if they were to one prompt; each prompt weighs as much.
+
+        Args:
+            needed_N: bool.
+        """
+        used_R = self.scored_RN[:, needed_N].all(1)
+        rows = {field.name: getattr(self, field.name)[used_R] for field in fields(self)}
+        if not used_R.any():
+            return ReferenceSamples(**rows)
+        group_R = rows["group_R"].unique(return_inverse=True)[1]
+        scores_RN = without_prompt_effects(rows["scores_RN"], group_R, rows["log_prior_R"])
+        log_prior_R = group_softmax(rows["log_prior_R"], group_R).log()
+        one = {"scores_RN": scores_RN, "log_prior_R": log_prior_R, "group_R": torch.zeros_like(group_R)}
+        return ReferenceSamples(**rows | one)
 
     @property
     def prior_R(self) -> Tensor:
         """Weight of a response among those to its prompt."""
         return group_softmax(self.log_prior_R, self.group_R)
 
-    def means(self) -> Tensor:
-        """Mean of each objective under the reference, without penalties, over the prompts that have it; or NaN."""
-        prior_RN = self.prior_R.unsqueeze(1) * self.present_RN
-        return (prior_RN * (self.scores_RN + self.penalty_R.unsqueeze(1))).sum(0) / prior_RN.sum(0)
+    def without_penalties(self) -> "ReferenceSamples":
+        """The same with the objectives' own scores."""
+        unpenalised_RN = self.scores_RN + self.penalty_R.unsqueeze(1)
+        return replace(self, scores_RN=unpenalised_RN, penalty_R=torch.zeros_like(self.penalty_R))
+
+    def means(self, counted_RN: Tensor) -> Tensor:
+        """Mean of each objective under the reference, over what counts; NaN where nothing does."""
+        prior_RN = self.prior_R.unsqueeze(1) * counted_RN
+        return (prior_RN * self.scores_RN).sum(0) / prior_RN.sum(0)
 
     def deviations(self) -> Tensor:
         """Standard deviation of each objective among the responses to a prompt; 0 where nothing is known of it."""
@@ -77,6 +93,6 @@ class ReferenceSamples:
         squares_RN = prior_RN * (self.scores_RN - means_GN[self.group_R]).square()
         return (squares_RN.sum(0) / prior_RN.sum(0).clamp(min=1e-9)).sqrt()
 
-    def complete_share(self) -> Tensor:
-        """Share of the prompts that are complete for each objective."""
-        return (self.prior_R.unsqueeze(1) * self.complete_RN).sum(0) / group_count(self.group_R)
+    def complete(self) -> Tensor:
+        """Bool ``(R, N)``: True in prompts whose responses all have the objective's score."""
+        return group_sum((~self.scored_RN).double(), self.group_R)[self.group_R] == 0

@@ -180,28 +180,33 @@ def test_responses_without_a_score_do_not_count():
     assert torch.isfinite(score(combiner, rows, state).score).all()
 
 
-@pytest.mark.parametrize("pool_prompts", [True, False])
-def test_prompts_that_lack_some_of_the_scores_do_not_count_in_the_dual(pool_prompts):
-    combiner, generator = CAID({"b": 0.8}, None, 1, pool_prompts), torch.Generator().manual_seed(0)
+def test_what_lacks_a_score_does_not_count_in_the_dual():
+    combiner, generator = CAID({"b": 0.8}, reference_batches=1), torch.Generator().manual_seed(0)
     scores_BN, group_B = torch.rand(256, 2, generator=generator), torch.arange(256) // 4
     lacking_B = (torch.arange(256) % 4 == 1) & (group_B % 4 != 0)  # one score in each of three prompts out of four
     missing_BN = scores_BN.clone()
     missing_BN[lacking_B, 1] = torch.nan
+    # Pooled, as if these responses were not there.
     state = combiner.observe(batch(missing_BN, group_B), begin(combiner))
-    assert combiner.report(state)["complete"][1] == 0.25
-    # The same as if the others did not have the objective at all.
+    assert combiner.report(state)["scored"][1] == 1 - 0.75 / 4
+    without = combiner.observe(batch(scores_BN[~lacking_B], group_B[~lacking_B]), begin(combiner))
+    assert 0.1 < without["duals"][1] < 5
+    torch.testing.assert_close(state["duals"], without["duals"], rtol=1e-6, atol=1e-6)
+    # By prompt, as if the objective were missing in all of these prompts.
+    combiner = dataclasses.replace(combiner, pool_prompts=False)
+    state = combiner.observe(batch(missing_BN, group_B), begin(combiner))
+    assert combiner.report(state)["scored"][1] == 0.25
     missing_BN[group_B % 4 != 0, 1] = torch.nan
     without = combiner.observe(batch(missing_BN, group_B), begin(combiner))
-    assert 0.1 < without["duals"][1] < 5
+    assert 0.1 < without["duals"][1] < 10
     torch.testing.assert_close(state["duals"], without["duals"], rtol=1e-6, atol=1e-6)
 
 
-def test_a_threshold_that_no_prompt_can_judge_is_named():
+def test_a_threshold_that_no_response_can_judge_is_named():
     combiner = CAID({"b": 0.5}, reference_batches=1)
-    rows = batch([[0.0, torch.nan], [1.0, 1.0], [0.0, torch.nan], [1.0, 0.0]], torch.tensor([0, 0, 1, 1]))
-    with pytest.warns(UserWarning, match=r"0\.5 for 'b' has no prompt whose responses all have the scores"):
+    rows = batch([[0.0, torch.nan], [torch.nan, 1.0], [1.0, torch.nan], [torch.nan, 0.0]], torch.tensor([0, 0, 1, 1]))
+    with pytest.warns(UserWarning, match=r"0\.5 for 'b' has no responses with all the scores that it takes"):
         state = combiner.observe(rows, begin(combiner))
-    assert combiner.report(state)["complete"][1] == 0.0
     assert 0 < state["duals"][1] < torch.inf
 
 
