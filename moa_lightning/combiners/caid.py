@@ -13,8 +13,8 @@ from torch import Tensor
 from moa_lightning.combiners.caid_multipliers import solved, stepped
 from moa_lightning.combiners.caid_samples import with_responses
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import constrained, curves, windowed
-from moa_lightning.combiners.duals import DualUpdate, Projected
+from moa_lightning.combiners.constraints import constrained, curves, spread, windowed
+from moa_lightning.combiners.duals import DualUpdate, LogPID
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ResponseCombiner
 from moa_lightning.signals import Signal
@@ -27,8 +27,8 @@ class CAID(ResponseCombiner):
 
     The best policy for given multipliers has a closed form, so the dual is a function of the reference alone. It is
     minimised on the responses of the first batches, in which the policy stands still; trained is then ``s_1 + sum_j
-    lambda_j s_j`` less the KL charge, whose coefficient is the dual's ``beta``. With ``interval`` dual steps follow,
-    which correct what a few responses, or a policy short of the best, leave wrong.
+    lambda_j s_j`` less the KL charge, whose coefficient is the dual's ``beta``. Dual steps follow, which correct what
+    a few responses, or a policy short of the best, leave wrong.
 
     Choose it when: as ``Lagrangian``, but with multipliers that are known before the first update. Cost: some batches
     without training, a small convex problem; no extra backward pass. Convergence: the papers prove a smooth convex dual
@@ -60,10 +60,10 @@ class CAID(ResponseCombiner):
     primary: str | None = None
     reference_batches: int = 4
     pool_prompts: bool = True
-    interval: int | None = None
+    interval: int | None = 1
     window: int = 8
     dual_window: int = 1
-    dual: DualUpdate = field(default_factory=Projected)
+    dual: DualUpdate = field(default_factory=LogPID)
     patience: int = 200
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES, Signal.GROUPS, Signal.SAMPLES})
@@ -105,6 +105,7 @@ class CAID(ResponseCombiner):
         """Keep responses of the reference, solve the dual on them, then step where asked for."""
         window_W2N, values_N = windowed(state["window"], experience)
         state = state | {"window": window_W2N, "values": values_N, "batches": state["batches"] + 1}
+        state["spreads"] = spread(state, experience)
         since, names = int(state["batches"]) - self.reference_batches, experience.rewards.trained_names
         if since <= 0 or len(state["samples"]) == 0:
             state["samples"] = with_responses(state["samples"], experience)

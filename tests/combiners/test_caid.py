@@ -255,6 +255,21 @@ def test_a_threshold_out_of_reach_is_named_once():
         assert float(combiner.observe(rows, begin(combiner, 3))["duals"][1]) == 4.0  # in spreads
 
 
+def test_dual_steps_are_taken_in_spreads():
+    """An objective in other units is held as well: its multiplier is in the inverse ones."""
+    scores_BN, group_B = scored.draw(prompts=6, objectives=2)
+    for scale in (1.0, 1000.0):
+        combiner = CAID({"b": 0.5 * scale}, reference_batches=1)
+        rows = batch(scores_BN * torch.tensor([1.0, scale]), group_B)
+        state = begin(combiner)
+        for _ in range(20):
+            state = combiner.observe(rows, state)
+        if scale == 1.0:
+            first = state["duals"]
+    assert first[1] > 0
+    torch.testing.assert_close(state["duals"] * scale, first, rtol=1e-3, atol=1e-6)
+
+
 def test_iterated_a_threshold_that_stays_violated_is_named():
     combiner = CAID({"b": 0.5}, reference_batches=1, interval=2, window=2, dual=Projected(lr=5.0, cap=3.0), patience=2)
     state = combiner.observe(batch([[1.0, 0.0], [0.0, 1.0]]), begin(combiner))
