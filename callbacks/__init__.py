@@ -3,6 +3,7 @@
 if __name__ != "moa_lightning.callbacks":
     raise ImportError(f"import these as 'moa_lightning.callbacks', not as '{__name__}'")
 
+from moa_lightning.callbacks.constraints import Constraints
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics
 from moa_lightning.callbacks.metrics_file import MetricsBeforeCheckpoints, MetricsFile
 from moa_lightning.callbacks.pareto_front import ParetoFront
@@ -14,6 +15,7 @@ from moa_lightning.callbacks.samples import SampleTable
 from moa_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "Constraints",
     "EvaluationCallback",
     "MetricsBeforeCheckpoints",
     "MetricsFile",

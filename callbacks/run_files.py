@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from moa_lightning.callbacks.constraints import Constraints
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, step_of
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
@@ -110,6 +111,7 @@ class RunFiles(EvaluationCallback):
             "objectives": start_and_end(self._first, self._last),
             "hypervolume": _hypervolume(trainer),
             **_report(pl_module),
+            **_constraints(trainer),
         }
         root = Path(trainer.default_root_dir)
         with self._writing.attempt(root / "summary.json"):
@@ -200,6 +202,14 @@ def _report(pl_module: LightningModule) -> dict[str, Any]:
     if "thresholds" in report and Signal.WINS in module.combiner.needs and not module.evaluates_wins:
         report["training_thresholds"] = report.pop("thresholds")
     return report
+
+
+def _constraints(trainer: Trainer) -> dict[str, Any]:
+    """How thresholds held, where there are any."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared
+        if isinstance(callback, Constraints):
+            return callback.report()
+    return {}
 
 
 def _hypervolume(trainer: Trainer) -> dict[str, Any] | None:

@@ -45,6 +45,8 @@ def tell(root: Path) -> None:
             f"{name}: threshold {threshold:.3g} on the win probability among the responses to a prompt"
             + (f"; {value:.3g} in the last batch" if value is not None else "")
         )
+    for line in thresholds_held(summary):
+        console.print(line)
     speed = summary["tokens_per_second"]
     console.print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s"
@@ -76,3 +78,18 @@ def before_and_after(summary: dict[str, Any]) -> Table:
         told = f"{thresholds[name]:.3g} {verdict(summary, name)}" if name in thresholds else ""
         table.add_row(*cells, *([told] if thresholds else []))
     return table
+
+
+def thresholds_held(summary: dict[str, Any]) -> list[str]:
+    """A line on each threshold: how long it held, and how far its multiplier moved; and one on the best checkpoint."""
+    lines = []
+    for name, share in summary.get("thresholds_held", {}).items():
+        line = f"{name}: threshold held in {share:.0%} of the last {summary['thresholds_held_of']} evaluations"
+        if (moved := summary.get("duals_range", {}).get(name)) is not None:
+            line += f"; multiplier from {moved[0]:.3g} to {moved[1]:.3g} in the last quarter"
+        lines.append(line)
+    if best := summary.get("best"):
+        means = ", ".join(f"{name} {mean:.3f}" for name, mean in best["means"].items())
+        what = "best that meets all thresholds" if best["feasible"] else "no evaluation meets all thresholds; nearest"
+        lines.append(f"{what}: step {best['step']} ({means}); moa export --checkpoint=best")
+    return lines

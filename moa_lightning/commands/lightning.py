@@ -18,6 +18,7 @@ from torchjd.aggregation import Weighting
 from moa_lightning import combiners, data, losses, models, rewards, sources
 from moa_lightning.agreement import flat
 from moa_lightning.callbacks import (
+    Constraints,
     MetricsBeforeCheckpoints,
     MetricsFile,
     ObjectiveMetrics,
@@ -109,6 +110,7 @@ class AlignmentCLI(LightningCLI):
         parser.add_argument("--wandb", type=WandbMode, default="off", help="Weights & Biases: online, offline or off.")
         parser.add_argument("--wandb_project", type=str, default="moa-lightning", help="Weights & Biases project.")
         parser.add_lightning_class_args(ParetoFront, "pareto_front")
+        parser.add_lightning_class_args(Constraints, "constraints")
         parser.add_lightning_class_args(SampleTable, "sample_table")
         parser.add_lightning_class_args(RunFiles, "run_files")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from moa_lightning.callbacks import ParetoFront
+from moa_lightning.callbacks.constraints import BEST
 from moa_lightning.callbacks.run_files import saved_means, start_and_end
 from moa_lightning.checkpoints import META, newest_whole, require_whole
 from moa_lightning.commands.start_folder import RunPlace
@@ -75,7 +76,9 @@ class RunFolder:
         return place.moved_to(self.folder).checkpoints
 
     def checkpoint(self, asked: str) -> Path:
-        """``last`` is the newest whole one; anything else is a path, from here or from the run's folder.
+        """``last`` is the newest whole one, ``best`` the one of callback ``Constraints``; anything else is a path.
+
+        A path counts from here, from the run's folder, or from its checkpoints.
 
         Raises:
             ValueError: there is none, or it is not whole.
@@ -85,6 +88,9 @@ class RunFolder:
             if (newest := newest_whole(folder)) is None:
                 raise ValueError(f"there is no whole checkpoint in '{folder}'")
             return newest
+        if asked == "best" and not (folder / BEST).exists():
+            raise ValueError(f"there is no {BEST} in '{folder}'; runs with thresholds keep one")
+        asked = BEST if asked == "best" else asked
         for path in (Path(asked).expanduser(), self.folder / asked, folder / asked):
             if path.exists():
                 require_whole(path)

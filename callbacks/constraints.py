@@ -1,0 +1,146 @@
+"""How well a run holds its thresholds, and the best policy that meets them.
+
+Legend: M constrained objectives.
+"""
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, log_everywhere, step_of
+from moa_lightning.callbacks.rewards import combiner_report
+from moa_lightning.functional.verdict import Z
+from moa_lightning.signals import Signal
+from moa_lightning.types import Evaluation, Minibatch
+
+BEST = "best.ckpt"
+"""Name of the best checkpoint, in the folder of the run's checkpoints."""
+
+
+class Constraints(EvaluationCallback):
+    """Records how long each threshold held and how far its multiplier moved; keeps the best checkpoint.
+
+    Of combiners with thresholds in the unit of evaluations; with others it does nothing. After each evaluation:
+    ``thresholds_held/<name>``, the share of the last half of the evaluations whose mean was at or above the threshold
+    or within its 95 % interval of it, and ``duals_range/<name>``, the largest less the smallest multiplier over the
+    last quarter of the collected batches. ``summary.json`` and the closing table have the same at the end.
+
+    The best checkpoint is ``best.ckpt`` beside the others. Of the evaluations in which all held-out means reach their
+    thresholds it is the one with the highest mean of the primary objective. Before there is such an evaluation, it is
+    the one with the smallest violation, the largest over the thresholds, in standard deviations between responses.
+
+    Args:
+        save_best: keep the best checkpoint.
+    """
+
+    def __init__(self, save_best: bool = True) -> None:
+        super().__init__()
+        self.save_best = save_best
+        self.best: dict[str, Any] | None = None  # step, whether it is feasible, its violation, means by objective
+        self._held: list[dict[str, Any]] = []  # by evaluation: step, and by threshold whether it held
+        self._duals: list[dict[str, float]] = []  # by collected batch
+        self._improved = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """Keep the multipliers of a collected batch."""
+        if batch.collected is not None and (duals := combiner_report(pl_module).get("duals")):
+            self._duals.append(duals)
+
+    def on_evaluation(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        statistics: dict[str, Statistics],
+        batches: list[Evaluation],
+    ) -> None:
+        """Judge it against the thresholds, and log."""
+        self._improved = False
+        thresholds = {name: b for name, b in _thresholds(pl_module).items() if statistics[name].count}
+        if trainer.sanity_checking or not thresholds:
+            return
+        step = step_of(trainer, pl_module)
+        held = {name: _upper(statistics[name]) >= threshold for name, threshold in thresholds.items()}
+        # The last step may be evaluated twice, inside the run and after it: that is one evaluation.
+        self._held = [entry for entry in self._held if entry["step"] != step] + [{"step": step, "held": held}]
+        primary = _primary(pl_module)
+        if (
+            trainer.state.fn == TrainerFn.FITTING and statistics[primary].count
+        ):  # after it, no optimiser is there to save
+            self._rank(step, statistics, thresholds, primary)
+        report = self.report()
+        metrics = {f"thresholds_held/{name}": share for name, share in report["thresholds_held"].items()}
+        metrics |= {f"duals_range/{name}": high - low for name, (low, high) in report["duals_range"].items()}
+        log_everywhere(trainer, pl_module, metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best, now that all callbacks have seen the evaluation."""
+        checkpoint: Any = trainer.checkpoint_callback
+        if self._improved and self.save_best and checkpoint is not None and checkpoint.dirpath:
+            trainer.save_checkpoint(f"{checkpoint.dirpath}/{BEST}")
+        self._improved = False
+
+    def report(self) -> dict[str, Any]:
+        """What the summary has of it: empty without thresholds."""
+        if not self._held:
+            return {}
+        half, quarter = self._held[len(self._held) // 2 :], self._duals[len(self._duals) * 3 // 4 :]
+        names = list(self._held[-1]["held"])
+        judged = {name: [entry["held"][name] for entry in half if name in entry["held"]] for name in names}
+        moved = {name: [duals[name] for duals in quarter if name in duals] for name in names}
+        return {
+            "thresholds_held": {name: sum(told) / len(told) for name, told in judged.items()},
+            "thresholds_held_of": len(half),
+            "duals_range": {name: [min(found), max(found)] for name, found in moved.items() if found},
+            "best": self.best,
+        }
+
+    def _rank(self, step: int, statistics: dict[str, Statistics], thresholds: dict[str, float], primary: str) -> None:
+        violation = 0.0
+        for name, threshold in thresholds.items():
+            spread = max(statistics[name].std, 1e-12) if math.isfinite(statistics[name].std) else 1.0
+            violation = max(violation, (threshold - statistics[name].mean) / spread)
+        now = {
+            "step": step,
+            "feasible": violation == 0,
+            "violation": violation,
+            "primary": statistics[primary].mean,
+            "means": {name: statistics[name].mean for name in (primary, *thresholds)},
+        }
+        if self.best is None or _rank_of(now) > _rank_of(self.best):
+            self.best, self._improved = now, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {"best": self.best, "held": self._held, "duals": self._duals}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from there."""
+        self.best, self._held, self._duals = state_dict["best"], state_dict["held"], state_dict["duals"]
+
+
+def _rank_of(entry: dict[str, Any]) -> tuple[bool, float]:
+    return entry["feasible"], entry["primary"] if entry["feasible"] else -entry["violation"]
+
+
+def _upper(statistics: Statistics) -> float:
+    """End of the 95 % interval of the mean; the mean where there is no interval."""
+    return statistics.mean + (Z * statistics.std_error if math.isfinite(statistics.std_error) else 0.0)
+
+
+def _thresholds(pl_module: LightningModule) -> dict[str, float]:
+    """Thresholds by name, where evaluations are in their unit."""
+    module: Any = pl_module
+    thresholds = combiner_report(pl_module).get("thresholds", {})
+    if thresholds and Signal.WINS in module.combiner.needs and not module.evaluates_wins:
+        return {}
+    return thresholds
+
+
+def _primary(pl_module: LightningModule) -> str:
+    module: Any = pl_module
+    name: str = module.combiner.primary or module.objective_names[0]
+    return name

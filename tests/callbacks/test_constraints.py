@@ -1,0 +1,114 @@
+"""How thresholds held, how far multipliers moved, and which checkpoint is the best."""
+
+import math
+
+import pytest
+import torch
+
+from moa_lightning.callbacks import Constraints, RunFiles
+from moa_lightning.signals import Signal
+from tests.callbacks.scripted import Equal, Scripted, around, evaluation, experience, trainer
+
+# Standard errors are .289, so a mean is within its interval of the threshold 1 from .434 on.
+BEFORE = (9.0, 9.0)
+MEANS = [(3.0, 0.3), (4.0, 0.6), (1.0, 1.2), (2.0, 1.1), (5.0, 0.2), (9.0, 0.9)]
+
+
+class Constrained(Equal):
+    primary = "good"
+    needs = frozenset({Signal.ADVANTAGES})
+
+
+class Moving(Scripted):
+    """The multiplier is the number of updates, so 0, 1, ..., while there is a threshold."""
+
+    evaluates_wins = False
+
+    def __init__(self, means=MEANS, threshold=1.0):
+        super().__init__(
+            [evaluation(around(*point)) for point in (BEFORE, *means)], [experience(around(0.0, 0.0)) for _ in means]
+        )
+        self.combiner = Constrained()
+        self.threshold = threshold
+        self.remember(0.0)
+
+    def remember(self, dual):
+        nan = torch.nan
+        self.combiner_state = {
+            "duals": torch.tensor([nan, dual]),
+            "thresholds": torch.tensor([nan, self.threshold]),
+        }
+
+    def training_step(self, batch, batch_idx):
+        self.remember(float(self.global_step))
+        return super().training_step(batch, batch_idx)
+
+
+def run(folder, module, *callbacks, **options):
+    constraints = Constraints()
+    trainer(folder, constraints, *callbacks, max_steps=len(module.evaluations) - 1, **options).fit(module)
+    return constraints
+
+
+def saved_step(folder):
+    return torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["global_step"]
+
+
+def test_shares_ranges_and_the_best_of_a_run(tmp_path):
+    found = run(tmp_path, Moving(), enable_checkpointing=True).report()
+    assert found["thresholds_held"] == {"short": 2 / 3}  # of the last three the second is short of its interval
+    assert found["thresholds_held_of"] == 3
+    assert found["duals_range"] == {"short": [4.0, 5.0]}  # of six batches the last two
+    # The evaluation before training does not count, and a higher primary mean without the threshold neither.
+    assert found["best"]["step"] == 4
+    assert found["best"]["feasible"]
+    assert found["best"]["means"] == pytest.approx({"good": 2.0, "short": 1.1})
+    assert saved_step(tmp_path) == 4
+
+
+def test_where_no_evaluation_is_feasible_the_nearest_is_the_best(tmp_path):
+    found = run(tmp_path, Moving(threshold=2.0), enable_checkpointing=True).report()
+    assert (found["best"]["step"], found["best"]["feasible"]) == (3, False)
+    assert found["best"]["violation"] == pytest.approx(0.8 * math.sqrt(3))  # in standard deviations of the responses
+    assert saved_step(tmp_path) == 3
+
+
+def test_without_thresholds_nothing_is_kept(tmp_path):
+    module = Moving(threshold=torch.nan)
+    assert run(tmp_path, module, enable_checkpointing=True).report() == {}
+    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+def test_thresholds_in_another_unit_than_evaluations_are_left_alone(tmp_path):
+    module = Moving()
+    module.combiner.needs = frozenset({Signal.WINS})
+    assert run(tmp_path, module).report() == {}
+    module = Moving()
+    module.combiner.needs, module.evaluates_wins = frozenset({Signal.WINS}), True
+    assert run(tmp_path, module).report()["best"]["step"] == 4
+
+
+def test_save_best_can_be_left_out(tmp_path):
+    module, constraints = Moving(), Constraints(save_best=False)
+    trainer(tmp_path, constraints, max_steps=6, enable_checkpointing=True).fit(module)
+    assert constraints.report()["best"]["step"] == 4
+    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_resumed_run_remembers(tmp_path):
+    whole = run(tmp_path, Moving())
+    resumed = Constraints()
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.report() == whole.report()
+    module = Moving(means=[(2.5, 0.99), (1.5, 1.5)])  # neither is better
+    trainer(tmp_path, resumed, max_steps=2, enable_checkpointing=True).fit(module)
+    assert resumed.report()["best"] == whole.report()["best"]
+    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+def test_it_is_in_the_summary(tmp_path):
+    import json
+
+    found = run(tmp_path, Moving(), RunFiles(save_policy=False)).report()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: summary[name] for name in found} == found
