@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, log_everywhere, step_of
 from moa_lightning.callbacks.front_plot import draw_front
 from moa_lightning.callbacks.writing import Writing
+from moa_lightning.errors import UserError
 from moa_lightning.functional import hypervolume, non_dominated
 from moa_lightning.types import Evaluation
 
@@ -48,7 +49,7 @@ class ParetoFront(EvaluationCallback):
         """Refuse a reference point of other objectives."""
         names = _names(pl_module)
         if self.reference is not None and set(self.reference) != set(names):
-            raise ValueError(
+            raise UserError(
                 f"pareto_front.reference must name each trained objective once: {', '.join(names)}; got "
                 f"{', '.join(self.reference)}"
             )

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moa_lightning.callbacks.samples import lines_of
 from moa_lightning.callbacks.writing import reason
 from moa_lightning.distributed import rank, world_size
+from moa_lightning.errors import UserError
 from moa_lightning.types import Evaluation
 
 
@@ -44,10 +45,10 @@ class PredictionWriter(Callback):
         """Refuse a file that is there, before any model is loaded.
 
         Raises:
-            ValueError: it exists already.
+            UserError: it exists already.
         """
         if stage == "predict" and (file := self.file(trainer)).exists():
-            raise ValueError(f"{file} exists already; remove it, or set --predictions.path to another file")
+            raise UserError(f"{file} exists already; remove it, or set --predictions.path to another file")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the file."""
@@ -80,6 +81,6 @@ def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"'{path}' cannot be written: {reason(error)}; set --predictions.path to another file"
         ) from error

@@ -13,6 +13,7 @@ from torch import Tensor
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, step_of
 from moa_lightning.callbacks.growing_file import drop_cut_line
 from moa_lightning.callbacks.writing import Writing
+from moa_lightning.errors import UserError
 from moa_lightning.types import Evaluation
 
 
@@ -57,7 +58,7 @@ class SampleTable(EvaluationCallback):
     def __init__(self, rows: int = 8) -> None:
         super().__init__()
         if rows < 0:
-            raise ValueError(f"sample_table.rows must be at least 0, got {rows}")
+            raise UserError(f"sample_table.rows must be at least 0, got {rows}")
         self.rows, self._writing = rows, Writing()
 
     def on_evaluation(

@@ -19,6 +19,7 @@ import torch
 from moa_lightning import __version__
 from moa_lightning.console import speaks, without_progress_bars
 from moa_lightning.distributed import all_objects, is_distributed, rank
+from moa_lightning.errors import UserError
 from moa_lightning.masking import masked
 from moa_lightning.models.loading import load_config
 
@@ -53,7 +54,7 @@ _SMALL = 32 * 2**20  # bytes; tokenizers and configs are read whole, of weights 
 _LONGEST = 80  # characters of a value in a message
 
 
-class SharedRefusal(ValueError):
+class SharedRefusal(UserError):
     """A refusal that every process raises with the same words: to print it once is enough."""
 
     shared = True
@@ -87,7 +88,7 @@ def in_agreement(module: Any, stage: str) -> Iterator[None]:
         error = caught
     host, said = socket.gethostname(), None if error is None else _line(error)
     everyone = all_objects((host, said, mine, module.trainer.default_root_dir))
-    if error is not None and not isinstance(error, ValueError | OSError):
+    if error is not None and not isinstance(error, UserError | OSError):
         raise error  # a defect: its traceback is wanted
     hosts, lines, answers, folders = zip(*everyone, strict=True)
     refusal = failure(hosts, lines) or difference(hosts, answers)
@@ -233,7 +234,7 @@ def _plain(value: object) -> str:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from moa_lightning.errors import UserError
+
 Message = dict[str, Any]
 Prompt = str | list[Message]
 """Text, or chat messages ``{"role": …, "content": …}``."""
@@ -13,7 +15,7 @@ Prompt = str | list[Message]
 _QUESTION, _ANSWER = "question", "moaprobe"  # the second must stand nowhere else in the text
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError):
     """The chat template refuses these messages; says so in one line."""
 
 

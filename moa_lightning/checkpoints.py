@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import ForeignContentError, pieces_on_disk
+from moa_lightning.errors import UserError
 from moa_lightning.non_finite import NonFiniteError, names_of_non_finite, some
 
 META = "meta.pt"
@@ -38,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write it.
 
         Raises:
-            ValueError: one line with why it could not be written, such as a disk that is full.
+            UserError: one line with why it could not be written, such as a disk that is full.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -61,12 +62,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read it.
 
         Raises:
-            ValueError: it is not whole, with the newest that is; or it is a folder, which strategies read themselves.
+            UserError: it is not whole, with the newest that is; or it is a folder, which strategies read themselves.
         """
         if "://" not in str(path) and Path(path).exists():
             require_whole(Path(path))
             if Path(path).is_dir():
-                raise ValueError(
+                raise UserError(
                     f"checkpoint {path} is in pieces, which this strategy does not put together; use strategy "
                     "FSDP2Strategy (configs/trainer/fsdp.yaml), or start from what moa export makes of it"
                 )
@@ -128,7 +129,7 @@ def explained(target: Path, size: int) -> Iterator[None]:
     """Within it a failure to write is told in one line, with the bytes that were to be written and those that are free.
 
     Raises:
-        ValueError: instead of the ``OSError``, wherever torch has hidden it.
+        UserError: instead of the ``OSError``, wherever torch has hidden it.
     """
     try:
         yield
@@ -138,7 +139,7 @@ def explained(target: Path, size: int) -> Iterator[None]:
             raise
         folder = next(folder for folder in target.absolute().parents if folder.is_dir())
         free = shutil.disk_usage(folder).free
-        raise ValueError(
+        raise UserError(
             f"checkpoint {target} could not be written: {cause.strerror or cause}; it takes {size / 2**20:.1f} MiB, "
             f"and {free / 2**20:.1f} MiB are free there. Earlier checkpoints are untouched: make room, or change "
             "checkpoint.dirpath, and go on with --ckpt_path=last"
@@ -189,13 +190,13 @@ def require_whole(path: Path) -> None:
     """Nothing if a checkpoint is whole.
 
     Raises:
-        ValueError: one line that names it and the newest whole one in its folder.
+        UserError: one line that names it and the newest whole one in its folder.
     """
     if (why := problem(path)) is None:
         return
     other = newest_whole(path.parent, known_broken=path)
     offer = f"the newest whole one beside it is {other}" if other else "there is no whole one beside it"
-    raise ValueError(f"checkpoint {path} cannot be used: {why}; {offer}")
+    raise UserError(f"checkpoint {path} cannot be used: {why}; {offer}")
 
 
 def require_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:

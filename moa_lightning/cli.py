@@ -4,13 +4,16 @@ Imports of torch and its friends wait until a command is known: ``moa --help`` a
 """
 
 import os
+import site
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moa_lightning.console import launched_as, speaks
+from moa_lightning.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -29,6 +32,10 @@ COMMANDS = {
 }
 
 _SECONDS_TO_BE_SECOND = 3
+_DEFECT = (
+    "This is a defect of moa-lightning, not a mistake of yours. Please report it on the project page, with this "
+    "traceback, the command and the output of 'moa --version'."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,11 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"the first argument must be a command, one of {', '.join(COMMANDS)}; got '{args[0]}'")
     try:
         _run(command, args)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        ours = next((cause for cause in _causes(error) if _is_ours(cause)), None)
-        if os.environ.get("MOA_DEBUG") or ours is None:
+    except Exception as error:
+        mistake = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
+        if mistake is None and _is_ours(error):
+            error.add_note(_DEFECT)
+        if os.environ.get("MOA_DEBUG") or mistake is None:
             raise
-        _fail(str(ours), shared=getattr(ours, "shared", False))
+        _fail(str(mistake), shared=mistake.shared)
 
 
 def _run(command: str, args: list[str]) -> None:
@@ -69,10 +78,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """True when our own code raised the error: then its message speaks to the user, and a traceback would hide it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    origin = Path(frames[-1].filename).resolve() if frames else Path()
-    return origin.is_relative_to(PACKAGE) or origin.is_relative_to((PACKAGE / "callbacks").resolve())
+    """Whether a defect is this package's: whether its code was the last that ran before that of libraries.
+
+    Otherwise it is in code of the user's, such as a combiner or a callback.
+    """
+    libraries = [Path(folder).resolve() for folder in {*sysconfig.get_paths().values(), *site.getsitepackages()}]
+    ours = (PACKAGE, (PACKAGE / "callbacks").resolve())
+    files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+    for file in reversed(files):
+        if any(file.is_relative_to(folder) for folder in ours):
+            return True
+        if not any(file.is_relative_to(folder) for folder in libraries) and file.exists():
+            return False
+    return True
 
 
 def _fail(message: str, shared: bool = False) -> None:

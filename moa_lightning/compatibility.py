@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.combiners import Combiner
+from moa_lightning.errors import UserError
 from moa_lightning.losses import (
     ClippedSurrogate,
     KLPenalty,
@@ -30,10 +31,10 @@ def fitting_loss(combiner: Combiner) -> PolicyLoss:
     """The loss that goes with a combiner's score, for a user who names none.
 
     Raises:
-        ValueError: the combiner is one of the user's that does not say what it reads.
+        UserError: the combiner is one of the user's that does not say what it reads.
     """
     if not hasattr(combiner, "needs"):
-        raise ValueError(
+        raise UserError(
             f"combiner {_name(combiner)} does not say what it reads; give it a line such as: "
             "needs: ClassVar[frozenset[Signal]] = frozenset({Signal.ADVANTAGES})"
         )
@@ -48,22 +49,22 @@ def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPen
     """Refuse pieces that cannot work together, and warn of one that would have no effect.
 
     Raises:
-        ValueError: one line that says what to choose instead.
+        UserError: one line that says what to choose instead.
     """
     _check_needs(combiner, source, loss)
     if not loss.takes_advantages and not combiner.gives_weights:
-        raise ValueError(
+        raise UserError(
             f"loss {_name(loss)} needs weights of at least 0, and the score of {_name(combiner)} is an advantage of "
             "either sign; use loss ClippedSurrogate with it"
         )
     for name, objective in panel.objectives.items():
         if objective.reward.of_data_alone and not source.reads_candidates:
-            raise ValueError(
+            raise UserError(
                 f"objective '{name}': {_name(objective.reward)} knows the responses of the data alone, not new ones; "
                 "use source PreferenceRows, or a reward that can score any response"
             )
     if combiner.requires_kl and not (source.charges_kl and kl.reward_coefficient(kl.init()) > 0):
-        raise ValueError(
+        raise UserError(
             f"{_name(combiner)} needs a KL charge in the rewards: its coefficient is the beta of the problem that it "
             "solves; use kl RewardKL with init_kl_coef above 0"
         )
@@ -80,11 +81,11 @@ def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batc
     """Refuse minibatches that would part the responses to a prompt where these are compared.
 
     Raises:
-        ValueError: one line with both numbers.
+        UserError: one line with both numbers.
     """
     if _COMPARING & (combiner.needs | loss.needs) and batch_size % source.minibatches:
         comparing = combiner if _COMPARING & combiner.needs else loss
-        raise ValueError(
+        raise UserError(
             f"{_name(comparing)} compares the responses to a prompt, so they must stay in one minibatch: "
             f"source.num_mini_batches {source.minibatches} must divide data.batch_size {batch_size}"
         )
@@ -94,7 +95,7 @@ def check_columns(data: Any, source: Source, panel: RewardPanel) -> None:
     """Refuse data without a column that the source or a reward reads; without data there is nothing to check.
 
     Raises:
-        ValueError: one line with the column.
+        UserError: one line with the column.
     """
     if data is not None:
         source.check(data.columns)
@@ -105,16 +106,16 @@ def check_strategy(combiner: Combiner, strategy: Strategy) -> None:
     """Refuse a strategy under which the combiner's gradients cannot be had.
 
     Raises:
-        ValueError: one line that says where to take them instead.
+        UserError: one line that says where to take them instead.
     """
     at, sharded = combiner.gradients_at, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
     if isinstance(strategy, sharded) and not isinstance(strategy, FSDP2Strategy):
-        raise ValueError(
+        raise UserError(
             f"strategy {_name(strategy)} does not know how a policy is cut into pieces; use strategy FSDP2Strategy "
             "(configs/trainer/fsdp.yaml), or ddp"
         )
     if Signal.GRAMIAN in combiner.needs and at is not GradientPlace.REPRESENTATION and isinstance(strategy, sharded):
-        raise ValueError(
+        raise UserError(
             f"{_name(combiner)} takes gradients at {at}, which {_name(strategy)} keeps in pieces; use combiner.at "
             "representation, or strategy ddp"
         )
@@ -139,32 +140,32 @@ def check_checkpoint(
         pieces: reference, KL control, loss and source of this run, by those names.
 
     Raises:
-        ValueError: one line with what differs.
+        UserError: one line with what differs.
     """
     saved, version = checkpoint.get("moa"), checkpoint.get("moa_format", 0)
     if saved is None:
-        raise ValueError("this checkpoint was not written by moa_lightning; give one from a run's folder")
+        raise UserError("this checkpoint was not written by moa_lightning; give one from a run's folder")
     if version not in range(FORMAT + 1):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint has format {version}, and this version of moa_lightning reads 0 to {FORMAT}; resume it "
             "with the version that wrote it"
         )
     if missing := [name for name in _FIELDS if name not in saved]:
-        raise ValueError(f"the checkpoint lacks {', '.join(missing)}; give another one from the run's folder")
+        raise UserError(f"the checkpoint lacks {', '.join(missing)}; give another one from the run's folder")
     if list(saved["objectives"]) != list(objectives):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint was trained on the objectives {', '.join(saved['objectives'])}, this run on "
             f"{', '.join(objectives)}; use the run's own config.yaml"
         )
     if saved["combiner"] != _name(combiner):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint was trained with {saved['combiner']}, this run uses {_name(combiner)}; use the run's own "
             "config.yaml, or start from its exported policy"
         )
     classes = {"reference": saved["reference_class"], **saved.get("classes", {})}
     for name, piece in pieces.items():
         if classes.get(name, _name(piece)) != _name(piece):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained with {name} {classes[name]}, this run uses {_name(piece)}; use the run's "
                 "own config.yaml"
             )
@@ -180,10 +181,10 @@ def check_state(of: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) 
         expected: as this run would begin with it.
 
     Raises:
-        ValueError: one line with the entry: one is missing, a multiplier, weight or coefficient is NaN or negative.
+        UserError: one line with the entry: one is missing, a multiplier, weight or coefficient is NaN or negative.
     """
     if missing := sorted(expected.keys() - saved.keys()):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint's memory of {of} lacks {', '.join(missing)}: it was written under other settings or by "
             "another version; use the run's own config.yaml"
         )
@@ -195,7 +196,7 @@ def check_state(of: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) 
         known = begun.isfinite() if begun.shape == there.shape else torch.ones_like(there, dtype=torch.bool)
         bad = there[known & ~(there.isfinite() & (there >= least))]
         if len(bad):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's memory of {of} makes no sense: {name} holds {float(bad[0]):g}; give an earlier "
                 "checkpoint"
             )
@@ -210,17 +211,17 @@ def check_weights(saved: Mapping[str, Any], trained: set[str], known: Mapping[st
         known: all tensors here.
 
     Raises:
-        ValueError: one line with how many differ, and one of them.
+        UserError: one line with how many differ, and one of them.
     """
     missing, unknown = sorted(trained - saved.keys()), sorted(saved.keys() - known.keys())
     if missing or unknown:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint is of another model: {len(missing)} weights missing, {len(unknown)} unknown, such as "
             f"{(missing + unknown)[0]}; use the run's own config.yaml"
         )
     other = sorted(name for name in saved if _shape(saved[name]) != _shape(known[name]))
     if other:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint is of another model: {len(other)} weights have another shape, such as {other[0]}: "
             f"{_shape(saved[other[0]])} there, {_shape(known[other[0]])} here; use the run's own config.yaml"
         )
@@ -239,7 +240,7 @@ def _check_needs(combiner: Combiner, source: Source, loss: PolicyLoss) -> None:
         lacking = sorted(wanted - giver.provides)
         if lacking:
             fitting = f": {', '.join(_losses_with(lacking))}" if giver is loss else ""
-            raise ValueError(
+            raise UserError(
                 f"{_name(taker)} needs {', '.join(lacking)}, which {_name(giver)} does not provide; choose another "
                 f"{kind}{fitting}"
             )

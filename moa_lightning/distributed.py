@@ -33,6 +33,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
+from moa_lightning.errors import UserError
+
 _IN_METADATA = {
     *(
         (dcp_metadata.__name__, name)
@@ -124,19 +126,22 @@ def all_objects(mine: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Within it what one process cannot do (``ValueError``, ``OSError``) ends all of them, so that none waits for it.
+    """Within it what one process cannot do ends all of them, so that none waits for it.
 
     Raises:
-        ValueError: on every process, in the words of the first one that failed.
+        UserError: on every process, in the words of the first one that failed.
     """
     failed: Exception | None = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 (it is raised below, when the others know of it)
         failed = error
     said = None if failed is None else str(failed) or type(failed).__name__
-    if first := next(filter(None, all_objects(said)), None):
-        raise ValueError(first) from failed
+    first = next(filter(None, all_objects(said)), None)
+    if failed is not None and not isinstance(failed, UserError | OSError):
+        raise failed  # a defect: its traceback is wanted
+    if first is not None:
+        raise UserError(first) from failed
 
 
 def in_pieces(module: nn.Module) -> bool:
@@ -226,13 +231,13 @@ def _load(content: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
     """Fill these tensors and values from a sharded checkpoint, each process its shards. In place.
 
     Raises:
-        ValueError: on every process: one of the shards does not hold what the index says.
+        UserError: on every process: one of the shards does not hold what the index says.
     """
     try:
         load(content, storage_reader=ShardReader(folder), planner=_PlainLoadPlanner(), no_dist=no_dist)
     except CheckpointException as error:
         first = " ".join(str(next(iter(error.failures.values()))[0]).split())[:200]
-        raise ValueError(f"checkpoint {folder} cannot be used: {first}") from error
+        raise UserError(f"checkpoint {folder} cannot be used: {first}") from error
 
 
 def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
+from moa_lightning.errors import UserError
+
 _DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -18,17 +20,17 @@ def import_dotted(path: str) -> Any:
     """The object at a dotted path; modules of the current folder can be imported.
 
     Raises:
-        ValueError: it does not import, with the closest name that would.
+        UserError: it does not import, with the closest name that would.
     """
     if not _DOTTED_PATH.fullmatch(path):
-        raise ValueError(f"function '{path}' is not a dotted path; write 'rewards.f' for 'def f' in rewards.py")
+        raise UserError(f"function '{path}' is not a dotted path; write 'rewards.f' for 'def f' in rewards.py")
     with _current_folder_first():
         module, rest = _import_module(path)
     found: Any = module
     for name in rest:
         if not hasattr(found, name):
             near = _nearest(name, [n for n in dir(found) if callable(getattr(found, n, None)) and n[0] != "_"])
-            raise ValueError(f"function '{path}': '{_name_of(found)}' has no '{name}'{near}")
+            raise UserError(f"function '{path}': '{_name_of(found)}' has no '{name}'{near}")
         found = getattr(found, name)
     return found
 
@@ -48,18 +50,18 @@ def _import_one(path: str, name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:  # the module is there; something that it imports is not
-            raise ValueError(f"function '{path}': importing '{name}' failed: {error}") from error
+            raise UserError(f"function '{path}': importing '{name}' failed: {error}") from error
         parent, _, last = name.rpartition(".")
         places = list(getattr(sys.modules[parent], "__path__", [])) if parent else None
         if parent and not places:
-            raise ValueError(f"function '{path}': '{parent}' is a module and has no '{last}' in it") from error
+            raise UserError(f"function '{path}': '{parent}' is a module and has no '{last}' in it") from error
         near = _nearest(last, [module.name for module in iter_modules(places)])
         where = f"in package '{parent}'" if parent else f"installed or in the current folder ({Path.cwd()})"
-        raise ValueError(f"function '{path}': there is no module '{last}' {where}{near}") from error
+        raise UserError(f"function '{path}': there is no module '{last}' {where}{near}") from error
     except Exception as error:
         # A user's module may raise anything while it is imported.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"function '{path}': importing '{name}' failed: {reason}") from error
+        raise UserError(f"function '{path}': importing '{name}' failed: {reason}") from error
 
 
 @contextmanager

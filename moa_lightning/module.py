@@ -21,6 +21,7 @@ from moa_lightning.agreement import in_agreement
 from moa_lightning.chat import end_tokens
 from moa_lightning.combiners import PAMA, Combiner
 from moa_lightning.distributed import all_sum
+from moa_lightning.errors import UserError
 from moa_lightning.finite import require_finite, require_finite_gradients, require_finite_weights, told_with_the_step
 from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.losses.base import with_values_in_graph
@@ -84,7 +85,7 @@ class AlignmentModule(ResumedModule):
         has_adapter = policy.lora is not None or policy.is_adapter
         self.reference = reference or (AdapterOff() if has_adapter else FrozenCopy())
         if value_learning_rate is not None and not 0 <= value_learning_rate < math.inf:
-            raise ValueError(f"value_learning_rate must be a finite number >= 0 (or null), got {value_learning_rate}")
+            raise UserError(f"value_learning_rate must be a finite number >= 0 (or null), got {value_learning_rate}")
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.value_learning_rate = value_learning_rate
         self.seed = seed
@@ -149,7 +150,7 @@ class AlignmentModule(ResumedModule):
         """Minibatches of experience collected on these prompts.
 
         Raises:
-            ValueError: too few prompts, or minibatches that do not come out even.
+            UserError: too few prompts, or minibatches that do not come out even.
         """
         source = self.source
         compatibility.check_minibatches(self.combiner, self.loss, source, batch_size)
@@ -329,7 +330,7 @@ class AlignmentModule(ResumedModule):
         """Refuse a checkpoint of other pieces or objectives; restore the memory.
 
         Raises:
-            ValueError: one line with what differs, is missing, or makes no sense.
+            UserError: one line with what differs, is missing, or makes no sense.
         """
         saved = compatibility.check_checkpoint(checkpoint, self.objective_names, self.combiner, self._pieces())
         compatibility.check_state(type(self.kl).__name__, saved["kl_state"], self.kl.init())

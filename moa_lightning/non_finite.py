@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moa_lightning.distributed import part_here
+from moa_lightning.errors import UserError
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A loss, a gradient, a weight or a logit is NaN or infinite; what is on the disk is from before."""
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from moa_lightning.errors import UserError
+
 
 def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> Any:
     """``auto_class.from_pretrained(path, **arguments)``, with a one-line error.
@@ -14,33 +16,33 @@ def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> 
         arguments: for ``from_pretrained``.
 
     Raises:
-        ValueError: the folder does not exist, or what is there does not open.
+        UserError: the folder does not exist, or what is there does not open.
     """
     folder = Path(path).expanduser()
     # A hub id is "name" or "owner/name"; anything else can only be a folder.
     if not path or (not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1)):
-        raise ValueError(f"folder '{path}' does not exist; give a folder in Hugging Face format, or a hub id")
+        raise UserError(f"folder '{path}' does not exist; give a folder in Hugging Face format, or a hub id")
     try:
         return auto_class.from_pretrained(str(folder) if folder.is_dir() else path, **arguments)
     except Exception as error:
         # A broken file makes transformers raise anything, over several lines.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         where = "the folder" if folder.is_dir() else "there is no folder of that name, and as a hub id it"
-        raise ValueError(f"'{path}' does not open as a {what}: {where} gave: {reason}") from error
+        raise UserError(f"'{path}' does not open as a {what}: {where} gave: {reason}") from error
 
 
 def open_tokenizer(path: str, **arguments: Any) -> Any:
     """The tokenizer at a folder or hub id.
 
     Raises:
-        ValueError: it does not open, or knows no words: transformers makes up an empty tokenizer from the model's
+        UserError: it does not open, or knows no words: transformers makes up an empty tokenizer from the model's
             config where the tokenizer's files are missing, and every text would have the same tokens.
     """
     from transformers import AutoTokenizer
 
     tokenizer = open_pretrained(AutoTokenizer, path, "tokenizer", **arguments)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
-        raise ValueError(
+        raise UserError(
             f"'{path}' has no tokenizer files; save the model's tokenizer there (tokenizer.save_pretrained(folder))"
         )
     return tokenizer

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.combiners import Combiner
+from moa_lightning.errors import UserError
 from moa_lightning.rewards import RewardPanel
 from moa_lightning.schedules import scheduled
 from moa_lightning.types import State
@@ -20,7 +21,7 @@ class ScheduledWeights:
         panel: the objectives with their own weights.
 
     Raises:
-        ValueError: the combiner cannot follow a schedule.
+        UserError: the combiner cannot follow a schedule.
     """
 
     def __init__(self, combiner: Combiner, panel: RewardPanel) -> None:
@@ -38,7 +39,7 @@ class ScheduledWeights:
         """The combiner's first state, if its weights fit now and at every knot to come.
 
         Raises:
-            ValueError: they do not, or the combiner's configuration does not fit the objectives.
+            UserError: they do not, or the combiner's configuration does not fit the objectives.
         """
         state = self.combiner.init(self.panel.trained_names, self.panel.weights_at(0.0))
         for knot in sorted({knot for schedule in self.followed.values() for knot in schedule.knots}):
@@ -49,10 +50,10 @@ class ScheduledWeights:
         """Refuse a run without end, which never makes progress.
 
         Raises:
-            ValueError: neither steps nor epochs are limited.
+            UserError: neither steps nor epochs are limited.
         """
         if self.followed and trainer.max_steps == -1 and trainer.max_epochs == -1:
-            raise ValueError(
+            raise UserError(
                 f"the weight of '{next(iter(self.followed))}' follows the progress of the run, and this run has no "
                 "end; give trainer.max_steps"
             )

@@ -7,6 +7,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moa_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -49,10 +51,10 @@ class OptimizerSettings:
         Under a scheduler the learning rate of the moment is multiplied by what the configured one has changed by.
 
         Raises:
-            ValueError: the checkpoint is of another optimiser, whose memory means something else.
+            UserError: the checkpoint is of another optimiser, whose memory means something else.
         """
         if before.name not in (None, self.name):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained with optimizer {before.name}, this run uses {self.name}; use the run's "
                 "own config.yaml, or start from its exported policy"
             )

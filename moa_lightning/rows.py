@@ -19,6 +19,8 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.json import ReadOptions, read_json
 
+from moa_lightning.errors import UserError
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PART = 10 << 20  # characters
 _KNOWN = "use .jsonl, .ndjson, .json, .csv or .tsv (each also with .gz), or .parquet"
@@ -36,20 +38,20 @@ def load_rows(path: str, split: str | None = None, subset: str | None = None) ->
         subset: configuration of a hub data set.
 
     Raises:
-        ValueError: in one line, what is wrong with the file (with the line), or that the id does not open.
+        UserError: in one line, what is wrong with the file (with the line), or that the id does not open.
     """
     file = Path(path).expanduser()
     kind = _format(file)
     if file.is_dir() or (not file.exists() and kind is None and _HUB_ID.fullmatch(path)):
         return _from_hub(str(file), split or "train", subset)
     if not file.exists():
-        raise ValueError(f"data file '{path}' does not exist{_neighbour(file)}")
+        raise UserError(f"data file '{path}' does not exist{_neighbour(file)}")
     if kind is None:
-        raise ValueError(f"'{path}' is of no known format; {_KNOWN}")
+        raise UserError(f"'{path}' is of no known format; {_KNOWN}")
     if split is not None or subset is not None:
-        raise ValueError(f"split and subset are for hub data sets, but '{path}' is a file; leave them out")
+        raise UserError(f"split and subset are for hub data sets, but '{path}' is a file; leave them out")
     if file.stat().st_size == 0:
-        raise ValueError(f"'{path}' is empty")
+        raise UserError(f"'{path}' is empty")
     builder, check, options = kind
     with _one_line(path):
         check(file)
@@ -58,9 +60,9 @@ def load_rows(path: str, split: str | None = None, subset: str | None = None) ->
             rows = _load(builder, file, options)
     except Exception as error:
         # The builders raise anything, wrapped several times; the innermost error is the one that says something.
-        raise ValueError(f"'{path}' does not load as {builder}: {_innermost(error)}") from error
+        raise UserError(f"'{path}' does not load as {builder}: {_innermost(error)}") from error
     if len(rows) == 0:
-        raise ValueError(f"'{path}' holds no rows")
+        raise UserError(f"'{path}' holds no rows")
     return rows
 
 
@@ -92,13 +94,13 @@ def require_columns(rows: datasets.Dataset, names: Iterable[str], path: str) -> 
     """Refuse rows that lack one of the columns.
 
     Raises:
-        ValueError: names the missing column, those that exist, and the nearest.
+        UserError: names the missing column, those that exist, and the nearest.
     """
     for name in names:
         if name not in rows.column_names:
             near = difflib.get_close_matches(name, rows.column_names, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"'{path}' has no column '{name}'; it has {', '.join(rows.column_names)}{hint}")
+            raise UserError(f"'{path}' has no column '{name}'; it has {', '.join(rows.column_names)}{hint}")
 
 
 def place(path: str, index: int) -> str:
@@ -212,7 +214,7 @@ def _check_csv(file: Path, delimiter: str) -> None:
             raise _Malformed(f", the row that starts at line {started} is not CSV: {error}") from error
 
 
-class _Malformed(ValueError):
+class _Malformed(UserError):
     """What is wrong with a file; goes behind its name."""
 
 
@@ -221,11 +223,11 @@ def _one_line(path: str) -> Iterator[None]:
     try:
         yield
     except _Malformed as error:
-        raise ValueError(f"'{path}'{error}") from error
+        raise UserError(f"'{path}'{error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it") from error
+        raise UserError(f"'{path}' is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"'{path}' is not a whole gzip file: {error}") from error
+        raise UserError(f"'{path}' is not a whole gzip file: {error}") from error
 
 
 @contextmanager
@@ -251,7 +253,7 @@ def _from_hub(path: str, split: str, subset: str | None) -> datasets.Dataset:
     try:
         return datasets.load_dataset(path, subset, split=split)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"'{path}' is no data file here and does not open as a hub data set (split '{split}'): {_innermost(error)}"
         ) from error
 

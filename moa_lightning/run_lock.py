@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moa_lightning.errors import UserError
+
 NAME = ".lock"
 """The file in a run's folder."""
 
@@ -21,7 +23,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _JOBS = (("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"), ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(UserError):
     """Another process runs in the folder."""
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from moa_lightning.errors import UserError
+
 Point = tuple[float, float]
 
 
@@ -81,7 +83,7 @@ class LinearWeight(WeightSchedule):
         """Refuse values that are no weight, and spans that are no part of a run."""
         check_weights({"LinearWeight.start": self.start, "LinearWeight.end": self.end})
         if not 0 <= self.begin < self.until <= 1:
-            raise ValueError(
+            raise UserError(
                 "LinearWeight's begin and until are shares of the run, 0 <= begin < until <= 1; got "
                 f"{self.begin} and {self.until}"
             )
@@ -114,14 +116,14 @@ class PiecewiseWeight(WeightSchedule):
     def __post_init__(self) -> None:
         """Refuse values that are no weight, and points out of order or outside of the run."""
         if not self.points:
-            raise ValueError("PiecewiseWeight needs at least one point [progress, weight]")
+            raise UserError("PiecewiseWeight needs at least one point [progress, weight]")
         check_weights({f"PiecewiseWeight's weight at {where}": value for where, value in self.points})
         for where, _ in self.points:
             if not 0 <= where <= 1:
-                raise ValueError(f"PiecewiseWeight's points are at shares of the run, in [0, 1]; got one at {where}")
+                raise UserError(f"PiecewiseWeight's points are at shares of the run, in [0, 1]; got one at {where}")
         for (before, _), (after, _) in pairwise(self.points):
             if not before < after:
-                raise ValueError(
+                raise UserError(
                     f"PiecewiseWeight's points must be in the order of progress, each once; got {after} after {before}"
                 )
 
@@ -152,11 +154,11 @@ def check_weights(weights: Mapping[str, float]) -> None:
         weights: by what messages call them.
 
     Raises:
-        ValueError: one is negative or not finite.
+        UserError: one is negative or not finite.
     """
     for name, value in weights.items():
         if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+            raise UserError(f"{name} must be a finite number >= 0, got {value}")
 
 
 def _interpolated(points: Iterable[Point], progress: float) -> float:

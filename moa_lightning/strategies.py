@@ -31,6 +31,7 @@ from moa_lightning.distributed import (
     shapes_on_disk,
     together,
 )
+from moa_lightning.errors import UserError
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.loading import load_model, load_skeleton
 from moa_lightning.models.policy import Policy
@@ -85,7 +86,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timedelta(seconds=timeout_seconds),
         )
         if replicas < 1:
-            raise ValueError(f"FSDP2Strategy.replicas must be at least 1, got {replicas}")
+            raise UserError(f"FSDP2Strategy.replicas must be at least 1, got {replicas}")
         self.replicas = replicas
         self.plan = ShardingPlan(generation, param_dtype, reduce_dtype, cpu_offload, reshard_after_forward)
         self.mesh: Mesh
@@ -94,14 +95,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Start the process group; one mesh over all processes, or replicas times pieces."""
         processes = self.num_nodes * self.num_processes
         if processes % self.replicas:
-            raise ValueError(
+            raise UserError(
                 f"FSDP2Strategy.replicas {self.replicas} does not divide the {processes} processes of the run"
             )
         self._data_parallel_size = processes
         if self._checkpoint_io is None:  # the Trainer was given none
             self.checkpoint_io = AtomicCheckpointIO()
         if self.plan.cpu_offload and self.root_device.type == "cpu":
-            raise ValueError("FSDP2Strategy.cpu_offload is for GPUs: on a CPU the pieces are in main memory already")
+            raise UserError("FSDP2Strategy.cpu_offload is for GPUs: on a CPU the pieces are in main memory already")
         if self.plan.cpu_offload and self._process_group_backend is None:
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradients in main memory are summed for their norm
         super().setup_environment()
@@ -113,7 +114,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Write one file, or a folder with the pieces of all processes; whole or not at all.
 
         Raises:
-            ValueError: on every process, one line with why it could not be written.
+            UserError: on every process, one line with why it could not be written.
         """
         where = self.broadcast(filepath)
         if not self._save_distributed_checkpoint:
@@ -144,7 +145,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Compare names and shapes of the weights first: loading itself does not mind what is missing.
 
         Raises:
-            ValueError: on every process: it is not whole, or of another model.
+            UserError: on every process: it is not whole, or of another model.
         """
         path = Path(self.broadcast(checkpoint_path))
         with together():
@@ -183,7 +184,7 @@ def load(config: PolicyConfig, strategy: Strategy) -> tuple[PreTrainedModel, Ske
     """The policy's model; without its weights, if the strategy cuts it into pieces and their files allow that.
 
     Raises:
-        ValueError: it does not open; under sharding on every process.
+        UserError: it does not open; under sharding on every process.
     """
     if not isinstance(strategy, FSDP2Strategy):
         return load_model(config), None
@@ -206,7 +207,7 @@ def place(policy: Policy, reference: Reference, panel: RewardPanel, strategy: St
     """Put a freshly loaded policy, its reference and the rewards' models where they compute: cut into pieces, or whole.
 
     Raises:
-        ValueError: the policy's logits are not what they are taken to be.
+        UserError: the policy's logits are not what they are taken to be.
     """
     if not isinstance(strategy, FSDP2Strategy):
         policy.to(strategy.root_device).check_logits()

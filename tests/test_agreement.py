@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from moa_lightning.agreement import difference, failure, fingerprint, flat
 from moa_lightning.combiners import PAMA
 from moa_lightning.data import PromptData
+from moa_lightning.errors import UserError
 from moa_lightning.models import PolicyConfig
 from moa_lightning.module import AlignmentModule
 from moa_lightning.rewards import Length, Objective
@@ -30,7 +31,7 @@ class Films(PromptData):
 
     def prepare(self) -> None:
         if self.unprepared:
-            raise ValueError(self.unprepared)
+            raise UserError(self.unprepared)
 
     def rows(self, stage: Any) -> list[dict[str, Any]]:
         if self.unread:

@@ -3,9 +3,10 @@
 import pytest
 
 from moa_lightning import distributed
+from moa_lightning.errors import UserError
 
 
-@pytest.mark.parametrize("error", [ValueError("no such column"), OSError(116, "Stale file handle"), OSError()])
+@pytest.mark.parametrize("error", [UserError("no such column"), OSError(116, "Stale file handle"), OSError()])
 def test_a_failure_here_keeps_its_cause(error: Exception) -> None:
     with pytest.raises(ValueError, match=r"column|Stale|OSError") as found, distributed.together():
         raise error

@@ -63,7 +63,7 @@ class Combiner(ABC):
         """First state, for the trained objectives in order and the weights that the user gave them.
 
         Raises:
-            ValueError: the configuration does not fit the objectives.
+            UserError: the configuration does not fit the objectives.
         """
         return {}
 
@@ -81,7 +81,7 @@ class Combiner(ABC):
             defaults: weights of the trained objectives, which count where it has none of its own.
 
         Raises:
-            ValueError: a weight has a schedule that the combiner cannot follow.
+            UserError: a weight has a schedule that the combiner cannot follow.
         """
         return {}
 
@@ -89,7 +89,7 @@ class Combiner(ABC):
         """State at this progress, a share of the run: called before each :meth:`observe` where there are schedules.
 
         Raises:
-            ValueError: the weights at this progress do not fit.
+            UserError: the weights at this progress do not fit.
         """
         return state
 

@@ -17,6 +17,7 @@ from moa_lightning.combiners.constraints import constrained, curves, spread, win
 from moa_lightning.combiners.duals import DualUpdate, LogPID
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ResponseCombiner
+from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal
 from moa_lightning.types import Experience, State
 
@@ -74,9 +75,9 @@ class CAID(ResponseCombiner):
         """Refuse values without meaning."""
         for name in ("reference_batches", "interval", "window", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"CAID needs {name} of at least 1, got {getattr(self, name)}")
+                raise UserError(f"CAID needs {name} of at least 1, got {getattr(self, name)}")
         if not 1 <= self.dual_window <= self.window:
-            raise ValueError(f"CAID needs dual_window from 1 to window {self.window}, got {self.dual_window}")
+            raise UserError(f"CAID needs dual_window from 1 to window {self.window}, got {self.dual_window}")
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """No multipliers yet, thresholds by name."""

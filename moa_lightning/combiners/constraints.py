@@ -33,7 +33,7 @@ def constrained(
         objectives: names of the trained objectives, in order.
 
     Raises:
-        ValueError: a name is no objective, or the primary objective has a threshold.
+        UserError: a name is no objective, or the primary objective has a threshold.
     """
     primary_N, thresholds_N = primary_and_thresholds(combiner, primary, thresholds, objectives)
     bound_N = primary_N == 0 if thresholds is None else thresholds_N.isfinite()

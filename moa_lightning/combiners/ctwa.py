@@ -16,6 +16,7 @@ from moa_lightning.combiners.responses import ScoredResponses, collected_respons
 from moa_lightning.combiners.scores import ScoreCombiner
 from moa_lightning.combiners.weighted import FirstWeights
 from moa_lightning.distributed import all_sum
+from moa_lightning.errors import UserError
 from moa_lightning.functional.scalarize import group_covariance, weighted_sum
 from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal
@@ -65,22 +66,22 @@ class CTWA(FirstWeights, ScoreCombiner):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not 0 < self.lr < math.inf or not 0 < self.tau <= 1:
-            raise ValueError(f"CTWA needs a finite lr > 0 and tau in (0, 1], got {self.lr} and {self.tau}")
+            raise UserError(f"CTWA needs a finite lr > 0 and tau in (0, 1], got {self.lr} and {self.tau}")
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First weights, targets by name, nothing measured.
 
         Raises:
-            ValueError: a target names no trained objective, or is not finite.
+            UserError: a target names no trained objective, or is not finite.
         """
         targets = self.targets if isinstance(self.targets, dict) else dict.fromkeys(objectives, self.targets)
         for name, target in targets.items():
             if name not in objectives:
-                raise ValueError(
+                raise UserError(
                     f"CTWA.targets names '{name}', which is no trained objective; they are {', '.join(objectives)}"
                 )
             if not math.isfinite(target):
-                raise ValueError(f"CTWA's target for '{name}' must be a finite number, got {target}")
+                raise UserError(f"CTWA's target for '{name}' must be a finite number, got {target}")
         state = super().init(objectives, weights_N)
         targets_N = torch.tensor([float(targets.get(name, math.nan)) for name in objectives], dtype=torch.float32)
         measured_N = torch.full_like(targets_N, torch.nan)

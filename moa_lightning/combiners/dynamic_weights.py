@@ -16,6 +16,7 @@ from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import Place, surrogate_gramian
 from moa_lightning.combiners.weighted import FirstWeights
 from moa_lightning.combiners.weights import named_point, named_weights
+from moa_lightning.errors import UserError
 from moa_lightning.functional.dynamic import front_factor, grow_front, influence, mirror_step
 from moa_lightning.schedules import Weight
 from moa_lightning.signals import GradientPlace, Signal, Signals
@@ -66,7 +67,7 @@ class DynamicWeights(FirstWeights):
         """Refuse values without meaning."""
         scale = 1.0 if self.growth_scale is None else self.growth_scale
         if not (0 <= self.lr < math.inf and 0 < scale < math.inf and self.interval >= 1):
-            raise ValueError("DynamicWeights needs finite lr >= 0 and growth_scale > 0 (or null), and interval >= 1")
+            raise UserError("DynamicWeights needs finite lr >= 0 and growth_scale > 0 (or null), and interval >= 1")
 
     @property
     def gradients_at(self) -> GradientPlace:
@@ -76,7 +77,7 @@ class DynamicWeights(FirstWeights):
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First weights, no evaluation."""
         if self.growth_scale is not None and len(objectives) > MOST:
-            raise ValueError(
+            raise UserError(
                 f"DynamicWeights computes hypervolumes of at most {MOST} objectives, got {len(objectives)}; set "
                 "growth_scale to null, or make some objectives eval_only"
             )

@@ -13,6 +13,7 @@ from torchjd.aggregation import MGDAWeighting
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import Claim
 from moa_lightning.distributed import all_rows
+from moa_lightning.errors import UserError
 from moa_lightning.functional.gramian import weights_from_gramian
 from moa_lightning.signals import GradientPlace, Signal, Signals
 from moa_lightning.types import State
@@ -87,7 +88,7 @@ class MinNorm(GradientCombiner):
     def __post_init__(self) -> None:
         """Refuse a solver that cannot run."""
         if self.max_iters < 1 or not self.epsilon > 0:
-            raise ValueError(f"{type(self).__name__} needs max_iters >= 1 and epsilon > 0")
+            raise UserError(f"{type(self).__name__} needs max_iters >= 1 and epsilon > 0")
 
     def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
         """The min-norm point."""

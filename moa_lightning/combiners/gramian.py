@@ -15,6 +15,7 @@ from torchjd.linalg import Matrix
 
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.gradients import GradientCombiner, Place
+from moa_lightning.errors import UserError
 from moa_lightning.random_streams import run_seed
 from moa_lightning.types import Experience, State
 
@@ -68,19 +69,19 @@ class Gramian(GradientCombiner):
         name = type(self.weighting).__name__
         instead = "UPGradWeighting, MGDAWeighting, CAGradWeighting or another one of a Gram matrix"
         if hasattr(self.weighting, "reset"):
-            raise ValueError(
+            raise UserError(
                 f"Gramian: {name} keeps a memory that checkpoints would not hold; use {instead} that has none"
             )
         if Matrix in get_type_hints(self.weighting.forward).values():
-            raise ValueError(f"Gramian: {name} reads the gradients themselves, not their Gram matrix; use {instead}")
+            raise UserError(f"Gramian: {name} reads the gradients themselves, not their Gram matrix; use {instead}")
         if not 0 <= self.norm_power < math.inf:
-            raise ValueError(f"Gramian.norm_power must be a finite number >= 0, got {self.norm_power}")
+            raise UserError(f"Gramian.norm_power must be a finite number >= 0, got {self.norm_power}")
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """Nothing drawn; what weightings draw goes by the run's seed.
 
         Raises:
-            ValueError: the weighting is not for this many objectives.
+            UserError: the weighting is not for this many objectives.
         """
         state = {"batches": torch.zeros(()), "seed": torch.tensor(float(run_seed() % 2**24))}  # exact in float32
         count = len(objectives)
@@ -88,11 +89,11 @@ class Gramian(GradientCombiner):
             weights_N = self.weigh(torch.eye(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool), state)
         except Exception as error:
             line = " ".join(str(error).split())
-            raise ValueError(
+            raise UserError(
                 f"Gramian: {type(self.weighting).__name__} cannot weigh {count} objectives: {line}"
             ) from error
         if weights_N.shape != (count,):
-            raise ValueError(
+            raise UserError(
                 f"Gramian: {type(self.weighting).__name__} gives weights of shape {tuple(weights_N.shape)} for {count} "
                 "objectives; it must give one each"
             )

@@ -30,7 +30,7 @@ class DistanceToIdeal(ScoreCombiner):
         """The point so far: -inf where it is still to be seen.
 
         Raises:
-            ValueError: ``ideal`` names something that is no trained objective, or is not finite.
+            UserError: ``ideal`` names something that is no trained objective, or is not finite.
         """
         ideal_N = named_point(
             f"{type(self).__name__}.ideal", self.ideal, objectives, "to take the best score seen so far"

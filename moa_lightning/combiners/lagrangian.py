@@ -14,6 +14,7 @@ from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.constraints import at_its_largest, constrained, curves, spread, watched, windowed
 from moa_lightning.combiners.duals import DualUpdate, LogPID
+from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -64,9 +65,9 @@ class Lagrangian(Combiner):
             ("dual_delay", self.dual_delay, 0),
         ):
             if value < least:
-                raise ValueError(f"Lagrangian needs {name} of at least {least}, got {value}")
+                raise UserError(f"Lagrangian needs {name} of at least {least}, got {value}")
         if not 1 <= self.dual_window <= self.window:
-            raise ValueError(f"Lagrangian needs dual_window from 1 to window {self.window}, got {self.dual_window}")
+            raise UserError(f"Lagrangian needs dual_window from 1 to window {self.window}, got {self.dual_window}")
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First multipliers, thresholds by name."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from moa_lightning.combiners.base import Combined
 from moa_lightning.combiners.claims import Claim
 from moa_lightning.combiners.weighted import Weighted
+from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import group_sum
 from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal, Signals
@@ -51,11 +52,11 @@ class MODPO(Weighted):
         """Check names and weights.
 
         Raises:
-            ValueError: the primary objective is unknown or has no weight, or the weights do not match the objectives.
+            UserError: the primary objective is unknown or has no weight, or the weights do not match the objectives.
         """
         primary = objectives[0] if self.primary is None else self.primary
         if primary not in objectives:
-            raise ValueError(f"MODPO.primary '{primary}' is no trained objective; they are {', '.join(objectives)}")
+            raise UserError(f"MODPO.primary '{primary}' is no trained objective; they are {', '.join(objectives)}")
         is_primary_N = torch.tensor([float(name == primary) for name in objectives])
         return self.proceed(objectives, weights_N, 0.0, {"primary": is_primary_N})
 
@@ -67,7 +68,7 @@ class MODPO(Weighted):
                 objectives[int(state["primary"].argmax())],
                 f" at progress {progress:.3g}" if progress else "",
             )
-            raise ValueError(
+            raise UserError(
                 f"MODPO divides by the weight of the primary objective '{primary}'; give it one above 0{when}"
             )
         return state

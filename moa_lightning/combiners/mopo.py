@@ -25,6 +25,7 @@ from moa_lightning.combiners.mopo_thresholds import (
 )
 from moa_lightning.combiners.mopo_values import judged_responses
 from moa_lightning.distributed import all_sum
+from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
@@ -93,9 +94,9 @@ class MOPO(Combiner):
         """Refuse values without meaning."""
         if not self.tau > 0 or not 0 <= self.radius < math.inf or not 0 < self.beta <= 1:
             got = f"{self.tau}, {self.radius} and {self.beta}"
-            raise ValueError(f"MOPO needs tau > 0, radius >= 0 and beta in (0, 1], got {got}")
+            raise UserError(f"MOPO needs tau > 0, radius >= 0 and beta in (0, 1], got {got}")
         if self.refresh_interval < 1 or self.patience < 1 or self.dual_delay < 0:
-            raise ValueError("MOPO needs refresh_interval and patience of at least 1, and dual_delay of at least 0")
+            raise UserError("MOPO needs refresh_interval and patience of at least 1, and dual_delay of at least 0")
         require_probabilities(self.thresholds or {})
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:

@@ -12,6 +12,7 @@ from torch import Tensor
 from moa_lightning.combiners.constraints import running_mean, watched
 from moa_lightning.combiners.duals import DualUpdate
 from moa_lightning.combiners.mopo_values import Judged
+from moa_lightning.errors import UserError
 from moa_lightning.types import State
 
 
@@ -19,7 +20,7 @@ def require_probabilities(thresholds: Mapping[str, float]) -> None:
     """Refuse thresholds that are no win probabilities."""
     for name, threshold in thresholds.items():
         if not 0 < threshold < 1:
-            raise ValueError(f"MOPO.thresholds.{name} must lie in (0, 1), as a win probability; got {threshold}")
+            raise UserError(f"MOPO.thresholds.{name} must lie in (0, 1), as a win probability; got {threshold}")
 
 
 FEW_RESPONSES = 8

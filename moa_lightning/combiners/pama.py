@@ -13,6 +13,7 @@ from torch import Tensor
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import Claim
 from moa_lightning.distributed import all_sum
+from moa_lightning.errors import UserError
 from moa_lightning.functional.pama import pama
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import State
@@ -79,7 +80,7 @@ class PAMA(Combiner):
     def __post_init__(self) -> None:
         """Refuse an unknown granularity."""
         if self.granularity not in _WEIGHTS:
-            raise ValueError(f"PAMA.granularity must be one of {', '.join(_WEIGHTS)}; got '{self.granularity}'")
+            raise UserError(f"PAMA.granularity must be one of {', '.join(_WEIGHTS)}; got '{self.granularity}'")
 
     @property
     def claimed(self) -> frozenset[Claim]:

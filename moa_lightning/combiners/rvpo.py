@@ -12,6 +12,7 @@ from torch import Tensor
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ScoreCombiner
+from moa_lightning.errors import UserError
 from moa_lightning.functional.scalarize import group_standardize, soft_minimum
 from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal
@@ -56,7 +57,7 @@ class RVPO(ScoreCombiner):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not 0 < self.k < math.inf:
-            raise ValueError(f"RVPO needs a finite k > 0, got {self.k}; its limit at 0 is GDPO")
+            raise UserError(f"RVPO needs a finite k > 0, got {self.k}; its limit at 0 is GDPO")
 
     def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """``-(1/k) log sum_i w_i exp(-k Z_i)``."""

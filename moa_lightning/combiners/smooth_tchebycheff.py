@@ -12,6 +12,7 @@ from torch import Tensor
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.ideal import DistanceToIdeal
 from moa_lightning.combiners.responses import ScoredResponses
+from moa_lightning.errors import UserError
 from moa_lightning.functional.scalarize import smooth_tchebycheff
 from moa_lightning.schedules import Weight
 from moa_lightning.types import State
@@ -52,7 +53,7 @@ class SmoothTchebycheff(DistanceToIdeal):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not 0 < self.mu < math.inf:
-            raise ValueError(f"SmoothTchebycheff needs a finite mu > 0, got {self.mu}; its limit at 0 is Tchebycheff")
+            raise UserError(f"SmoothTchebycheff needs a finite mu > 0, got {self.mu}; its limit at 0 is Tchebycheff")
 
     def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """``-mu log sum_i exp(w_i (z_i - s_i) / mu)``."""

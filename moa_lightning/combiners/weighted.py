@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combiner
 from moa_lightning.combiners.weights import named_weights
+from moa_lightning.errors import UserError
 from moa_lightning.schedules import Weight, WeightSchedule, scheduled
 from moa_lightning.types import State
 
@@ -30,7 +31,7 @@ class Weighted(Combiner):
         """The weights by name, summing to 1, as they are at this progress.
 
         Raises:
-            ValueError: the weights do not fit the objectives.
+            UserError: the weights do not fit the objectives.
         """
         return state | {"weights": named_weights(self.weights, objectives, weights_N, progress)}
 
@@ -48,10 +49,10 @@ class FirstWeights(Combiner):
         """None: a first weight is a number.
 
         Raises:
-            ValueError: a first weight has a schedule.
+            UserError: a first weight has a schedule.
         """
         for name in scheduled(defaults if self.weights is None else self.weights):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} moves the weights by itself, from the first ones, so the weight of '{name}' "
                 "cannot follow a schedule; give it a number, or use Linear or GDPO, which follow schedules"
             )

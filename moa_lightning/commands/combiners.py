@@ -10,6 +10,7 @@ from moa_lightning.combiners import Combiner
 from moa_lightning.combiners.claims import MEANINGS, Claim
 from moa_lightning.commands.combiner_facts import FAMILIES, Facts, every_combiner, facts
 from moa_lightning.dotted import import_dotted
+from moa_lightning.errors import UserError
 from moa_lightning.signals import MEANINGS as SIGNALS
 
 _HEAD = ("combiner", "reads", "remembers", "extra backward passes", "claims", "convergence")
@@ -25,7 +26,7 @@ def combiners(name: str | None = None, output: str | None = None) -> None:
         output: folder to write one Markdown page for each combiner to, and the table as ``index.md``.
 
     Raises:
-        ValueError: there is no such combiner.
+        UserError: there is no such combiner.
     """
     known = every_combiner()
     chosen = known if name is None else [_named(name, known)]
@@ -50,16 +51,16 @@ def _named(name: str, known: Sequence[Facts]) -> Facts:
     if "." not in name:
         near = difflib.get_close_matches(name, [one.name for one in known], n=1)
         close = f"; did you mean '{near[0]}'?" if near else ";"
-        raise ValueError(
+        raise UserError(
             f"there is no combiner '{name}'{close} 'moa combiners' lists them, "
             "and one of your own has its module before it, such as my_combiner.Mine"
         )
     try:
         found = import_dotted(name)
-    except ValueError as error:
-        raise ValueError(str(error).replace("function", "combiner", 1)) from error
+    except UserError as error:
+        raise UserError(str(error).replace("function", "combiner", 1)) from error
     if not (inspect.isclass(found) and issubclass(found, Combiner)) or inspect.isabstract(found):
-        raise ValueError(f"'{name}' is no combiner: subclass moa_lightning.combiners.Combiner and write combine")
+        raise UserError(f"'{name}' is no combiner: subclass moa_lightning.combiners.Combiner and write combine")
     return facts(found, name)
 
 

@@ -8,6 +8,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from moa_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -46,16 +48,16 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
         output: folder for ``comparison.csv`` and ``comparison.png``; none is written without it.
 
     Raises:
-        ValueError: a folder holds no summary, or the runs have other objectives.
+        UserError: a folder holds no summary, or the runs have other objectives.
     """
     patterns = [runs] if isinstance(runs, str) else runs
     found = [_read(run) for pattern in patterns for run in _matching(pattern)]
     if len(found) < 2:
-        raise ValueError(f"--runs needs two or more runs, got {len(found)}; such as --runs='runs/mopo-*'")
+        raise UserError(f"--runs needs two or more runs, got {len(found)}; such as --runs='runs/mopo-*'")
     names = list(found[0].mean)
     for other in found[1:]:
         if sorted(other.mean) != sorted(names):
-            raise ValueError(
+            raise UserError(
                 f"'{other.run}' has the objectives {', '.join(other.mean)}, '{found[0].run}' has {', '.join(names)}; "
                 "compare runs on the same ones"
             )
@@ -104,7 +106,7 @@ def _read(run: str) -> Reached:
             lacks=tuple(lacks),
         )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"'{run}' holds no summary.json of a run; give folders that moa fit wrote") from error
+        raise UserError(f"'{run}' holds no summary.json of a run; give folders that moa fit wrote") from error
 
 
 def _number(recorded: float | None) -> float:

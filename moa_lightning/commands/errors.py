@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from moa_lightning.dotted import import_dotted
+from moa_lightning.errors import UserError
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _GIVEN = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
@@ -26,7 +27,7 @@ _WRONG_FOR_ALL = re.compile(r"- Expected an? (.+?)\.?$", re.MULTILINE)
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """The command line or a config file cannot be understood."""
 
 
@@ -126,7 +127,7 @@ def _no_class(given: str, path: str, base: type) -> str:
         return ""
     try:
         import_dotted(given)
-    except ValueError as error:
+    except UserError as error:
         return f"{path}: {str(error).replace('function', 'class', 1)}"
     return f"{path}: '{given}' is no {base.__name__}; subclass {base.__module__.rpartition('.')[0]}.{base.__name__}"
 
@@ -150,7 +151,7 @@ def check_config_files(args: Sequence[str]) -> None:
     """Refuse config files that are not there, are not YAML, or give a key twice: YAML would keep the last in silence.
 
     Raises:
-        ValueError: names the file, the line and the key, such as an objective named twice.
+        UserError: names the file, the line and the key, such as an objective named twice.
     """
     for i, argument in enumerate(args):
         flag, _, value = argument.partition("=")
@@ -160,7 +161,7 @@ def check_config_files(args: Sequence[str]) -> None:
         path = Path(given)
         if not path.is_file():
             names = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise ValueError(f"config file '{given}' does not exist{_closest(given, names)}")
+            raise UserError(f"config file '{given}' does not exist{_closest(given, names)}")
         _check_node(_composed(path), path)
 
 
@@ -169,11 +170,11 @@ def _composed(path: Path) -> Any:
         node = yaml.compose(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line} is not YAML: {error.problem or error.context}") from error
+        raise UserError(f"{path}{line} is not YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"{path} must hold settings, such as 'trainer:' with 'max_steps: 100' below it")
+        raise UserError(f"{path} must hold settings, such as 'trainer:' with 'max_steps: 100' below it")
     return node
 
 
@@ -186,7 +187,7 @@ def _check_node(node: Any, path: Path) -> None:
     seen: set[str] = set()
     for key, value in node.value:
         if key.value in seen:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {key.start_mark.line + 1}: '{key.value}' is given twice; rename or remove one of them"
             )
         seen.add(key.value)

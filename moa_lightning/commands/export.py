@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from moa_lightning.errors import UserError
+
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _ROOM = 1.02  # of the weights' own size: tokenizer, card, index
 
@@ -41,7 +43,7 @@ def export(
         overwrite: replace output if it holds something already.
 
     Raises:
-        ValueError: there is no policy in run, its base model is gone, the checkpoint is of another one, or output is
+        UserError: there is no policy in run, its base model is gone, the checkpoint is of another one, or output is
             in use or has no room.
     """
     from moa_lightning.commands.exporting import Export
@@ -50,7 +52,7 @@ def export(
 
     refuse_used(output, overwrite)
     if not _SIZE.fullmatch(max_shard_size):
-        raise ValueError(f"max_shard_size must be a number with KB, MB, GB or TB, such as 5GB; got '{max_shard_size}'")
+        raise UserError(f"max_shard_size must be a number with KB, MB, GB or TB, such as 5GB; got '{max_shard_size}'")
     folder = RunFolder.open(run)
     path = folder.checkpoint(checkpoint or "last") if checkpoint or folder.policy is None else None
     if path is not None and checkpoint is None:
@@ -71,7 +73,7 @@ def _check_room(output: str, size: int) -> None:
     there = next(folder for folder in Path(output).expanduser().absolute().parents if folder.is_dir())
     free = shutil.disk_usage(there).free
     if free < size * _ROOM:
-        raise ValueError(
+        raise UserError(
             f"'{output}' needs {size * _ROOM / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; choose another "
             "folder, or a smaller --dtype"
         )

@@ -25,6 +25,7 @@ from moa_lightning.commands.model_card import Exported, card
 from moa_lightning.commands.run_folder import RunFolder, Saved
 from moa_lightning.commands.run_summary import in_values
 from moa_lightning.console import library_bars, shows_progress
+from moa_lightning.errors import UserError
 from moa_lightning.masking import masked
 from moa_lightning.models import PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
@@ -63,7 +64,7 @@ class Export:
         """Open the model, unless an adapter is only copied, and merge its adapter if asked to.
 
         Raises:
-            ValueError: it or its base model does not open, the checkpoint is of another policy, or merging would
+            UserError: it or its base model does not open, the checkpoint is of another policy, or merging would
                 change it.
         """
         self._tokenizer = self._found(load_tokenizer)
@@ -160,10 +161,10 @@ class Export:
     def _found(self, load: Callable[[PolicyConfig], Any]) -> Any:
         try:
             return load(self._config)
-        except ValueError as error:
+        except UserError as error:
             moved = self.saved is not None or "for the base model" in str(error)
             hint = "; if what the run started from has moved, give it with --base=PATH" if moved else ""
-            raise ValueError(f"{error}{hint}") from error
+            raise UserError(f"{error}{hint}") from error
 
     def _restore(self, saved: Saved) -> None:
         """Put the checkpoint's weights in place of those that the run started with."""
@@ -177,7 +178,7 @@ class Export:
         ]
         if problems:
             name, problem = min(problems)
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint is not of the policy that '{self.run.config}' describes: weight '{name}' {problem} "
                 f"'{self._start()}'; give what the run started from with --base=PATH"
             )
@@ -213,7 +214,7 @@ def merged(model: Any) -> tuple[Any, float]:
     """The model with its adapter folded in, and the largest change of a logit that this made, relative to the largest.
 
     Raises:
-        ValueError: it would be another policy.
+        UserError: it would be another policy.
     """
     config, layers = (
         model.get_base_model().config,
@@ -228,7 +229,7 @@ def merged(model: Any) -> tuple[Any, float]:
         for name, _ in layer.named_parameters()
         if "." in name
     ):
-        raise ValueError(
+        raise UserError(
             "the adapter is on an embedding that is the output layer as well: merged, it would change both; export it "
             "with --merge=false"
         )
@@ -237,7 +238,7 @@ def merged(model: Any) -> tuple[Any, float]:
     after = _logits(result)
     change = float((after - before).abs().max() / before.abs().max())
     if not change <= _EXACT.get(result.dtype, 0.1):
-        raise ValueError(
+        raise UserError(
             f"merging this adapter changes the policy (a logit by {change:.1%}); export it with --merge=false"
         )
     return result, change

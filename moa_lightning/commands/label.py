@@ -19,6 +19,7 @@ from moa_lightning.data import PreferenceFormat
 from moa_lightning.data.preference_file import PreferenceFile, Tally, has_label, write_rows
 from moa_lightning.data.preference_formats import Comparison, Wins, from_scores
 from moa_lightning.data.preference_table import Comparisons, ComparisonTable, Renderer
+from moa_lightning.errors import UserError
 from moa_lightning.rewards import ClassifierOutput, LengthUnit, Objective, Reward, RewardPanel, ScoredText
 
 
@@ -61,10 +62,10 @@ def label(
         accelerator: Lightning's, for the rewards' models.
 
     Raises:
-        ValueError: in one line, what is wrong with an argument, with a row, or with what ``output`` holds.
+        UserError: in one line, what is wrong with an argument, with a row, or with what ``output`` holds.
     """
     if not (win_scale > 0 and math.isfinite(win_scale)) or batch_size < 1:
-        raise ValueError(f"win_scale must be above 0 and batch_size at least 1, got {win_scale:g} and {batch_size}")
+        raise UserError(f"win_scale must be above 0 and batch_size at least 1, got {win_scale:g} and {batch_size}")
     target, device, panels = _target(output, data.path), _device(accelerator), _panels(objectives)
     table = ComparisonTable(data, Renderer(tokenizer))
     for panel in panels.values():
@@ -176,11 +177,11 @@ def bradley_terry(scores: Sequence[float], name: str, scale: float) -> Wins:
 def _target(output: str, source: str) -> Path:
     target, given = Path(output).expanduser(), Path(source).expanduser()
     if target.suffix != ".jsonl":
-        raise ValueError(f"output must be a .jsonl file, got '{output}'")
+        raise UserError(f"output must be a .jsonl file, got '{output}'")
     if target.is_dir():
-        raise ValueError(f"output '{output}' is a folder; give a .jsonl file")
+        raise UserError(f"output '{output}' is a folder; give a .jsonl file")
     if target.resolve() == given.resolve() or (target.exists() and given.exists() and os.path.samefile(target, given)):
-        raise ValueError(f"output '{output}' is the data itself, which is never changed; give another file")
+        raise UserError(f"output '{output}' is the data itself, which is never changed; give another file")
     return target
 
 
@@ -190,15 +191,15 @@ def _device(accelerator: str) -> torch.device:
     try:
         return Fabric(accelerator=accelerator, devices=1).device
     except (ValueError, RuntimeError) as error:  # an unknown name, or one that this machine lacks
-        raise ValueError(f"accelerator: {error}") from error
+        raise UserError(f"accelerator: {error}") from error
 
 
 def _panels(objectives: Mapping[str, Objective]) -> dict[str, RewardPanel]:
     if not objectives:
-        raise ValueError("there are no objectives; name at least one under 'objectives', each with a reward")
+        raise UserError("there are no objectives; name at least one under 'objectives', each with a reward")
     for name, objective in objectives.items():
         if objective.reward.gives_wins:
-            raise ValueError(
+            raise UserError(
                 f"objective '{name}': {objective.reward.title} reads labels that are there already; leave it out, or "
                 "give a reward that scores responses"
             )

@@ -43,6 +43,7 @@ from moa_lightning.commands.start_folder import (
     run_of,
 )
 from moa_lightning.console import launched_as
+from moa_lightning.errors import UserError
 from moa_lightning.masking import masked_arguments, masked_settings
 from moa_lightning.module import AlignmentModule
 from moa_lightning.preemption import Preemption
@@ -144,7 +145,7 @@ class AlignmentCLI(LightningCLI):
         Each process decides this for itself: nothing is written there before all have met.
 
         Raises:
-            ValueError: the checkpoint does not exist.
+            UserError: the checkpoint does not exist.
         """
         config = self.config[self.subcommand]
         if secrets := masked_settings(config):
@@ -164,14 +165,14 @@ class AlignmentCLI(LightningCLI):
             config.ckpt_path = checkpoint = self._newest(place)
         elif checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
             if not Path(checkpoint).exists():
-                raise ValueError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
+                raise UserError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
             require_whole(Path(checkpoint))
             if (run := run_of(Path(checkpoint))) is not None and run.resolve() != root.resolve():
                 place = place.moved_to(run)
                 root = run
         folder = root
         if self.subcommand == "fit" and not checkpoint and place.dirpath and any(place.checkpoints.glob("*.ckpt")):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.dirpath {place.dirpath} holds checkpoints of another run; give another one, or resume "
                 "that run with --ckpt_path=last"
             )
@@ -195,9 +196,9 @@ class AlignmentCLI(LightningCLI):
         """What ``ckpt_path: last`` means: the newest valid checkpoint of the run folder, or a start in it."""
         folder, found = place.checkpoints, place.newest()
         if found is None and self.subcommand != "fit":
-            raise ValueError(f"ckpt_path: 'last' finds no whole checkpoint in {folder}; give a path")
+            raise UserError(f"ckpt_path: 'last' finds no whole checkpoint in {folder}; give a path")
         if found is None and any(folder.glob("*.ckpt")):  # a start would write over what may be all there is of a run
-            raise ValueError(
+            raise UserError(
                 f"ckpt_path: 'last' finds no whole checkpoint in {folder}, but broken ones; remove them to start anew"
             )
         verb = "goes on from" if self.subcommand == "fit" else "loads"

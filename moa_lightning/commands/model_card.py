@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from moa_lightning.commands.run_summary import verdict
 from moa_lightning.dotted import import_dotted
+from moa_lightning.errors import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be, vLLM 0.11 and after
@@ -268,7 +269,7 @@ def _defaults(path: str) -> dict[str, Any]:
         return {}
     try:
         parameters = inspect.signature(import_dotted(path)).parameters.values()
-    except (ValueError, TypeError):
+    except (UserError, ValueError, TypeError):  # it is gone, or has no signature
         return {}
     return {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in parameters}
 

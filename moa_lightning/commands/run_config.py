@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from moa_lightning.callbacks.writing import reason
 from moa_lightning.checkpoints import by_steps, steps_of
 from moa_lightning.distributed import together
+from moa_lightning.errors import UserError
 from moa_lightning.masking import masked
 from moa_lightning.run_lock import RunLock
 
@@ -36,7 +37,7 @@ class RunConfig(SaveConfigCallback):
         """Take the folder and write. What a resumed run went on from is left out: the file is for running it anew.
 
         Raises:
-            ValueError: on every process, one line: another process runs there, or the folder cannot be written.
+            UserError: on every process, one line: another process runs there, or the folder cannot be written.
         """
         with together():
             if trainer.is_global_zero:
@@ -59,7 +60,7 @@ class RunConfig(SaveConfigCallback):
             if not start:
                 return
             if any((root / "checkpoints").glob("*.ckpt")):
-                raise ValueError(f"another process started a run in '{root}' meanwhile; start again")
+                raise UserError(f"another process started a run in '{root}' meanwhile; start again")
             for name in _GROWING:  # of an attempt that left no checkpoint
                 (root / name).unlink(missing_ok=True)
         except OSError as error:

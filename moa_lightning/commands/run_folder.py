@@ -17,6 +17,7 @@ from moa_lightning.callbacks.run_files import saved_means, start_and_end
 from moa_lightning.checkpoints import META, newest_whole, require_whole
 from moa_lightning.commands.start_folder import RunPlace
 from moa_lightning.distributed import read_pieces
+from moa_lightning.errors import UserError
 from moa_lightning.models import LoRA, PolicyConfig
 from moa_lightning.models.policy import RECORD
 
@@ -54,7 +55,7 @@ class RunFolder:
         """Read what there is.
 
         Raises:
-            ValueError: there is no such folder, or it holds neither a policy nor checkpoints.
+            UserError: there is no such folder, or it holds neither a policy nor checkpoints.
         """
         folder = Path(given).expanduser()
         policy = next((path for path in (folder / "policy", folder) if _is_model(path)), None)
@@ -63,7 +64,7 @@ class RunFolder:
         settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
         run = cls(root if settings else folder, policy, settings, config if settings else None)
         if policy is None and not any(run.checkpoints.glob("*.ckpt")):
-            raise ValueError(
+            raise UserError(
                 f"'{given}' holds no policy and no checkpoint; give the folder of a run, or a Hugging Face folder"
             )
         return run
@@ -81,12 +82,12 @@ class RunFolder:
         A path counts from here, from the run's folder, or from its checkpoints.
 
         Raises:
-            ValueError: there is none, or it is not whole.
+            UserError: there is none, or it is not whole.
         """
         folder = self.checkpoints
         if asked == "last":
             if (newest := newest_whole(folder)) is None:
-                raise ValueError(f"there is no whole checkpoint in '{folder}'")
+                raise UserError(f"there is no whole checkpoint in '{folder}'")
             return newest
         if asked == "best" and not (folder / BEST).exists():
             raise ValueError(f"there is no {BEST} in '{folder}'; runs with thresholds keep one")
@@ -96,7 +97,7 @@ class RunFolder:
                 require_whole(path)
                 return path
         names = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))) or "none"
-        raise ValueError(f"checkpoint '{asked}' does not exist; in '{folder}' there is {names}")
+        raise UserError(f"checkpoint '{asked}' does not exist; in '{folder}' there is {names}")
 
     def policy_config(self, base: str | None) -> PolicyConfig:
         """How the run loaded its policy, for a machine that need not have its accelerator.
@@ -105,10 +106,10 @@ class RunFolder:
             base: in place of the folder or hub id that the run started from.
 
         Raises:
-            ValueError: there is no record of it.
+            UserError: there is no record of it.
         """
         if "model" not in self.settings:
-            raise ValueError(
+            raise UserError(
                 f"'{self.folder}' has no config.yaml, which says what the checkpoint is of; export its policy/ instead"
             )
         given = dict(self.settings["model"]["policy"])
@@ -123,7 +124,7 @@ class RunFolder:
         try:
             return PolicyConfig(**{**given, "dtype": self.dtype})
         except TypeError as error:
-            raise ValueError(f"'{self.config}' does not say how the policy is built: {error}") from error
+            raise UserError(f"'{self.config}' does not say how the policy is built: {error}") from error
 
     @property
     def dtype(self) -> Any:
@@ -155,12 +156,12 @@ def read_checkpoint(path: Path) -> Saved:
     """The trained weights in a whole checkpoint, and the numbers of its last evaluation. A file, or a folder of pieces.
 
     Raises:
-        ValueError: it is none of an alignment.
+        UserError: it is none of an alignment.
     """
     whole = torch.load(path / META if path.is_dir() else path, mmap=True, map_location="cpu", weights_only=True)
     state = read_pieces(path, "state_dict.") if path.is_dir() else whole["state_dict"]
     if "moa" not in whole:
-        raise ValueError(f"checkpoint '{path}' is none of moa fit")
+        raise UserError(f"checkpoint '{path}' is none of moa fit")
     moa, callbacks = whole["moa"], whole.get("callbacks", {})
     evaluated = callbacks.get("RunFiles", {})
     first, last = saved_means(evaluated.get("first", {})), saved_means(evaluated.get("last", {}))

@@ -10,6 +10,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 from moa_lightning.agreement import flat
+from moa_lightning.errors import UserError
 
 _SEEDS = 2**32  # numpy takes none above
 _FOLLOWERS = ("data.init_args", "model")
@@ -27,7 +28,7 @@ def seed_run(config: Any, record: Path | None) -> None:
         record: ``config.yaml`` of the run that is resumed.
 
     Raises:
-        ValueError: the seed is out of range, or each of several processes would draw one of its own.
+        UserError: the seed is out of range, or each of several processes would draw one of its own.
     """
     recorded = _recorded(record)
     seed = config.seed_everything
@@ -39,7 +40,7 @@ def seed_run(config: Any, record: Path | None) -> None:
     elif 0 <= seed < _SEEDS:
         seed_everything(seed, workers=True)
     else:
-        raise ValueError(f"seed_everything must be from 0 to {_SEEDS - 1}, true or false, got {seed}")
+        raise UserError(f"seed_everything must be from 0 to {_SEEDS - 1}, true or false, got {seed}")
     config.seed_everything = seed
     kept = []
     for name in _FOLLOWERS:
@@ -71,7 +72,7 @@ def _drawn() -> int:
     if "PL_GLOBAL_SEED" in os.environ:
         return int(os.environ["PL_GLOBAL_SEED"])
     if max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
-        raise ValueError(
+        raise UserError(
             "seed_everything: true would draw another seed in each of the launcher's processes; give a number"
         )
     return secrets.randbelow(_SEEDS)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from moa_lightning.checkpoints import newest_whole
+from moa_lightning.errors import UserError
 from moa_lightning.run_checkpoint import checkpoint_folder
 
 _RECORD = "config.yaml"
@@ -105,13 +106,13 @@ def free_folder(root: Path) -> Path:
     """``root`` if there is nothing in it, else the first of ``root-2``, ``root-3``, … of which that is so.
 
     Raises:
-        ValueError: it is a file, or it has something in it and no name that a number can be added to.
+        UserError: it is a file, or it has something in it and no name that a number can be added to.
     """
     candidate, number = root, 1
     while _is_used(candidate):
         number += 1
         if root.name in {"", ".."}:
-            raise ValueError(
+            raise UserError(
                 f"trainer.default_root_dir '{root}' is no folder for a run: there are files in it; name one, such as "
                 f"{root / 'runs' / 'first'}"
             )
@@ -123,11 +124,11 @@ def refuse_foreign(root: Path) -> None:
     """Nothing if a run may write into a folder: it holds the record of a run, or nothing of the names of its files.
 
     Raises:
-        ValueError: one line with what lies there.
+        UserError: one line with what lies there.
     """
     found = [name for name in _OURS if (root / name).exists()] if root.is_dir() else []
     if found and not is_run(root):
-        raise ValueError(
+        raise UserError(
             f"'{root}' holds {', '.join(found)}, which no run wrote (there is no config.yaml of moa fit); a run would "
             "write over it. Give the run a folder of its own with --trainer.default_root_dir"
         )
@@ -137,18 +138,18 @@ def refuse_unwritable(root: Path) -> None:
     """Nothing if a folder can be made, or written to, as far as the system says beforehand.
 
     Raises:
-        ValueError: one line.
+        UserError: one line.
     """
     there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "there is no permission, or the disk is read-only" if there.is_dir() else f"{there} is a file"
-        raise ValueError(f"trainer.default_root_dir '{root}' cannot be written: {why}; give another folder")
+        raise UserError(f"trainer.default_root_dir '{root}' cannot be written: {why}; give another folder")
 
 
 def _is_used(folder: Path) -> bool:
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"trainer.default_root_dir '{folder}' is a file; name a folder")
+        raise UserError(f"trainer.default_root_dir '{folder}' is a file; name a folder")
     try:
         return folder.exists() and any(folder.iterdir())
     except OSError as error:
-        raise ValueError(f"trainer.default_root_dir '{folder}' cannot be read: {error.strerror}") from error
+        raise UserError(f"trainer.default_root_dir '{folder}' cannot be read: {error.strerror}") from error

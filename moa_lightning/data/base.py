@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, cast
 from lightning.pytorch import LightningDataModule
 
 from moa_lightning.distributed import is_distributed
+from moa_lightning.errors import UserError
 from moa_lightning.random_streams import run_seed
 
 
@@ -47,7 +48,7 @@ class PromptData(LightningDataModule, ABC):
     def __init__(self, batch_size: int = 64, val_batch_size: int | None = None, seed: int | None = None) -> None:
         super().__init__()
         if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
-            raise ValueError(f"data.batch_size must be at least 1, got {batch_size} (val_batch_size {val_batch_size})")
+            raise UserError(f"data.batch_size must be at least 1, got {batch_size} (val_batch_size {val_batch_size})")
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.seed = seed
@@ -90,13 +91,13 @@ class PromptData(LightningDataModule, ABC):
             problem: what is wrong with a row, or ``None``.
 
         Raises:
-            ValueError: names the first such row, counted from 1.
+            UserError: names the first such row, counted from 1.
         """
         for name, rows in self.rows_to_check(trainer_stage).items():
             for number, row in enumerate(rows, start=1):
                 reason = problem(row)
                 if reason is not None:
-                    raise ValueError(f"{name} row {number}: {reason}")
+                    raise UserError(f"{name} row {number}: {reason}")
 
     def train_dataloader(self) -> Iterable[Any]:
         """Collected experience, minibatch by minibatch."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
+from moa_lightning.errors import UserError
+
 ASSISTANT = "\n\nAssistant:"
 
 
@@ -14,7 +16,7 @@ def split_dialogue(text: str) -> tuple[str, str]:
     r"""The prompt, up to and with the last ``\n\nAssistant:``, and the response after it.
 
     Raises:
-        ValueError: there is no such marker.
+        UserError: there is no such marker.
 
     Example:
         >>> split_dialogue("\n\nHuman: Hello\n\nAssistant: Hi.")
@@ -22,7 +24,7 @@ def split_dialogue(text: str) -> tuple[str, str]:
     """
     end = text.rfind(ASSISTANT)
     if end < 0:
-        raise ValueError(r"a dialogue needs '\n\nAssistant:' before each answer, this text has none")
+        raise UserError(r"a dialogue needs '\n\nAssistant:' before each answer, this text has none")
     end += len(ASSISTANT)
     return text[:end], text[end:]
 
@@ -34,11 +36,11 @@ def hh_prompt(row: Mapping[str, Any]) -> str:
     without ``rejected``, give the prompt of ``chosen``.
 
     Raises:
-        ValueError: ``chosen`` is missing or is no dialogue.
+        UserError: ``chosen`` is missing or is no dialogue.
     """
     chosen = row.get("chosen")
     if not isinstance(chosen, str):
-        raise ValueError("the row has no text in column 'chosen'")
+        raise UserError("the row has no text in column 'chosen'")
     pairs = zip(chosen, row.get("rejected") or chosen, strict=False)  # they end at different places
     shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return split_dialogue(shared if ASSISTANT in shared else chosen)[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moa_lightning.data.preference_formats import BadRowError, Candidates, Comparison, Wins
+from moa_lightning.errors import UserError
 
 _ELSEWHERE = "choose another --output, or remove that file"
 
@@ -71,7 +72,7 @@ class PreferenceFile:
                 or ``None``; called once for each row, in order.
 
         Raises:
-            ValueError: a line that is no row, a row of other data or with other labels, or too many rows.
+            UserError: a line that is no row, a row of other data or with other labels, or too many rows.
         """
         rows = size = 0
         if not self.path.exists():
@@ -79,14 +80,14 @@ class PreferenceFile:
         with self.path.open("rb") as lines:
             for line in lines:
                 if rows == count:
-                    raise ValueError(f"'{self.path}' holds more rows than the {count} of {self.source}; {_ELSEWHERE}")
+                    raise UserError(f"'{self.path}' holds more rows than the {count} of {self.source}; {_ELSEWHERE}")
                 given = expected(rows)
                 if not line.endswith(b"\n"):
                     found: str | None = self._other_start(line, given)
                 else:
                     found = self._other_row(line, given, problem)
                 if found:
-                    raise ValueError(f"'{self.path}' row {rows + 1} {found}; {_ELSEWHERE}")
+                    raise UserError(f"'{self.path}' row {rows + 1} {found}; {_ELSEWHERE}")
                 if line.endswith(b"\n"):
                     rows, size = rows + 1, size + len(line)
         return Part(rows, size)
@@ -95,13 +96,13 @@ class PreferenceFile:
         """Open the file behind what was verified; a half-written line there goes.
 
         Raises:
-            ValueError: the file cannot be written.
+            UserError: the file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             opened = self.path.open("ab")
         except OSError as error:
-            raise ValueError(f"'{self.path}' cannot be written: {error.strerror}") from error
+            raise UserError(f"'{self.path}' cannot be written: {error.strerror}") from error
         opened.truncate(part.size)
         return opened
 

@@ -21,6 +21,7 @@ from moa_lightning.data.preference_labels import (
     is_missing,
     numbers,
 )
+from moa_lightning.errors import UserError
 
 __all__ = [
     "BadRowError",
@@ -119,7 +120,7 @@ class ChosenRejected(PreferenceFormat):
         """Refuse anything but two columns for an objective of its own."""
         for name, columns in self.scores.items():
             if len(columns) != 2 or name == self.objective:
-                raise ValueError(
+                raise UserError(
                     f"ChosenRejected.scores.{name} must be [column of chosen, column of rejected], under another name "
                     f"than objective '{self.objective}'; got {columns}"
                 )

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from moa_lightning.errors import UserError
+
 Wins = list[list[float]]
 """``wins[i][j]`` is the probability that candidate i beats candidate j; NaN where nobody compared them."""
 
 
-class BadRowError(ValueError):
+class BadRowError(UserError):
     """What is wrong with a row: the field and the reason, in one line."""
 
 

@@ -7,6 +7,7 @@ from moa_lightning import chat
 from moa_lightning.data.base import Row
 from moa_lightning.data.preference_formats import BadRowError, Candidates, Comparison, PreferenceFormat, Prompt
 from moa_lightning.data.preferences import to_row
+from moa_lightning.errors import UserError
 from moa_lightning.pretrained import open_tokenizer
 from moa_lightning.rows import load_rows, place
 
@@ -35,7 +36,7 @@ class Comparisons:
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"data.limit must be at least 1 or null, got {self.limit}")
+            raise UserError(f"data.limit must be at least 1 or null, got {self.limit}")
 
 
 class Renderer:
@@ -45,25 +46,25 @@ class Renderer:
         tokenizer: folder or hub id of the tokenizer; ``None`` refuses chat messages.
 
     Raises:
-        ValueError: it does not open, or has no template.
+        UserError: it does not open, or has no template.
     """
 
     def __init__(self, tokenizer: str | None) -> None:
         self._tokenizer = None if tokenizer is None else open_tokenizer(tokenizer)
         if self._tokenizer is not None and not self._tokenizer.chat_template:
-            raise ValueError(f"tokenizer '{tokenizer}' has no chat template; give that of a chat model, or none")
+            raise UserError(f"tokenizer '{tokenizer}' has no chat template; give that of a chat model, or none")
 
     def __call__(self, prompt: Prompt) -> str:
         """The prompt as text.
 
         Raises:
             BadRowError: the template refuses the messages.
-            ValueError: chat messages, but no tokenizer.
+            UserError: chat messages, but no tokenizer.
         """
         if isinstance(prompt, str):
             return prompt
         if self._tokenizer is None:
-            raise ValueError(
+            raise UserError(
                 "the prompt is chat messages; set --tokenizer to the folder or hub id of the policy, whose chat "
                 "template makes text of them"
             )
@@ -81,7 +82,7 @@ class ComparisonTable:
         render: makes text of prompts.
 
     Raises:
-        ValueError: the file does not load, a row cannot be used and ``on_bad_row`` is ``fail``, or none can.
+        UserError: the file does not load, a row cannot be used and ``on_bad_row`` is ``fail``, or none can.
     """
 
     def __init__(self, data: Comparisons, render: Renderer) -> None:
@@ -97,11 +98,11 @@ class ComparisonTable:
             except BadRowError as error:
                 self.first_bad = self.first_bad or f"{place(data.path, i)}: {error}"
                 if data.on_bad_row == "fail":
-                    raise ValueError(f"{self.first_bad}; or set --data.on_bad_row=skip") from error
-            except ValueError as error:
-                raise ValueError(f"{place(data.path, i)}: {error}") from error
+                    raise UserError(f"{self.first_bad}; or set --data.on_bad_row=skip") from error
+            except UserError as error:
+                raise UserError(f"{place(data.path, i)}: {error}") from error
         if not self._kept:
-            raise ValueError(
+            raise UserError(
                 f"none of the {len(self._rows)} rows of '{data.path}' can be used; the first: {self.first_bad}"
             )
 

@@ -16,6 +16,7 @@ from moa_lightning.data.preference_formats import (
     PreferenceFormat,
     clean_messages,
 )
+from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import mean_wins
 from moa_lightning.rows import load_rows, place
 
@@ -71,7 +72,7 @@ class Preferences(PromptData):
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         if val_size < 0 or (limit is not None and limit < 1):
-            raise ValueError("data.val_size must be at least 0, and data.limit at least 1 or null")
+            raise UserError("data.val_size must be at least 0, and data.limit at least 1 or null")
         self.path, self.val_path, self.split = path, val_path, split
         self.format = format or Candidates()
         self.val_size, self.split_seed = val_size, split_seed
@@ -133,18 +134,18 @@ class Preferences(PromptData):
         """What is wrong with a row; an error where such rows are not skipped."""
         line = f"{place(path, index)}: {reason}"
         if self.on_bad_row == "fail":
-            raise ValueError(f"{line}; or set --data.on_bad_row=skip")
+            raise UserError(f"{line}; or set --data.on_bad_row=skip")
         return line
 
     def _report(self, bad: int, total: int, what: str, first: str) -> None:
         if bad and bad == total:
-            raise ValueError(f"none of the {total} {what} can be used; the first: {first}")
+            raise UserError(f"none of the {total} {what} can be used; the first: {first}")
         if bad:
             rank_zero_warn(f"{bad} of {total} {what} cannot be used and are left out; the first: {first}")
 
     def _hold_out(self, rows: list["_Placed"]) -> tuple[list["_Placed"], list["_Placed"]]:
         if self.val_size >= len(rows):
-            raise ValueError(
+            raise UserError(
                 f"data.val_size {self.val_size} leaves nothing to train on: '{self.path}' has {len(rows)} rows; lower "
                 "it"
             )

@@ -8,6 +8,7 @@ import torch
 
 from moa_lightning.data.base import PromptData, Row, Stage
 from moa_lightning.dotted import import_dotted
+from moa_lightning.errors import UserError
 from moa_lightning.rows import load_rows, require_columns
 
 _RESERVED = ("prompts", "completions")  # the arguments of every reward function
@@ -64,9 +65,9 @@ class Prompts(PromptData):
         super().__init__(batch_size, val_batch_size, seed)
         for name, value in {"limit": limit, "val_limit": val_limit}.items():
             if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1 or null, got {value}")
+                raise UserError(f"data.{name} must be at least 1 or null, got {value}")
         if val_size < 0:
-            raise ValueError(f"data.val_size must be at least 0, got {val_size}")
+            raise UserError(f"data.val_size must be at least 0, got {val_size}")
         self.path, self.val_path, self.test_path = path, val_path, test_path
         self.split, self.val_split, self.test_split, self.subset = split, val_split, test_split, subset
         self.prompt_column, self.prompt_function = prompt_column, prompt_function
@@ -97,7 +98,7 @@ class Prompts(PromptData):
         for name, others in {"validation": validation, "test": test}.items():
             missing = sorted(set(train[0]) - set(others[0])) if others else []
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"the {name} rows have no column '{missing[0]}', which the training rows have; add or remove it"
                 )
         test = test[: self.val_limit]
@@ -110,7 +111,7 @@ class Prompts(PromptData):
 
     def _hold_out(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         if self.val_size >= len(rows):
-            raise ValueError(
+            raise UserError(
                 f"data.val_size {self.val_size} leaves no training rows of the {len(rows)} in '{self.path}'; lower it, "
                 "or give data.val_path"
             )
@@ -126,7 +127,7 @@ class Prompts(PromptData):
         found = load_rows(path, split, None if is_file else self.subset)
         for name in _RESERVED:
             if name in found.column_names:
-                raise ValueError(f"'{path}' has a column '{name}', which reward functions get otherwise; rename it")
+                raise UserError(f"'{path}' has a column '{name}', which reward functions get otherwise; rename it")
         make = self._prompt_maker(found, path)
         return [{**row, "prompt": make(row, f"'{path}' row {i}")} for i, row in enumerate(found, start=1)]
 
@@ -137,7 +138,7 @@ class Prompts(PromptData):
         function = import_dotted(self.prompt_function)
         if not callable(function):
             kind = type(function).__name__
-            raise ValueError(f"data.prompt_function '{self.prompt_function}' is of type {kind}, not a function")
+            raise UserError(f"data.prompt_function '{self.prompt_function}' is of type {kind}, not a function")
 
         def call(row: Row, where: str) -> Any:
             try:
@@ -145,7 +146,7 @@ class Prompts(PromptData):
             except Exception as error:
                 # The function is the user's.
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise ValueError(f"{where}: {self.prompt_function} failed: {reason}") from error
+                raise UserError(f"{where}: {self.prompt_function} failed: {reason}") from error
             return _checked(prompt, where)
 
         return call
@@ -155,15 +156,15 @@ def _checked(prompt: Any, where: str) -> str | list[dict[str, Any]]:
     """The prompt, if it is text or a list of chat messages with something in it."""
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError(f"{where}: the prompt is empty; remove the row")
+            raise UserError(f"{where}: the prompt is empty; remove the row")
         return prompt
     if not isinstance(prompt, list) or not all(_is_message(message) for message in prompt):
         kind = "null" if prompt is None else type(prompt).__name__
-        raise ValueError(
+        raise UserError(
             f"{where}: the prompt must be text or a list of messages with 'role' and 'content' as text, got {kind}"
         )
     if not prompt or not any(message["content"].strip() for message in prompt):
-        raise ValueError(f"{where}: the prompt is empty; remove the row")
+        raise UserError(f"{where}: the prompt is empty; remove the row")
     # Rows of one file share their fields: what a message lacks comes as null.
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 

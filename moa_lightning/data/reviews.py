@@ -17,6 +17,7 @@ import torch
 
 from moa_lightning.console import one_thread
 from moa_lightning.data.base import PromptData, Row, Stage
+from moa_lightning.errors import UserError
 
 _SUBJECTS = ("film", "movie", "drama", "comedy", "thriller", "western", "sequel", "documentary", "musical", "remake")
 _KINDS = ("new", "old", "french", "latest", "first", "silent", "short", "famous")
@@ -157,9 +158,9 @@ class Reviews(PromptData):
         super().__init__(batch_size, val_batch_size, seed)
         openings = prompts()
         if not 1 <= val_size < len(openings) or val_repeats < 1:
-            raise ValueError(f"data.val_size must be from 1 to {len(openings) - 1}, and data.val_repeats at least 1")
+            raise UserError(f"data.val_size must be from 1 to {len(openings) - 1}, and data.val_repeats at least 1")
         if baseline_reviews < 0:
-            raise ValueError(f"data.baseline_reviews must be at least 0, got {baseline_reviews}")
+            raise UserError(f"data.baseline_reviews must be at least 0, got {baseline_reviews}")
         self.warm_start_seed = warm_start_seed
         rows: list[Row] = [{"prompt": text} for text in openings]
         if baseline_reviews > 0:
@@ -193,20 +194,20 @@ def warm_start(path: str, seed: int = 0) -> None:
     Nothing happens where the folder holds that policy already.
 
     Raises:
-        ValueError: the folder holds something else.
+        UserError: the folder holds something else.
     """
     folder = Path(path).expanduser()
     recipe = {"seed": seed, "texts": _TEXTS, "batch": _BATCH, "lr": _LEARNING_RATE, **_SHAPE, "words": [*VOCABULARY]}
     if (folder / _MARK).is_file() and json.loads((folder / _MARK).read_text(encoding="utf-8")) == recipe:
         return
     if not path.startswith((".", "/", "~")) and path.count("/") < 2:
-        raise ValueError(
+        raise UserError(
             f"policy.path '{path}' is no folder, and reads like a model on the hub; data class Reviews works with the "
             "policy that it builds in a folder such as .cache/moa/reviews, data class Prompts with any"
         )
     # A policy that an older recipe of ours built here, or an aligned one, must not be lost.
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(
+        raise UserError(
             f"policy.path '{path}' holds something other than this task's warm-started policy; name a new folder, or "
             "use data class Prompts for a policy of your own"
         )

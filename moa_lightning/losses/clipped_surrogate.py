@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined
+from moa_lightning.errors import UserError
 from moa_lightning.functional.surrogate import clipped_surrogate, probability_ratio, value_loss
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
@@ -63,18 +64,18 @@ class ClippedSurrogate(PolicyLoss):
         above_zero |= {} if self.epsilon_high is None else {"epsilon_high": self.epsilon_high}
         for name, value in above_zero.items():
             if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"ClippedSurrogate.{name} must be a finite number above 0, got {value}")
+                raise UserError(f"ClippedSurrogate.{name} must be a finite number above 0, got {value}")
         if not (self.vf_coef >= 0 and math.isfinite(self.vf_coef)):
-            raise ValueError(f"ClippedSurrogate.vf_coef must be a finite number of at least 0, got {self.vf_coef}")
+            raise UserError(f"ClippedSurrogate.vf_coef must be a finite number of at least 0, got {self.vf_coef}")
         if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"ClippedSurrogate.entropy_coef must be a finite number, got {self.entropy_coef}")
+            raise UserError(f"ClippedSurrogate.entropy_coef must be a finite number, got {self.entropy_coef}")
         if self.delta is not None and not self.delta > 1 + self.clip_range.high:
-            raise ValueError(
+            raise UserError(
                 f"ClippedSurrogate.delta must be above 1 + epsilon_high ({1 + self.clip_range.high}) or null, got "
                 f"{self.delta}"
             )
         if self.importance_sampling_level not in ("token", "sequence"):
-            raise ValueError(
+            raise UserError(
                 "ClippedSurrogate.importance_sampling_level must be token or sequence, got "
                 f"'{self.importance_sampling_level}'"
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moa_lightning.errors import UserError
 from moa_lightning.functional.surrogate import squared_log_ratio
 from moa_lightning.types import State
 
@@ -59,11 +60,11 @@ class RewardKL(KLPenalty):
     def __post_init__(self) -> None:
         """Validate hyperparameters."""
         if not 0 <= self.init_kl_coef < math.inf:
-            raise ValueError(f"RewardKL needs a finite init_kl_coef >= 0, got {self.init_kl_coef}")
+            raise UserError(f"RewardKL needs a finite init_kl_coef >= 0, got {self.init_kl_coef}")
         if self.target is not None and not 0 < self.target < math.inf:
-            raise ValueError(f"RewardKL needs a finite target > 0 (or null), got {self.target}")
+            raise UserError(f"RewardKL needs a finite target > 0 (or null), got {self.target}")
         if not 0 < self.horizon < math.inf:
-            raise ValueError(f"RewardKL needs a finite horizon > 0, got {self.horizon}")
+            raise UserError(f"RewardKL needs a finite horizon > 0, got {self.horizon}")
 
     def init(self) -> State:
         """The coefficient."""
@@ -104,7 +105,7 @@ class LossKL(KLPenalty):
     def __post_init__(self) -> None:
         """Validate hyperparameters."""
         if not 0 <= self.beta < math.inf:
-            raise ValueError(f"LossKL needs a finite beta >= 0, got {self.beta}")
+            raise UserError(f"LossKL needs a finite beta >= 0, got {self.beta}")
 
     def reward_coefficient(self, state: State) -> float:
         """0: the reward is left as it is."""

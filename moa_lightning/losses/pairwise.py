@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.distributed import all_sum, world_size
+from moa_lightning.errors import UserError
 from moa_lightning.functional.pairwise import dpo_loss, ipo_loss, modpo_logits, response_log_ratio
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
@@ -57,11 +58,11 @@ class PairwiseLogistic(PolicyLoss):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"PairwiseLogistic.beta must be a finite number above 0, got {self.beta}")
+            raise UserError(f"PairwiseLogistic.beta must be a finite number above 0, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"PairwiseLogistic.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+            raise UserError(f"PairwiseLogistic.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
         if self.loss_type not in _LOSSES:
-            raise ValueError(f"PairwiseLogistic.loss_type must be {' or '.join(_LOSSES)}, got '{self.loss_type}'")
+            raise UserError(f"PairwiseLogistic.loss_type must be {' or '.join(_LOSSES)}, got '{self.loss_type}'")
 
     @property
     def clip_range(self) -> ClipRange:

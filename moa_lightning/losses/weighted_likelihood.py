@@ -10,6 +10,7 @@ import torch
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.distributed import all_sum
+from moa_lightning.errors import UserError
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.kl import KLPenalty
 from moa_lightning.models.policy import PolicyOutput
@@ -43,7 +44,7 @@ class WeightedLikelihood(PolicyLoss):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if self.max_weight is not None and not self.max_weight > 0:
-            raise ValueError(f"WeightedLikelihood needs max_weight > 0 (or null), got {self.max_weight}")
+            raise UserError(f"WeightedLikelihood needs max_weight > 0 (or null), got {self.max_weight}")
 
     @property
     def clip_range(self) -> ClipRange:
@@ -54,7 +55,7 @@ class WeightedLikelihood(PolicyLoss):
         """Loss of these rows and its terms."""
         mask_BT, score = experience.mask_BT, combined.score
         if bool((score < 0).any()):
-            raise ValueError(
+            raise UserError(
                 "loss WeightedLikelihood needs weights of at least 0, and this combiner's score is an advantage of "
                 "either sign; use loss ClippedSurrogate with it"
             )

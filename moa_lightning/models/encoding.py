@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.chat import Prompt, TemplateError, Turn, answer_turn, closed_answer, render
+from moa_lightning.errors import UserError
 from moa_lightning.types import PromptBatch, Responses
 
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ class Encoder:
         """Refuse lengths that cannot fit."""
         longest = (self.max_prompt_length or 1) + self.max_new_tokens
         if self.context_length is not None and longest > self.context_length:
-            raise ValueError(
+            raise UserError(
                 f"max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} do not fit the "
                 f"policy's context of {self.context_length} tokens; lower one of them"
             )
@@ -60,7 +61,7 @@ class Encoder:
         if isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 "the prompts are chat messages, but the policy's tokenizer has no chat template; set "
                 "policy.chat_template, or give prompts as text"
             )

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from moa_lightning.errors import UserError
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.skeleton import Skeleton, UnsuitedError, skeleton
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
@@ -29,8 +30,8 @@ def load_config(policy: PolicyConfig) -> PretrainedConfig:
     base = _base_of(policy)
     try:
         config = open_pretrained(AutoConfig, base, "model config", trust_remote_code=policy.trust_remote_code)
-    except ValueError as error:
-        raise ValueError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
+    except UserError as error:
+        raise UserError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
     return config
 
 
@@ -38,10 +39,10 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, padding on the left, with a padding token."""
     try:
         tokenizer: PreTrainedTokenizerBase = open_tokenizer(policy.path, **policy.hub_arguments())
-    except ValueError as error:
-        raise ValueError(f"policy.path: {error}") from error
+    except UserError as error:
+        raise UserError(f"policy.path: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {policy.path} has no eos_token; responses could never end. Set one there")
+        raise UserError(f"the tokenizer of {policy.path} has no eos_token; responses could never end. Set one there")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -64,8 +65,8 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
         arguments["trust_remote_code"] = policy.trust_remote_code
         try:
             model = open_pretrained(AutoModelForCausalLM, base, "causal language model", **arguments)
-        except ValueError as error:
-            raise ValueError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
+        except UserError as error:
+            raise UserError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
     else:
         model = _open(policy, AutoModelForCausalLM, "causal language model", **arguments)
     _ready(model, policy)
@@ -112,10 +113,10 @@ def check_quantization(policy: PolicyConfig) -> None:
     """Refuse quantised weights without an adapter.
 
     Raises:
-        ValueError: says what to set.
+        UserError: says what to set.
     """
     if policy.quantization is not None and policy.lora is None and not policy.is_adapter:
-        raise ValueError("policy.quantization needs policy.lora: quantised weights cannot be trained themselves")
+        raise UserError("policy.quantization needs policy.lora: quantised weights cannot be trained themselves")
 
 
 def _ready(model: Any, policy: PolicyConfig) -> None:
@@ -177,7 +178,7 @@ def _base_of(policy: PolicyConfig) -> str:
 
     config: Any = _open(policy, PeftConfig, "PEFT adapter")
     if config.is_prompt_learning:
-        raise ValueError(
+        raise UserError(
             f"policy.path: '{policy.path}' holds a {config.peft_type.value} adapter, which puts tokens before the "
             "prompt; only adapters of layers (LoRA and its relatives) can be trained"
         )
@@ -192,7 +193,7 @@ def _open_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
             return PeftModel.from_pretrained(model, str(Path(policy.path).expanduser()), is_trainable=True)
         except Exception as error:  # a broken file makes peft raise anything, over several lines
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"policy.path: '{policy.path}' does not open as a PEFT adapter: {reason}") from error
+            raise UserError(f"policy.path: '{policy.path}' does not open as a PEFT adapter: {reason}") from error
 
 
 @contextmanager
@@ -206,5 +207,5 @@ def _without_peft_noise() -> Iterator[None]:
 def _open(policy: PolicyConfig, auto_class: Any, what: str, **arguments: Any) -> Any:
     try:
         return open_pretrained(auto_class, policy.path, what, **policy.hub_arguments(), **arguments)
-    except ValueError as error:
-        raise ValueError(f"policy.path: {error}") from error
+    except UserError as error:
+        raise UserError(f"policy.path: {error}") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moa_lightning.distributed import in_pieces
+from moa_lightning.errors import UserError
 from moa_lightning.functional.pairwise import clip_around_first, confidence_weights, virtual_reference
 from moa_lightning.models.loading import disable_dropout
 from moa_lightning.models.policy import Policy, PolicyOutput
@@ -49,18 +50,18 @@ class MultiReference(Reference):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not self.paths:
-            raise ValueError("MultiReference needs at least one path beside the policy itself")
+            raise UserError("MultiReference needs at least one path beside the policy itself")
         if self.cliprange is not None and not 0 <= self.cliprange < 1:
-            raise ValueError(f"MultiReference.cliprange must lie in [0, 1) (or be null), got {self.cliprange}")
+            raise UserError(f"MultiReference.cliprange must lie in [0, 1) (or be null), got {self.cliprange}")
         if self.weights is None:
             return
         if len(self.weights) != len(self.paths) + 1:
-            raise ValueError(
+            raise UserError(
                 f"MultiReference.weights must hold {len(self.paths) + 1} numbers, for the policy as loaded and then "
                 f"for each path; got {len(self.weights)}"
             )
         if min(self.weights) < 0 or sum(self.weights) == 0:
-            raise ValueError(f"MultiReference.weights must be >= 0 and not all 0, got {self.weights}")
+            raise UserError(f"MultiReference.weights must be >= 0 and not all 0, got {self.weights}")
 
     def check(self, has_adapter: bool) -> None:
         """Open each reference's config."""
@@ -72,14 +73,14 @@ class MultiReference(Reference):
         """Load the other references and compare their vocabularies with the policy's.
 
         Raises:
-            ValueError: a vocabulary is another one.
+            UserError: a vocabulary is another one.
         """
         self._first.setup(policy)
         self._others = []
         for path in self.paths:
             tokenizer = open_tokenizer(path, trust_remote_code=self.trust_remote_code)
             if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-                raise ValueError(
+                raise UserError(
                     f"reference '{path}' has another vocabulary than the policy: its log-probabilities of the same "
                     "tokens mean something else. Choose references of the policy's family"
                 )
@@ -138,5 +139,5 @@ class MultiReference(Reference):
     def _open(self, auto_class: Any, path: str, what: str, **arguments: Any) -> Any:
         try:
             return open_pretrained(auto_class, path, what, trust_remote_code=self.trust_remote_code, **arguments)
-        except ValueError as error:
-            raise ValueError(f"reference: {error}") from error
+        except UserError as error:
+            raise UserError(f"reference: {error}") from error

@@ -24,6 +24,7 @@ from transformers import (
 
 from moa_lightning.chat import end_tokens
 from moa_lightning.distributed import any_rank, rank, whole_state
+from moa_lightning.errors import UserError
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
 from moa_lightning.non_finite import NonFiniteError, names_of_non_finite, some
@@ -145,7 +146,7 @@ class Policy(nn.Module):
         """Compare :meth:`logits` with the model's own on two tokens, so that no unknown scaling goes unnoticed.
 
         Raises:
-            ValueError: they differ.
+            UserError: they differ.
         """
         device = next(self.backbone.parameters()).device
         ids = torch.tensor([[self.end_ids[0], self.end_ids[0]]], device=device)
@@ -157,7 +158,7 @@ class Policy(nn.Module):
         if not bool(torch.isfinite(theirs.amax())):
             raise NonFiniteError("the policy's logits are not finite: its weights are damaged; start from another one")
         if not torch.allclose(own.float(), theirs.float(), rtol=1e-2, atol=1e-2):
-            raise ValueError(
+            raise UserError(
                 f"{type(self.causal_lm).__name__} changes its logits after the output embedding in a way that is not "
                 "known here; its log-probabilities would be wrong. Please report the model type"
             )
@@ -219,7 +220,7 @@ class Policy(nn.Module):
         """Trained parameters there; ``None`` for the representation, which has none.
 
         Raises:
-            ValueError: the architecture has no blocks in a row, or none of them is trained.
+            UserError: the architecture has no blocks in a row, or none of them is trained.
         """
         if place is GradientPlace.REPRESENTATION:
             return None
@@ -228,7 +229,7 @@ class Policy(nn.Module):
         for block in reversed(self.blocks):
             if trained := [p for p in block.parameters() if p.requires_grad]:
                 return trained
-        raise ValueError(
+        raise UserError(
             f"{type(self.causal_lm).__name__} has no last layer with trained parameters that is known here; take the "
             "combiner's gradients at the representation, or at all parameters"
         )
@@ -245,7 +246,7 @@ class Policy(nn.Module):
 
         Raises:
             NonFiniteError: a trained weight is NaN or infinite.
-            ValueError: the folder cannot be written.
+            UserError: the folder cannot be written.
         """
         bad = names_of_non_finite({name: p for name, p in self.named_parameters() if p.requires_grad})
         if any_rank(bool(bad), next(self.parameters()).device):

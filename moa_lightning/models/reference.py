@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_lightning.distributed import in_pieces, like, whole_on_first
+from moa_lightning.errors import UserError
 from moa_lightning.models.policy import Policy, PolicyOutput
 from moa_lightning.models.sharding import copy_pieces
 
@@ -71,7 +72,7 @@ class AdapterOff(Reference):
     def check(self, has_adapter: bool) -> None:
         """Refuse a policy without an adapter."""
         if not has_adapter:
-            raise ValueError(
+            raise UserError(
                 "reference AdapterOff needs an adapter: set policy.lora, or use reference FrozenCopy for full "
                 "fine-tuning"
             )
@@ -148,7 +149,7 @@ class LaggedCopy(Reference):
 
     def __init__(self, interval: int = 500) -> None:
         if interval < 1:
-            raise ValueError(f"LaggedCopy.interval must be at least 1, got {interval}")
+            raise UserError(f"LaggedCopy.interval must be at least 1, got {interval}")
         self.interval = interval
         self._step = 0  # of the last refresh
         self._first: list[Tensor] = []  # as loaded: the policy that the data are taken to come from

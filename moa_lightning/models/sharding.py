@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from moa_lightning.errors import UserError
 from moa_lightning.models.policy import Policy
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -55,7 +56,7 @@ class ShardingPlan:
             ("reduce_dtype", self.reduce_dtype or "float32", get_args(Precision)),
         ):
             if value not in known:
-                raise ValueError(f"{setting} of a sharded policy must be {' or '.join(known)}, got '{value}'")
+                raise UserError(f"{setting} of a sharded policy must be {' or '.join(known)}, got '{value}'")
 
     def apply(self, policy: Policy, mesh: Mesh) -> None:
         """Shard every block, the value heads (in their own precision), and then what is left. In place."""

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from moa_lightning.console import progress
 from moa_lightning.distributed import fill_piece
+from moa_lightning.errors import UserError
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -146,12 +147,12 @@ class Skeleton:
             what: the model is, for the progress bar of the first process.
 
         Raises:
-            ValueError: a file has gone, or breaks off.
+            UserError: a file has gone, or breaks off.
         """
         try:
             self._read(what)
         except (UnsuitedError, SafetensorError, OSError) as error:
-            raise ValueError(f"the weights of the {what} cannot be read: {' '.join(str(error).split())}") from error
+            raise UserError(f"the weights of the {what} cannot be read: {' '.join(str(error).split())}") from error
         finally:
             self.files.close()
 

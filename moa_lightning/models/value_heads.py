@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moa_lightning.errors import UserError
+
 FILE_NAME = "value_heads.safetensors"
 
 
@@ -47,7 +49,7 @@ class ValueHeads(nn.Module):
         """Read heads that were saved for the same objectives, in whatever order; False if there is no file.
 
         Raises:
-            ValueError: the file is of other objectives or of another hidden size.
+            UserError: the file is of other objectives or of another hidden size.
         """
         file = Path(folder) / FILE_NAME
         if not file.is_file():
@@ -56,12 +58,12 @@ class ValueHeads(nn.Module):
             names = (opened.metadata() or {}).get("objectives", "").split("\n")
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (not a dict)
         if sorted(names) != sorted(self.objectives):
-            raise ValueError(
+            raise UserError(
                 f"{file} holds value heads for {', '.join(names)}, not for {', '.join(self.objectives)}; remove the "
                 "file to start with new heads"
             )
         if tensors["weight"].shape[1] != self.linear.in_features:
-            raise ValueError(
+            raise UserError(
                 f"{file} is for hidden size {tensors['weight'].shape[1]}, the policy has {self.linear.in_features}; "
                 "remove the file to start with new heads"
             )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moa_lightning.errors import UserError
 from moa_lightning.schedules import Weight, check_weights, weight_at
 
 Cut = Callable[[nn.Module], Callable[[nn.Module], AbstractContextManager[bool]]]
@@ -41,7 +42,7 @@ class Reward(ABC):
             columns: names of the data's columns.
 
         Raises:
-            ValueError: one line that says what to write instead.
+            UserError: one line that says what to write instead.
         """
 
     def setup(self, device: torch.device) -> None:
@@ -90,14 +91,14 @@ class Objective:
         """Refuse values without meaning."""
         check_weights({"an objective's weight": weight_at(self.weight, 0.0)})
         if not math.isfinite(self.scale) or self.scale == 0:
-            raise ValueError(f"an objective's scale must be a finite number other than 0, got {self.scale}")
+            raise UserError(f"an objective's scale must be a finite number other than 0, got {self.scale}")
         if not math.isfinite(self.shift):
-            raise ValueError(f"an objective's shift must be a finite number, got {self.shift}")
+            raise UserError(f"an objective's shift must be a finite number, got {self.shift}")
         # Written so that NaN is refused too.
         if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(f"an objective's clip must be [low, high] with low < high, got {list(self.clip)}")
+            raise UserError(f"an objective's clip must be [low, high] with low < high, got {list(self.clip)}")
         if self.reward.gives_wins and not all(0 <= bound <= 1 for bound in (self.shift, self.scale + self.shift)):
-            raise ValueError(
+            raise UserError(
                 f"{self.reward.title} gives win probabilities, which scale {self.scale:g} and shift {self.shift:g} "
                 "take out of [0, 1]; remove them, or turn the objective around with scale -1 and shift 1"
             )

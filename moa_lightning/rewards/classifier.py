@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moa_lightning.errors import UserError
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
 from moa_lightning.rewards.with_model import RewardWithModel
@@ -89,9 +90,9 @@ class TextClassifier(RewardWithModel):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if self.batch_size < 1:
-            raise ValueError(f"TextClassifier.batch_size must be at least 1, got {self.batch_size}")
+            raise UserError(f"TextClassifier.batch_size must be at least 1, got {self.batch_size}")
         if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"TextClassifier.max_length must be at least 1 (or null), got {self.max_length}")
+            raise UserError(f"TextClassifier.max_length must be at least 1 (or null), got {self.max_length}")
 
     @property
     def label_name(self) -> str:
@@ -102,7 +103,7 @@ class TextClassifier(RewardWithModel):
         """Read config and tokenizer, no weights, and compare the label and lengths with them.
 
         Raises:
-            ValueError: the folder does not exist or does not open, or the model has no such label, or reads less than
+            UserError: the folder does not exist or does not open, or the model has no such label, or reads less than
                 ``max_length`` tokens.
         """
         from transformers import AutoConfig
@@ -115,13 +116,13 @@ class TextClassifier(RewardWithModel):
         self.text.check(tokenizer)
         limit = self._limit(tokenizer)
         if self.max_length is not None and limit is not None and self.max_length > limit:
-            raise ValueError(
+            raise UserError(
                 f"max_length {self.max_length} exceeds the {limit} tokens that '{self.path}' reads; lower it or "
                 "leave it out"
             )
         special = tokenizer.num_special_tokens_to_add(pair=True)
         if self.max_length is not None and self.max_length <= special:
-            raise ValueError(
+            raise UserError(
                 f"max_length {self.max_length} leaves no room for text: its tokenizer adds up to {special} of its own"
             )
         tokenizer.truncation_side = "left"  # the completion is at the end, and it is what is judged
@@ -141,7 +142,7 @@ class TextClassifier(RewardWithModel):
         )
         missing = sorted(report["missing_keys"])
         if missing:  # transformers would fill them with random numbers
-            raise ValueError(
+            raise UserError(
                 f"'{self.path}' is not a trained sequence classifier: it has no weights for {', '.join(missing[:3])}"
             )
         return model
@@ -196,7 +197,7 @@ class TextClassifier(RewardWithModel):
         if self.label is None:
             if len(labels) == 1:
                 return 0
-            raise ValueError(f"'{self.path}' has several labels; set label to one of them ({known})")
+            raise UserError(f"'{self.path}' has several labels; set label to one of them ({known})")
         if self.label in labels:
             return labels.index(str(self.label))
         # The command line cannot tell the index 1 from the text "1".
@@ -204,7 +205,7 @@ class TextClassifier(RewardWithModel):
             return int(self.label)
         near = difflib.get_close_matches(str(self.label).lower(), [name.lower() for name in labels], n=1)
         hint = next((f"; did you mean '{name}'?" for name in labels if [name.lower()] == near), "")
-        raise ValueError(f"'{self.path}' has no label '{self.label}'; its labels are {known}{hint}")
+        raise UserError(f"'{self.path}' has no label '{self.label}'; its labels are {known}{hint}")
 
     def _padding_id(self, texts: list[list[int]]) -> int:
         """The tokenizer's padding token, else the model's, else any that ends none of these texts.

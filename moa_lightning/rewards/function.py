@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moa_lightning.dotted import import_dotted
+from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward
 
 # What TRL's trainers pass beside the data's columns, and this package does not have.
@@ -49,7 +50,7 @@ class FunctionReward(Reward):
         """Import the function and compare its parameters with the columns.
 
         Raises:
-            ValueError: it does not import, is not callable, is async, or needs a column that the data lacks.
+            UserError: it does not import, is not callable, is async, or needs a column that the data lacks.
         """
         parameters = self._resolve()
         for parameter in parameters:
@@ -58,7 +59,7 @@ class FunctionReward(Reward):
                 hint = ""
                 if parameter.name in _ONLY_TRL_PASSES:
                     hint = "; only TRL's trainer passes that: give the parameter a default"
-                raise ValueError(
+                raise UserError(
                     f"{self.title} needs column '{parameter.name}', which the data does not have; columns: "
                     f"{', '.join(sorted(columns)) or 'none beside the prompt'}{hint}"
                 )
@@ -93,13 +94,13 @@ class FunctionReward(Reward):
         try:
             signature = inspect.signature(self._resolved)
         except (TypeError, ValueError):
-            raise ValueError(
+            raise UserError(
                 f"{self.title} has no signature that Python can read; wrap it: def f(prompts, completions, **kwargs)"
             ) from None
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         if positional:
-            raise ValueError(
+            raise UserError(
                 f"{self.title} takes '{positional[0]}' by position only, but rewards are called by "
                 "keyword; remove the '/'"
             )
@@ -110,10 +111,10 @@ class FunctionReward(Reward):
     def _callable(self, found: Any) -> Callable[..., Any]:
         if inspect.isclass(found) or not callable(found):
             kind = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
-            raise ValueError(
+            raise UserError(
                 f"{self.title} is {kind}, not a function; give the path of a function f(prompts, completions, **kwargs)"
             )
         inside = getattr(found, "__call__", found)  # noqa: B004  # an object's own __call__ may be the async one
         if any(test(f) for f in (found, inside) for test in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
-            raise ValueError(f"{self.title} is async, which is not supported; write 'def' instead of 'async def'")
+            raise UserError(f"{self.title} is async, which is not supported; write 'def' instead of 'async def'")
         return found  # type: ignore[no-any-return]  # checked above; narrowing loses it

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moa_lightning.chat import Turn, answer_tokens, answer_turn
+from moa_lightning.errors import UserError
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rewards.with_model import RewardWithModel
 
@@ -46,7 +47,7 @@ class ImplicitReward(RewardWithModel):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if self.beta <= 0 or self.batch_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"ImplicitReward needs beta > 0 and batch_size of at least 1, got {self.beta} and {self.batch_size}"
             )
 
@@ -58,7 +59,7 @@ class ImplicitReward(RewardWithModel):
             return
         folder = Path(self.path).expanduser()
         if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"'{self.path}' holds no adapter (adapter_config.json); ImplicitReward compares a model "
                 "with and without its adapter"
             )

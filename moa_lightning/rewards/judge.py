@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward
 from moa_lightning.rewards.function import FunctionReward
 
@@ -48,7 +49,7 @@ class PairwisePreference(Reward):
         """Import the function, and compare its parameters and the baseline with the columns."""
         self._judge.check(columns)
         if self.baseline is not None and self.baseline not in columns:
-            raise ValueError(
+            raise UserError(
                 f"baseline: the data have no column '{self.baseline}'; they have "
                 f"{', '.join(sorted(columns)) or 'none beside the prompt'}"
             )
@@ -68,7 +69,7 @@ class PairwisePreference(Reward):
             **{name: [values[i] for i, _, _ in pairs] for name, values in columns.items()},
         )
         if len(answers) != len(pairs):
-            raise ValueError(
+            raise UserError(
                 f"{self.title} returned {len(answers)} probabilities for {len(pairs)} pairs; return one each"
             )
         wins: list[list[float]] = [[] for _ in completions]
@@ -76,7 +77,7 @@ class PairwisePreference(Reward):
             if answer is None or math.isnan(answer):
                 continue
             if not 0 <= answer <= 1:
-                raise ValueError(
+                raise UserError(
                     f"{self.title} returned {answer!r}; return the probability that the first of a pair wins, in [0, 1]"
                 )
             wins[i].append(float(answer))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward
 
 
@@ -24,7 +25,7 @@ class _OfCandidates(Reward):
         """Refuse data without it."""
         known = sorted(name.removeprefix(self.prefix) for name in columns if name.startswith(self.prefix))
         if self.label not in known:
-            raise ValueError(
+            raise UserError(
                 f"the data have no {self.what} '{self.label}'"
                 + (f"; they have {', '.join(known)}" if known else f"; {self.title} goes with data class Preferences")
             )
@@ -33,7 +34,7 @@ class _OfCandidates(Reward):
         """What the data say of the candidates."""
         values = columns[self.prefix + self.label]
         if any(isinstance(value, list) for value in values):
-            raise ValueError(
+            raise UserError(
                 f"{self.title} knows the responses of the data alone, not new ones; use source PreferenceRows, or a "
                 "reward that can score any response"
             )

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Cut, Objective, Reward
 from moa_lightning.schedules import Weight, weight_at
 from moa_lightning.types import Columns, RewardTable
@@ -42,7 +43,7 @@ class RewardPanel:
         objectives: by name, in the order that every table keeps.
 
     Raises:
-        ValueError: no objectives, none that is trained, or a name that cannot be part of a metric's key or is a
+        UserError: no objectives, none that is trained, or a name that cannot be part of a metric's key or is a
             column's already.
     """
 
@@ -50,9 +51,9 @@ class RewardPanel:
         for name in objectives:
             _check_name(name, objectives)
         if not objectives:
-            raise ValueError("there are no objectives; name at least one under 'objectives', each with a reward")
+            raise UserError("there are no objectives; name at least one under 'objectives', each with a reward")
         if all(objective.eval_only for objective in objectives.values()):
-            raise ValueError(
+            raise UserError(
                 f"every objective is eval_only ({', '.join(objectives)}); at least one must be trained: remove its "
                 "eval_only"
             )
@@ -95,11 +96,11 @@ class RewardPanel:
             columns: names of the data's columns beside the prompt.
 
         Raises:
-            ValueError: one line, with the objective's name.
+            UserError: one line, with the objective's name.
         """
         for column in _TAKEN_COLUMNS:
             if column in columns:
-                raise ValueError(
+                raise UserError(
                     f"the data has a column '{column}', but rewards get an argument of that name already; "
                     "rename the column"
                 )
@@ -117,8 +118,8 @@ class RewardPanel:
         for name, objective in self.objectives.items():
             try:
                 call(objective.reward)
-            except ValueError as error:
-                raise ValueError(f"objective '{name}': {error}") from error
+            except UserError as error:
+                raise UserError(f"objective '{name}': {error}") from error
 
     def score(self, prompts: list[str], completions: list[str], columns: Columns) -> RewardTable:
         """Score B responses under every objective, eval-only ones included.
@@ -132,7 +133,7 @@ class RewardPanel:
             The table, on the CPU. Numbers too large for float32 count as infinite, so as missing.
 
         Raises:
-            ValueError: a reward returned the wrong number of scores, or something that is not a number.
+            UserError: a reward returned the wrong number of scores, or something that is not a number.
 
         Warns once for each objective, on the main process, when it leaves responses out.
         """
@@ -164,15 +165,15 @@ class RewardPanel:
 
 def _check_name(name: str, names: Iterable[str]) -> None:
     if not _NAME.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             f"'{name}' cannot name an objective: names become metric keys and columns; write one word of letters, "
             "digits, '_' and '-'"
         )
     if name in _TAKEN_NAMES:
-        raise ValueError(f"'{name}' cannot name an objective: tables have a column of that name already; rename it")
+        raise UserError(f"'{name}' cannot name an objective: tables have a column of that name already; rename it")
     for other in names:
         if any(name.startswith(f"{other}_") and name.endswith(f"_{end}") for end in _TAKEN_ENDS):
-            raise ValueError(
+            raise UserError(
                 f"'{name}' cannot name an objective beside '{other}': tables call a column of '{other}' so; rename one"
             )
 
@@ -188,12 +189,12 @@ def _scores(name: str, reward: Reward, prompts: list[str], completions: list[str
     try:
         scores = list(answer)
     except TypeError:
-        raise ValueError(
+        raise UserError(
             f"objective '{name}': {reward.title} returned {type(answer).__name__} instead of a list of {len(prompts)} "
             "numbers, one per completion"
         ) from None
     if len(scores) != len(completions):
-        raise ValueError(
+        raise UserError(
             f"objective '{name}': {reward.title} returned {len(scores)} scores for {len(completions)} completions; "
             "return one per completion, None where it has no opinion"
         )
@@ -210,7 +211,7 @@ def _number(name: str, reward: Reward, row: int, score: Any) -> float:
     except OverflowError:
         return math.inf
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
+        raise UserError(
             f"objective '{name}': {reward.title} returned {str(score)[:40]!r} ({type(score).__name__}) for completion "
             f"{row}; return a number, or None where it has no opinion"
         ) from None

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from moa_lightning.errors import UserError
+
 
 class ScoredText(ABC):
     """Turns prompts and completions into tokens of the classifier."""
@@ -12,7 +14,7 @@ class ScoredText(ABC):
         """Refuse a tokenizer that cannot do it.
 
         Raises:
-            ValueError: one line that says what to write instead.
+            UserError: one line that says what to write instead.
         """
 
     @abstractmethod
@@ -67,7 +69,7 @@ class Chat(ScoredText):
     def check(self, tokenizer: Any) -> None:
         """Refuse a tokenizer without a chat template."""
         if not tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 "text Chat needs a chat template, and the classifier's tokenizer has none; use text "
                 "PromptAndCompletion or TextPair"
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moa_lightning.errors import UserError
 from moa_lightning.pretrained import open_tokenizer
 from moa_lightning.rewards.base import Reward
 
@@ -92,11 +93,11 @@ class Length(Reward):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not (math.isfinite(self.divisor) and self.divisor > 0):
-            raise ValueError(f"Length.divisor must be a finite number above 0, got {self.divisor}")
+            raise UserError(f"Length.divisor must be a finite number above 0, got {self.divisor}")
         self._low = -math.inf if self.low is None else self.low
         self._high = math.inf if self.high is None else self.high
         if not self._low < self._high:
-            raise ValueError(f"Length.low must be below Length.high, got {self.low} and {self.high}")
+            raise UserError(f"Length.low must be below Length.high, got {self.low} and {self.high}")
 
     def check(self, columns: set[str]) -> None:
         """Open the unit's tokenizer, if it has one."""

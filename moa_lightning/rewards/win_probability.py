@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Cut, Reward
 
 
@@ -40,9 +41,9 @@ class WinProbability(Reward):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not 0 < self.scale < math.inf:
-            raise ValueError(f"WinProbability.scale must be a finite number above 0, got {self.scale}")
+            raise UserError(f"WinProbability.scale must be a finite number above 0, got {self.scale}")
         if self.reward.gives_wins or self.reward.of_data_alone:
-            raise ValueError(
+            raise UserError(
                 f"WinProbability.reward must score any response by itself, got {self.reward.title}; use that reward as "
                 "it is"
             )
@@ -56,7 +57,7 @@ class WinProbability(Reward):
         """Check the reward, and that the data have the fixed responses."""
         self.reward.check(columns)
         if self.baseline not in columns:
-            raise ValueError(
+            raise UserError(
                 f"baseline: the data have no column '{self.baseline}'; they have "
                 f"{', '.join(sorted(columns)) or 'none beside the prompt'}"
             )
@@ -85,7 +86,7 @@ class WinProbability(Reward):
             **{name: [values[i] for i in rows] for name, values in columns.items()},
         )
         if len(answers) != len(rows):
-            raise ValueError(f"{self.reward.title} returned {len(answers)} scores for {len(rows)} completions")
+            raise UserError(f"{self.reward.title} returned {len(answers)} scores for {len(rows)} completions")
         scores = [math.nan if answer is None else float(answer) for answer in answers]
         score_of = dict(zip(first, scores[len(completions) :], strict=True))
         return [self._wins(scores[i], [score_of[prompts[i], text] for text in texts]) for i, texts in enumerate(fixed)]
@@ -101,7 +102,7 @@ def _texts(column: str, value: Any) -> list[str]:
         return []
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"column '{column}' must hold a text, or a list of texts, for each prompt, got {value!r}")
+        raise UserError(f"column '{column}' must hold a text, or a list of texts, for each prompt, got {value!r}")
     return list(texts)
 
 

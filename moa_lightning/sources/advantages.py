@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moa_lightning.distributed import all_sum
+from moa_lightning.errors import UserError
 from moa_lightning.functional.advantages import gae, group_relative, masked_moments
 
 
@@ -49,7 +50,7 @@ class GAE(AdvantageEstimator):
     def __post_init__(self) -> None:
         """Refuse values outside [0, 1]."""
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
-            raise ValueError(f"GAE needs gamma and lam in [0, 1], got {self.gamma} and {self.lam}")
+            raise UserError(f"GAE needs gamma and lam in [0, 1], got {self.gamma} and {self.lam}")
 
     def estimate(
         self, rewards_BTN: Tensor, values_BTN: Tensor | None, mask_BT: Tensor, valid_BN: Tensor, group_size: int
@@ -83,7 +84,7 @@ class GroupRelative(AdvantageEstimator):
     def check(self, group_size: int) -> None:
         """Refuse single responses."""
         if group_size < 2:
-            raise ValueError(
+            raise UserError(
                 "GroupRelative compares the responses of one prompt: set source.num_generations to 2 or more, or use "
                 "advantages GAE"
             )

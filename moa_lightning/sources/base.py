@@ -56,7 +56,7 @@ class Source(ABC):
         """Refuse data with these columns that it cannot work on, before any model is loaded.
 
         Raises:
-            ValueError: one line that says what to write instead.
+            UserError: one line that says what to write instead.
         """
 
     @property

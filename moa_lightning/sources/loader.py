@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import all_objects, rank, world_size
+from moa_lightning.errors import UserError
 from moa_lightning.random_streams import random_state, restore_random_state
 from moa_lightning.sources.in_flight import InFlight, shared_anew
 from moa_lightning.types import Experience, Minibatch
@@ -46,12 +47,12 @@ class ExperienceLoader:
         self.responses_per_prompt = responses_per_prompt
         self.prompts_per_batch = batch_size * world_size()
         if len(rows) < self.prompts_per_batch:
-            raise ValueError(
+            raise UserError(
                 f"{len(rows)} training prompts do not fill one batch of {batch_size} prompts on each of "
                 f"{world_size()} processes; lower data.batch_size"
             )
         if batch_size * responses_per_prompt % minibatches:
-            raise ValueError(
+            raise UserError(
                 f"source.num_mini_batches {minibatches} does not divide the {batch_size * responses_per_prompt} "
                 "responses of a batch (data.batch_size x source.num_generations)"
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.distributed import all_sum, world_size
+from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import bradley_terry_wins, group_softmax
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.signals import Signal
@@ -54,7 +55,7 @@ class PreferenceRows(Source):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if self.max_response_length < 2 or not self.win_scale > 0 or not self.max_log_ratio > 0:
-            raise ValueError(
+            raise UserError(
                 "PreferenceRows needs max_response_length of at least 2, win_scale > 0 and max_log_ratio > 0"
             )
 
@@ -71,7 +72,7 @@ class PreferenceRows(Source):
     def check(self, columns: set[str]) -> None:
         """Refuse data without candidates."""
         if "responses" not in columns:
-            raise ValueError(
+            raise UserError(
                 "source PreferenceRows reads prompts with candidate responses, which these data do not have; use data "
                 "class Preferences, or source Rollout"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from moa_lightning.distributed import all_sum, any_rank, rank
+from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import bradley_terry_wins
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
@@ -69,13 +70,13 @@ class Rollout(Source):
         """Refuse values without meaning."""
         for name in ("max_new_tokens", "num_generations", "num_iterations", "num_mini_batches"):
             if getattr(self, name) < 1:
-                raise ValueError(f"source.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"source.{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature <= 0:
-            raise ValueError(f"source.temperature must be above 0 (rollouts are sampled), got {self.temperature}")
+            raise UserError(f"source.temperature must be above 0 (rollouts are sampled), got {self.temperature}")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"source.top_p must be in (0, 1] and top_k >= 0, got {self.top_p} and {self.top_k}")
+            raise UserError(f"source.top_p must be in (0, 1] and top_k >= 0, got {self.top_p} and {self.top_k}")
         if not self.win_scale > 0 or not self.max_log_ratio > 0:
-            raise ValueError(
+            raise UserError(
                 f"source.win_scale and source.max_log_ratio must be above 0, got {self.win_scale} and "
                 f"{self.max_log_ratio}"
             )

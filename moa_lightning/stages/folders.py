@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from moa_lightning.errors import UserError
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
@@ -18,11 +20,11 @@ def refuse_used(output: str | Path, overwrite: bool) -> None:
     """Refuse a folder that holds something, before any work is done for it.
 
     Raises:
-        ValueError: ``output`` is not empty and ``overwrite`` is off.
+        UserError: ``output`` is not empty and ``overwrite`` is off.
     """
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise ValueError(f"'{output}' is not empty; choose another folder, or set --overwrite=true")
+        raise UserError(f"'{output}' is not empty; choose another folder, or set --overwrite=true")
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def whole_folder(output: str | Path, overwrite: bool = False, only_writer: bool 
         only_writer: no other process writes to ``output``, so that hidden halves are those of killed ones, and go.
 
     Raises:
-        ValueError: ``output`` is not empty and ``overwrite`` is off, or it cannot be written, such as a full disk.
+        UserError: ``output`` is not empty and ``overwrite`` is off, or it cannot be written, such as a full disk.
     """
     refuse_used(output, overwrite)
     target = Path(output).expanduser()
@@ -72,7 +74,7 @@ def _writable(output: str | Path) -> Iterator[None]:
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number not in _NO_ROOM:
             raise
-        raise ValueError(f"'{output}' cannot be written: {os.strerror(number)}; nothing is left of it") from error
+        raise UserError(f"'{output}' cannot be written: {os.strerror(number)}; nothing is left of it") from error
 
 
 def _open_to_all(folder: Path) -> None:

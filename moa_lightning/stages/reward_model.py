@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lightning.console import library_bars, progress
+from moa_lightning.errors import UserError
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rows import load_rows, require_columns
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
@@ -79,7 +80,7 @@ def reward_model(
         overwrite: replace ``output`` if it holds something already.
 
     Raises:
-        ValueError: an output in use, a base that does not open, or data that cannot be used.
+        UserError: an output in use, a base that does not open, or data that cannot be used.
     """
     refuse_used(output, overwrite)
     pairs = _read(data)
@@ -165,7 +166,7 @@ def _open(base: str, label: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
     tokenizer: PreTrainedTokenizerBase = open_tokenizer(base)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of '{base}' has neither a pad_token nor an eos_token; set one there")
+            raise UserError(f"the tokenizer of '{base}' has neither a pad_token nor an eos_token; set one there")
         tokenizer.pad_token = tokenizer.eos_token
     config = open_pretrained(AutoConfig, base, "model config")
     config.num_labels, config.id2label, config.label2id = 1, {0: label}, {label: 0}
@@ -200,11 +201,11 @@ def _read(data: Preferences) -> list[tuple[str, str]]:
     for number, row in enumerate(rows, start=1):
         for name in names:
             if not isinstance(row[name], str) or (name != data.prompt_column and not row[name].strip()):
-                raise ValueError(f"'{data.path}' row {number}: column '{name}' holds no text")
+                raise UserError(f"'{data.path}' row {number}: column '{name}' holds no text")
         before = row[data.prompt_column] if data.prompt_column else ""
         pairs.append((before + row[data.chosen], before + row[data.rejected]))
     if len(pairs) <= data.val_size:
-        raise ValueError(
+        raise UserError(
             f"'{data.path}' has {len(pairs)} pairs, no more than the {data.val_size} to hold out; lower data.val_size"
         )
     return pairs

@@ -25,6 +25,7 @@ from transformers import (
 
 from moa_lightning.chat import Prompt, TemplateError, answer_turn, closed_answer, is_chat, render
 from moa_lightning.console import library_bars, progress, shows_progress
+from moa_lightning.errors import UserError
 from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rows import load_rows, place, require_columns
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
@@ -92,10 +93,10 @@ def supervised(
         overwrite: replace ``output`` if it holds something already.
 
     Raises:
-        ValueError: neither or both of ``base`` and ``new``, an output in use, or data that cannot be used.
+        UserError: neither or both of ``base`` and ``new``, an output in use, or data that cannot be used.
     """
     if (base is None) == (new is None):
-        raise ValueError("give either --base (a policy to start from) or --new (one from scratch)")
+        raise UserError("give either --base (a policy to start from) or --new (one from scratch)")
     refuse_used(output, overwrite)
     prompts, texts = _read(data)
     seed_everything(fit.seed, verbose=False)
@@ -103,7 +104,7 @@ def supervised(
     if new is not None:
         plain = [p + t for p, t in zip(prompts, texts, strict=True) if isinstance(p, str)]
         if len(plain) < len(prompts):
-            raise ValueError(
+            raise UserError(
                 f"'{data.path}' holds chat messages, and a new tokenizer has no chat template; give --base with a chat "
                 "model's folder or hub id, or texts"
             )
@@ -113,7 +114,7 @@ def supervised(
         assert base is not None
         tokenizer = open_tokenizer(base)
         if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(
+            raise UserError(
                 f"'{data.path}' holds chat messages, and the tokenizer of '{base}' has no chat template; give --base "
                 "with a chat model's folder or hub id, or texts"
             )
@@ -125,7 +126,7 @@ def supervised(
             examples.append(encode(tokenizer, prompt, text, fit.max_length))
         except TemplateError as error:
             columns = 1 if isinstance(data.column, str) else len(data.column)
-            raise ValueError(f"{place(data.path, i // columns)}: {error}; change or remove the row") from error
+            raise UserError(f"{place(data.path, i // columns)}: {error}; change or remove the row") from error
     held_out, rest = examples[: data.val_size], examples[data.val_size :]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: {parameters / 1e6:.2f} M parameters, {len(rest)} texts, {len(held_out)} held out")
@@ -188,16 +189,16 @@ def build_model(new: NewModel, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     """A freshly initialised model for the tokenizer.
 
     Raises:
-        ValueError: the architecture or one of its fields is unknown.
+        UserError: the architecture or one of its fields is unknown.
     """
     ends = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     try:
         config = AutoConfig.for_model(new.model_type)
     except ValueError as error:
-        raise ValueError(f"new.model_type '{new.model_type}' is no architecture of transformers") from error
+        raise UserError(f"new.model_type '{new.model_type}' is no architecture of transformers") from error
     unknown = sorted(name for name in new.config if not hasattr(config, name))
     if unknown:
-        raise ValueError(f"new.config: a {new.model_type} config has no field {', '.join(unknown)}")
+        raise UserError(f"new.config: a {new.model_type} config has no field {', '.join(unknown)}")
     config = AutoConfig.for_model(new.model_type, **{"vocab_size": len(tokenizer), **ends, **new.config})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(
@@ -279,12 +280,12 @@ def _read(data: Texts) -> tuple[list[Prompt], list[str]]:
         for column in columns:
             try:
                 prompt, text = _read_and_learnt(row[data.prompt_column] if data.prompt_column else "", row[column])
-            except ValueError as error:
-                raise ValueError(f"{place(data.path, i)}: column '{column}': {error}") from error
+            except UserError as error:
+                raise UserError(f"{place(data.path, i)}: column '{column}': {error}") from error
             prompts.append(prompt)
             texts.append(text)
     if len(texts) <= data.val_size:
-        raise ValueError(
+        raise UserError(
             f"{data.path} has {len(texts)} rows, no more than the {data.val_size} to hold out; lower val_size"
         )
     return prompts, texts
@@ -298,10 +299,10 @@ def _read_and_learnt(prompt: Any, text: Any) -> tuple[Prompt, str]:
             return str(prompt), str(text)
         text = [{"role": "assistant", "content": str(text)}]
     if not isinstance(prompt, list) and prompt:
-        raise ValueError("holds messages, but the prompt is text; both must be messages")
+        raise UserError("holds messages, but the prompt is text; both must be messages")
     said = [*before, *text]
     if not is_chat(said) or said[-1]["role"] != "assistant" or len(said) < 2:
-        raise ValueError(
+        raise UserError(
             "must hold messages with 'role' and 'content' as text, the last one the assistant's, after at least one "
             "other"
         )

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from moa_lightning.errors import UserError
 from moa_lightning.rewards import FunctionReward, Length, Objective, Reward, RewardPanel, Words
 
 CPU = torch.device("cpu")
@@ -26,11 +27,11 @@ class Fixed(Reward):
 
     def check(self, columns: set[str]) -> None:
         if "forbidden" in columns:
-            raise ValueError("cannot work with 'forbidden'")
+            raise UserError("cannot work with 'forbidden'")
 
     def setup(self, device: torch.device) -> None:
         if device.type == "meta":
-            raise ValueError("cannot work on meta")
+            raise UserError("cannot work on meta")
         self.devices.append(device)
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:

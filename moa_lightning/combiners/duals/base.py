@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moa_lightning.errors import UserError
 from moa_lightning.types import State
 
 
@@ -87,4 +88,4 @@ def require_positive(dual: DualUpdate, **settings: float) -> None:
     if not all(0 < value < math.inf for value in settings.values()):
         needs = " and ".join(f"{name} > 0" for name in settings)
         given = " and ".join(map(str, settings.values()))
-        raise ValueError(f"{type(dual).__name__} needs {needs}, got {given}")
+        raise UserError(f"{type(dual).__name__} needs {needs}, got {given}")

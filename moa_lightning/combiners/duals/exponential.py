@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moa_lightning.combiners.duals.base import Capped, require_positive
+from moa_lightning.errors import UserError
 from moa_lightning.types import State
 
 
@@ -36,7 +37,7 @@ class Exponential(Capped):
         """Refuse values without meaning."""
         require_positive(self, lr=self.lr, floor=self.floor, cap=self.cap)
         if not self.floor <= self.start <= self.cap:
-            raise ValueError(
+            raise UserError(
                 f"Exponential needs floor <= start <= cap, got {self.floor}, {self.start} and {self.cap}; Projected "
                 "starts at 0"
             )

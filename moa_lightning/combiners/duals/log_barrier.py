@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moa_lightning.combiners.duals.base import DualUpdate
+from moa_lightning.errors import UserError
 from moa_lightning.types import State
 
 
@@ -32,7 +33,7 @@ class LogBarrier(DualUpdate):
     def __post_init__(self) -> None:
         """Refuse values without meaning."""
         if not self.sigma > 0 or not self.margin > 0 or not 0 < self.rate <= 1:
-            raise ValueError(
+            raise UserError(
                 f"LogBarrier needs sigma > 0, margin > 0 and rate in (0, 1], got {self.sigma}, {self.margin} and "
                 f"{self.rate}"
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.duals.base import Capped, require_positive
+from moa_lightning.errors import UserError
 from moa_lightning.types import State
 
 
@@ -58,13 +59,13 @@ class LogPID(Capped):
         """Refuse values without meaning."""
         require_positive(self, ki=self.ki, floor=self.floor, cap=self.cap)
         if not (0 <= self.kp < math.inf and 0 <= self.kd < math.inf):
-            raise ValueError(f"LogPID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")
+            raise UserError(f"LogPID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")
         if not 0 <= self.margin < math.inf:
-            raise ValueError(f"LogPID needs margin >= 0, got {self.margin}")
+            raise UserError(f"LogPID needs margin >= 0, got {self.margin}")
         if not 0 <= self.smoothing < 1:
-            raise ValueError(f"LogPID needs smoothing in [0, 1), got {self.smoothing}")
+            raise UserError(f"LogPID needs smoothing in [0, 1), got {self.smoothing}")
         if not self.floor <= self.start <= self.cap:
-            raise ValueError(f"LogPID needs floor <= start <= cap, got {self.floor}, {self.start} and {self.cap}")
+            raise UserError(f"LogPID needs floor <= start <= cap, got {self.floor}, {self.start} and {self.cap}")
 
     def init(self, count: int) -> State:
         """No slack before the first; a sum that gives the first multipliers."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.duals.base import Capped, require_positive
+from moa_lightning.errors import UserError
 from moa_lightning.types import State
 
 
@@ -39,7 +40,7 @@ class PID(Capped):
         """Refuse values without meaning."""
         require_positive(self, ki=self.ki, cap=self.cap)
         if not (0 <= self.kp < math.inf and 0 <= self.kd < math.inf):
-            raise ValueError(f"PID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")
+            raise UserError(f"PID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")
 
     def init(self, count: int) -> State:
         """No slack before the first; a sum that gives the first multipliers."""
