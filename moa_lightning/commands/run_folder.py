@@ -90,7 +90,7 @@ class RunFolder:
                 raise UserError(f"there is no whole checkpoint in '{folder}'")
             return newest
         if asked == "best" and not (folder / BEST).exists():
-            raise ValueError(f"there is no {BEST} in '{folder}'; runs with thresholds keep one")
+            raise UserError(f"there is no {BEST} in '{folder}'; runs with thresholds keep one")
         asked = BEST if asked == "best" else asked
         for path in (Path(asked).expanduser(), self.folder / asked, folder / asked):
             if path.exists():
