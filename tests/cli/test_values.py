@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,34 @@ def test_validate_evaluates_at_the_checkpoints_step(runs: dict[str, tuple[Task, 
     folder = task.root / "validate"
     assert rows(folder / "front.csv") == rows(task.root / "front.csv")  # the last point again, and no second start
     assert [row["step"] for row in rows(folder / "metrics.csv")] == ["2"]
+
+
+def test_the_card_of_an_old_run_has_values_where_they_follow(
+    runs: dict[str, tuple[Task, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Summaries held raw means only: the cost's value follows from the scale, a clipped mean does not."""
+    task, _ = runs["cost"]
+    shutil.copytree(task.root, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoints"))
+    old = summary(task)
+    for numbers in old["objectives"].values():
+        for key in ("start", "end", "std_error", "start_std_error"):
+            numbers[key] = numbers.pop(f"raw_{key}", numbers[key])
+        del numbers["transform"]
+    (tmp_path / "old" / "summary.json").write_text(json.dumps(old))
+    capsys.readouterr()
+    moa("export", tmp_path / "old", tmp_path / "exported")
+    printed = capsys.readouterr().out
+    assert "means of values follow from its config.yaml (cost = -1 x raw)" in printed
+    assert "the values of mood do not follow (clipped): no verdict, no place on the front" in printed
+    facts = json.loads((tmp_path / "exported" / "moa.json").read_text())
+    new = summary(task)["objectives"]
+    assert facts["objectives"]["cost"] == pytest.approx(new["cost"])
+    assert facts["objectives"]["good"] == new["good"]
+    assert (facts["objectives"]["mood"]["end"], facts["objectives"]["mood"]["raw_end"]) == (
+        None,
+        new["mood"]["raw_end"],
+    )
+    assert facts["hypervolume"] is None  # it was that of raw scores
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "{cost: -0.1 missed}" in card
+    assert "Hypervolume" not in card
