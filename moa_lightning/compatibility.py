@@ -1,12 +1,14 @@
 """Which pieces go together: checked before anything is loaded."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from moa_lightning.combiners import Combiner
 from moa_lightning.errors import UserError
@@ -75,6 +77,27 @@ def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPen
             f"kl {_name(kl)} has no effect: it charges the rewards of rollouts, and {_name(combiner)} "
             f"on {_name(source)} reads none of them; use LossKL, or leave it out"
         )
+
+
+def check_optimizer(make: Callable[[Any], Optimizer] | None) -> None:
+    """Refuse settings that the optimiser does not take, and a learning rate that is not finite.
+
+    It is made for one weight, which is then thrown away: else torch would say so after the models are loaded.
+
+    Raises:
+        ValueError: one line with the optimiser's own words.
+    """
+    if make is None:
+        return
+    try:
+        made = make([Parameter(torch.zeros(1, 1))])
+    except ValueError as error:
+        if str(error).startswith("Invalid "):  # how torch's own begin; others may refuse this weight alone
+            raise UserError(f"model.optimizer: {error}") from error
+        return
+    for group in made.param_groups:
+        if not math.isfinite(float(group.get("lr", 0.0))):
+            raise UserError(f"model.optimizer: lr must be a finite number, got {group['lr']}")
 
 
 def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batch_size: int) -> None:

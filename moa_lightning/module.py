@@ -86,6 +86,7 @@ class AlignmentModule(ResumedModule):
         self.reference = reference or (AdapterOff() if has_adapter else FrozenCopy())
         if value_learning_rate is not None and not 0 <= value_learning_rate < math.inf:
             raise UserError(f"value_learning_rate must be a finite number >= 0 (or null), got {value_learning_rate}")
+        compatibility.check_optimizer(optimizer)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.value_learning_rate = value_learning_rate
         self.seed = seed

@@ -1,10 +1,13 @@
 """Pieces that do not go together are refused, or named, before anything is loaded."""
 
 import pytest
+import torch
 
 from moa_lightning.combiners import GDPO, MODPO, MOPO, PAMA, Combiner, Linear
 from moa_lightning.compatibility import check_minibatches, check_pieces, fitting_loss
 from moa_lightning.losses import ClippedSurrogate, LossKL, PairwiseLogistic, RewardKL, WeightedLikelihood
+from moa_lightning.models import PolicyConfig
+from moa_lightning.module import AlignmentModule
 from moa_lightning.rewards import FromLabels, Length, Objective, RewardPanel
 from moa_lightning.sources import PreferenceRows, Rollout
 
@@ -101,3 +104,30 @@ def test_a_combiner_that_does_not_say_what_it_reads_is_refused():
 
     with pytest.raises(ValueError, match="combiner Silent does not say what it reads; give it a line such as: needs"):
         fitting_loss(Silent())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"lr": -1.0}, r"^model\.optimizer: Invalid learning rate: -1\.0$"),
+        ({"lr": float("nan")}, r"^model\.optimizer: Invalid learning rate: nan$"),
+        ({"lr": float("inf")}, r"^model\.optimizer: lr must be a finite number, got inf$"),
+        ({"lr": 1e-3, "betas": (1.5, 0.9)}, r"^model\.optimizer: Invalid beta parameter"),
+        ({"lr": 1e-3, "weight_decay": -1.0}, r"^model\.optimizer: Invalid weight_decay value: -1\.0$"),
+    ],
+)
+def test_an_optimizer_that_refuses_its_settings_is_refused_at_once(settings, says):
+    def make(parameters):
+        return torch.optim.AdamW(parameters, **settings)
+
+    with pytest.raises(ValueError, match=says):
+        AlignmentModule(PolicyConfig("nowhere"), SCORED, optimizer=make)
+
+
+def test_an_optimizer_that_does_not_take_the_probe_is_left_for_later():
+    def make(parameters):
+        if all(parameter.numel() < 2 for parameter in parameters):
+            raise ValueError("takes large matrices only")
+        return torch.optim.SGD(parameters, lr=1.0)
+
+    AlignmentModule(PolicyConfig("nowhere"), SCORED, optimizer=make)

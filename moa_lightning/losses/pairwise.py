@@ -56,7 +56,7 @@ class PairwiseLogistic(PolicyLoss):
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS})  # that is, several responses to a prompt
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Refuse fields out of range."""
         if not (self.beta > 0 and math.isfinite(self.beta)):
             raise UserError(f"PairwiseLogistic.beta must be a finite number above 0, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:

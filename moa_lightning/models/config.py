@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moa_lightning.errors import UserError
+
 
 @dataclass
 class LoRA:
@@ -24,6 +26,14 @@ class LoRA:
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse fields out of range."""
+        for name in ("r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise UserError(f"policy.lora.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"policy.lora.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
 
 
 @dataclass

@@ -169,7 +169,11 @@ def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
         **options,
     )
     with _without_peft_noise():
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # names of layers that the model does not have
+            reason = " ".join(str(error).split())
+            raise UserError(f"policy.lora does not fit {type(model).__name__}: {reason}") from error
 
 
 def _base_of(policy: PolicyConfig) -> str:

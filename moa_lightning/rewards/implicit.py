@@ -3,6 +3,7 @@
 Legend: B sequences, L tokens.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +46,11 @@ class ImplicitReward(RewardWithModel):
     _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
-        if self.beta <= 0 or self.batch_size < 1:
-            raise UserError(
-                f"ImplicitReward needs beta > 0 and batch_size of at least 1, got {self.beta} and {self.batch_size}"
-            )
+        """Refuse fields out of range."""
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"ImplicitReward.beta must be a finite number above 0, got {self.beta}")
+        if self.batch_size < 1:
+            raise UserError(f"ImplicitReward.batch_size must be at least 1, got {self.batch_size}")
 
     def check(self, columns: set[str]) -> None:
         """Read the adapter's config and its tokenizer, no weights."""

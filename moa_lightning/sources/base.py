@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.distributed import all_sum
+from moa_lightning.errors import UserError
 from moa_lightning.functional.gramian import parameter_gradients, representation_gramian
 from moa_lightning.functional.preference import truncated_log_ratio
 from moa_lightning.losses.kl import KLPenalty
@@ -154,6 +155,16 @@ class Source(ABC):
             clip_range=clip_range,
             gramian=gramian,
         )
+
+
+def check_prompt_length(max_prompt_length: int | None) -> None:
+    """Refuse to keep less than one token of a prompt.
+
+    Raises:
+        ValueError: with the length.
+    """
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise UserError(f"source.max_prompt_length must be at least 1 or null, got {max_prompt_length}")
 
 
 def _parameter_gramian(logprobs_BT: Tensor, slopes_BTN: Tensor, parameters: Sequence[Tensor]) -> Tensor:

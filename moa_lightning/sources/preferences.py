@@ -15,7 +15,7 @@ from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import bradley_terry_wins, group_softmax
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.signals import Signal
-from moa_lightning.sources.base import Actors, Source
+from moa_lightning.sources.base import Actors, Source, check_prompt_length
 from moa_lightning.sources.rollout import evaluating
 from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
 
@@ -53,11 +53,15 @@ class PreferenceRows(Source):
     max_log_ratio: float = 5.0
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
-        if self.max_response_length < 2 or not self.win_scale > 0 or not self.max_log_ratio > 0:
+        """Refuse fields out of range."""
+        if self.max_response_length < 2:
             raise UserError(
-                "PreferenceRows needs max_response_length of at least 2, win_scale > 0 and max_log_ratio > 0"
+                f"source.max_response_length must be at least 2 (a token and the end), got {self.max_response_length}"
             )
+        for name in ("win_scale", "max_log_ratio"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"source.{name} must be above 0, got {getattr(self, name)}")
+        check_prompt_length(self.max_prompt_length)
 
     @property
     def provides(self) -> frozenset[Signal]:

@@ -3,6 +3,7 @@
 Legend: B sequences, P prompt tokens, T response tokens, L = P + T, N trained objectives, G responses to one prompt.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from moa_lightning.non_finite import NonFiniteError
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.signals import Signal
 from moa_lightning.sources.advantages import GAE, AdvantageEstimator
-from moa_lightning.sources.base import Actors, Source
+from moa_lightning.sources.base import Actors, Source, check_prompt_length
 from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
 
 
@@ -67,19 +68,26 @@ class Rollout(Source):
     max_log_ratio: float = 5.0
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Refuse fields out of range."""
         for name in ("max_new_tokens", "num_generations", "num_iterations", "num_mini_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"source.{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise UserError(f"source.temperature must be above 0 (rollouts are sampled), got {self.temperature}")
-        if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError(f"source.top_p must be in (0, 1] and top_k >= 0, got {self.top_p} and {self.top_k}")
-        if not self.win_scale > 0 or not self.max_log_ratio > 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(
-                f"source.win_scale and source.max_log_ratio must be above 0, got {self.win_scale} and "
-                f"{self.max_log_ratio}"
+                f"source.temperature must be a finite number above 0 (rollouts are sampled), got {self.temperature}"
             )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"source.top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"source.top_k must be at least 0, got {self.top_k}")
+        for name in ("win_scale", "max_log_ratio"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"source.{name} must be above 0, got {getattr(self, name)}")
+        if self.missing_eos_penalty is not None and not math.isfinite(self.missing_eos_penalty):
+            raise UserError(
+                f"source.missing_eos_penalty must be a finite number or null, got {self.missing_eos_penalty}"
+            )
+        check_prompt_length(self.max_prompt_length)
         self.advantages.check(self.num_generations)
 
     @property

@@ -1,5 +1,6 @@
 """What the stages share: how long and how fast to train, and the training itself."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
+
+from moa_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,20 @@ class Fitting:
     seed: int = 0
     accelerator: str = "auto"
     precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        """Refuse fields out of range."""
+        for name, least in {"epochs": 1, "batch_size": 1, "max_length": 2, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"fit.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"fit.max_steps must be at least 1, or -1 for no limit, got {self.max_steps}")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"fit.learning_rate must be a finite number above 0, got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"fit.weight_decay must be a finite number of at least 0, got {self.weight_decay}")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"fit.warmup must lie in [0, 1], got {self.warmup}")
 
 
 class FittedModule(LightningModule, ABC):

@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
         (["--data.on_bad_row=ignore"], "'data.on_bad_row' must be one of fail, skip; got 'ignore'"),
         (["--model.reference.interval=0"], "LaggedCopy.interval must be at least 1, got 0"),
         (["--model.loss.max_weight=0"], "WeightedLikelihood needs max_weight > 0 (or null), got 0"),
-        (["--model.source.win_scale=0"], "PreferenceRows needs max_response_length of at least 2, win_scale > 0 and "),
+        (["--model.source.win_scale=0"], "source.win_scale must be above 0, got 0.0"),
         (["--data.val_size=99"], "data.val_size 99 leaves nothing to train on: "),
         (
             ["--model.source.max_response_length=4"],

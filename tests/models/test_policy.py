@@ -325,3 +325,25 @@ def test_quantised_weights_are_loaded_frozen_below_an_adapter(tmp_path, quantiza
     assert 0 < (logits_BLV - whole_BLV).abs().max() < 0.5 * whole_BLV.abs().max()  # rounded, not lost
     logits_BLV.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"r": 0}, r"policy\.lora\.r must be at least 1, got 0"),
+        ({"lora_alpha": -4}, r"policy\.lora\.lora_alpha must be at least 1, got -4"),
+        ({"lora_dropout": 1.0}, r"policy\.lora\.lora_dropout must lie in \[0, 1\), got 1\.0"),
+        ({"lora_dropout": float("nan")}, r"policy\.lora\.lora_dropout must lie in \[0, 1\), got nan"),
+    ],
+)
+def test_adapter_fields_out_of_range(fields, says):
+    with pytest.raises(ValueError, match=says):
+        LoRA(**fields)
+
+
+def test_an_adapter_of_layers_that_are_not_there_is_refused_in_one_line(folder):
+    with pytest.raises(
+        ValueError, match=r"^policy\.lora does not fit .*: Target modules .*'q_prok'.* not found"
+    ) as caught:
+        load(folder, LoRA(target_modules=["q_prok"]))
+    assert "\n" not in str(caught.value)

@@ -59,7 +59,14 @@ def test_a_missing_folder_is_refused():
         ImplicitReward("./nowhere").check(set())
 
 
-@pytest.mark.parametrize("fields", [{"beta": 0.0}, {"batch_size": 0}])
-def test_values_without_meaning(fields):
-    with pytest.raises(ValueError, match="needs beta > 0 and batch_size"):
-        ImplicitReward("somewhere", **fields)
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"beta": 0.0}, r"ImplicitReward\.beta must be a finite number above 0, got 0\.0"),
+        ({"beta": float("nan")}, r"ImplicitReward\.beta must be a finite number above 0, got nan"),
+        ({"batch_size": 0}, r"ImplicitReward\.batch_size must be at least 1, got 0"),
+    ],
+)
+def test_fields_out_of_range(fields, says):
+    with pytest.raises(ValueError, match=says):
+        ImplicitReward("nowhere", **fields)

@@ -289,9 +289,17 @@ def test_dropout_plays_no_part(tmp_path, actors):
         torch.testing.assert_close(of(), of(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("settings", [{"max_response_length": 1}, {"win_scale": 0.0}, {"max_log_ratio": 0.0}])
-def test_settings_without_meaning(settings):
-    with pytest.raises(ValueError, match="PreferenceRows needs max_response_length of at least 2, win_scale > 0 and"):
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_response_length": 1}, r"source\.max_response_length must be at least 2 \(a token and the end\), got 1"),
+        ({"win_scale": 0.0}, r"source\.win_scale must be above 0, got 0\.0"),
+        ({"max_log_ratio": NAN}, r"source\.max_log_ratio must be above 0, got nan"),
+        ({"max_prompt_length": -3}, r"source\.max_prompt_length must be at least 1 or null, got -3"),
+    ],
+)
+def test_fields_out_of_range(settings, says):
+    with pytest.raises(ValueError, match=says):
         PreferenceRows(**settings)
 
 

@@ -1,6 +1,7 @@
 """What a rollout puts where, checked on a policy whose responses are known."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -208,3 +209,23 @@ def test_a_preference_models_probabilities_are_the_wins(actors):
             assert float(experience.wins_BN[3 * prompt + i, 0]) == pytest.approx(expected)
     scores_PKN = experience.rewards.trained_BN[:, 1:].view(2, 3, 1)
     torch.testing.assert_close(experience.wins_BN[:, 1], bradley_terry_wins(scores_PKN).flatten())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"temperature": 0.0}, r"source\.temperature must be a finite number above 0 .*, got 0\.0"),
+        ({"temperature": math.nan}, "source.temperature must be a finite number above 0 .*, got nan"),
+        ({"temperature": math.inf}, "source.temperature must be a finite number above 0 .*, got inf"),
+        ({"top_p": math.nan}, r"source\.top_p must lie in \(0, 1\], got nan"),
+        ({"top_k": -1}, "source.top_k must be at least 0, got -1"),
+        ({"win_scale": math.nan}, "source.win_scale must be above 0, got nan"),
+        ({"max_log_ratio": 0.0}, r"source\.max_log_ratio must be above 0, got 0\.0"),
+        ({"missing_eos_penalty": math.nan}, "source.missing_eos_penalty must be a finite number or null, got nan"),
+        ({"max_prompt_length": 0}, "source.max_prompt_length must be at least 1 or null, got 0"),
+        ({"num_generations": 0}, "source.num_generations must be at least 1, got 0"),
+    ],
+)
+def test_fields_out_of_range(fields, says):
+    with pytest.raises(ValueError, match=says):
+        Rollout(**fields)

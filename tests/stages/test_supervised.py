@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -184,3 +185,22 @@ def test_chat_messages_need_a_chat_template(tmp_path):
         supervised(str(tmp_path / "out"), texts, base=str(tiny.policy_folder(tmp_path / "base")))
     with pytest.raises(ValueError, match="holds chat messages, and a new tokenizer has no chat template"):
         supervised(str(tmp_path / "out"), texts, new=NewModel("llama", 300, SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"epochs": 0}, "fit.epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "fit.batch_size must be at least 1, got 0"),
+        ({"max_length": 1}, "fit.max_length must be at least 2, got 1"),
+        ({"seed": -1}, "fit.seed must be at least 0, got -1"),
+        ({"max_steps": 0}, "fit.max_steps must be at least 1, or -1 for no limit, got 0"),
+        ({"learning_rate": math.nan}, "fit.learning_rate must be a finite number above 0, got nan"),
+        ({"learning_rate": -1.0}, "fit.learning_rate must be a finite number above 0, got -1"),
+        ({"weight_decay": math.inf}, "fit.weight_decay must be a finite number of at least 0, got inf"),
+        ({"warmup": 1.5}, r"fit\.warmup must lie in \[0, 1\], got 1\.5"),
+    ],
+)
+def test_fields_out_of_range(fields, says):
+    with pytest.raises(ValueError, match=says):
+        Fitting(**fields)
