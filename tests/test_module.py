@@ -399,7 +399,7 @@ def test_too_few_prompts_for_a_batch(tmp_path, folder):
 
 
 def test_the_loss_needs_sensible_numbers():
-    with pytest.raises(ValueError, match="cliprange > 0"):
+    with pytest.raises(ValueError, match="cliprange must be a finite number above 0, got 0"):
         ClippedSurrogate(cliprange=0)
     with pytest.raises(ValueError, match="num_generations to 2 or more"):
         Rollout(advantages=GroupRelative())
