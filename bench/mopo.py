@@ -36,7 +36,7 @@ How to read the tables.
   value of the optimum by the labels that made it, ``values`` what moved the multiplier (``dual values``), ``choice``
   the truth of it: the policy's choice among K responses; ``policy`` that of a response which it samples. ``believed
   met`` and ``met`` count the thresholds that the believed value and the held-out interval (95 %) call met, ``false``
-  how many of these the last policy's choice truly misses.
+  how many of these the last policy's choice truly misses. There is an evaluation every ten steps.
 * **Missing labels** (``--votes`` too). Labels are probabilities, and 30 % of the second objective's are missing at
   random. ``choice - values`` is by how much the truth exceeds what moved the multiplier, ``largest`` in the worst
   problem. ``policy - values`` has in it also that a choice among K responses is not a sample from all.

@@ -2,8 +2,8 @@
 
 A policy of probabilities in a table is trained by the combiner on rows as ``PreferenceRows`` gives them: prompts with K
 of their responses, sampled without replacement, labelled by one vote for each pair or by its probability. The policy
-step is exact: the weighted likelihood's maximiser over an exponential window of the batches. Held-out rows are drawn
-anew.
+step is exact: the weighted likelihood's maximiser over an exponential window of the batches. The held-out rows are the
+same at each evaluation, as in a run.
 
 Legend: X prompts, R responses to each, B rows of a batch with K responses each, N objectives: ``first`` is maximised,
 ``second`` has the threshold.
@@ -40,7 +40,7 @@ class Problem:
     votes: bool = True
     missing: Missing = "nothing"  # of the second objective's labels; ``prompt``: of both
     share: float = 0.3  # of what is missing
-    dual_values: Literal["policy", "optimum"] = "policy"
+    dual_values: Literal["policy", "held_out", "optimum"] = "policy"
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ class Settings:
     prompts: int = 3
     pool: int = 10  # R
     batch: int = 256
-    steps: int = 100
+    steps: int = 200
     averaged: int = 25  # last steps, in the values that are reported
     window: float = 0.9
     tau: float = 0.08
     dual_rate: float = 0.5
     held_out: int = 400  # rows
+    interval: int = 10  # steps between two evaluations
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,12 @@ def train(problem: Problem, settings: Settings | None = None) -> Outcome:
         dual_values=problem.dual_values,
     )
     state, table = combiner.init(NAMES, torch.ones(len(NAMES))), Table(s)
+    held_out = world.rows(s.held_out, problem)
+
+    def evaluate() -> Tensor:
+        """Labels of the policy's choice for each held-out prompt that has all of them."""
+        labels_B = held_out.choice(table.log_ratio_XR, size).double()
+        return labels_B[labels_B.isfinite()]
 
     def truth(rows: int) -> tuple[float, float, float]:
         """Of the policy as it is: its choice, and what it samples, under the second objective and the first."""
@@ -219,26 +226,28 @@ def train(problem: Problem, settings: Settings | None = None) -> Outcome:
             seen.append([*(float(state[name][1]) for name in ("believed", "values", "duals")), *truth(2000)])
         signals = Signals(batch.mask_BT, batch.valid_BN, wins_BN=batch.wins_BN, group_B=batch.group_B)
         table.fit(rows, combiner.combine(signals, state).score, batch.mask_BT[:, 0])
+        if (step + 1) % s.interval == 0:
+            state = combiner.evaluated(torch.tensor([torch.nan, float(evaluate().mean())]), state)
     believed, values, dual, choice, policy, first = torch.tensor(seen).mean(0).tolist()
     last_choice, last_policy, _ = truth(20_000)
-    held_out_B = world.rows(s.held_out, replace(problem, missing="nothing")).choice(table.log_ratio_XR, size).double()
-    held_out, error = float(held_out_B.mean()), float(held_out_B.std() / len(held_out_B) ** 0.5)
-    return Outcome(believed, values, choice, policy, last_choice, last_policy, held_out, error, dual, first)
+    labels_B = evaluate()
+    mean, error = float(labels_B.mean()), float(labels_B.std() / len(labels_B) ** 0.5)
+    return Outcome(believed, values, choice, policy, last_choice, last_policy, mean, error, dual, first)
 
 
 VOTES = [
     Problem(second, responses, threshold, seed=0, dual_values=dual_values)
     for second, threshold in (("coin", 0.55), ("Condorcet", 0.55), ("Bradley-Terry", 0.55), ("Bradley-Terry", 0.45))
     for responses in (2, 4, 8)
-    for dual_values in ("optimum", "policy")
+    for dual_values in ("optimum", "policy", "held_out")
 ]
 PATTERNS: tuple[Missing, ...] = ("nothing", "one response", "objective", "comparisons", "prompt")
 MISSING = [
     Problem("Bradley-Terry", 4, 0.55, seed=0, votes=False, missing=missing, dual_values=dual_values)
     for missing in PATTERNS
-    for dual_values in ("optimum", "policy")
+    for dual_values in ("optimum", "policy", "held_out")
 ]
-PRECISE = Settings(batch=1024, averaged=40)
+PRECISE = Settings(batch=1024, steps=100, averaged=40, held_out=20_000)
 
 
 Found = list[tuple[Problem, list[Outcome]]]

@@ -27,6 +27,7 @@ class Recorder(Callback):
 MODES = {
     "fixed": {"thresholds": {"kind": 0.6, "short": 0.4}, "dual": Projected(lr=2.0), "dual_delay": 1},
     "adaptive": {"beta": 0.99, "refresh_interval": 2, "dual": Projected(lr=2.0)},
+    "corrected": {"thresholds": {"kind": 0.6}, "dual": Projected(lr=2.0), "dual_values": "held_out"},
     "controller": {"thresholds": {"kind": 0.6}, "dual": PID(kp=1.0, ki=1.0, kd=1.0)},
     "robust barrier": {"thresholds": {"kind": 0.2}, "dual": LogBarrier(rate=0.3), "radius": 0.01, "patience": 3},
 }
@@ -88,6 +89,8 @@ def test_two_halves_are_the_whole(tmp_path, task, lora, mode, half):
     assert torch.isfinite(torch.tensor(straight.losses)).all()
     if mode == "adaptive":
         assert not torch.equal(straight.states[0]["thresholds"][1:], straight.states[-1]["thresholds"][1:])
+    if mode == "corrected":
+        assert float(straight.states[half - 1]["gap"][1]) not in (0.0, float(straight.states[-1]["gap"][1]))
     if mode == "robust barrier":
         assert straight.states[-1]["chi"].isfinite().any()
 

@@ -17,8 +17,11 @@ from moa_lightning.combiners.constraints import constrained, curves
 from moa_lightning.combiners.duals import DualUpdate, Projected
 from moa_lightning.combiners.mopo_thresholds import (
     adapted,
+    corrected,
+    evaluation_memory,
     judged,
     require_probabilities,
+    since_evaluation,
     threshold_memory,
     warn_of_unlabelled,
     warn_of_votes,
@@ -38,19 +41,17 @@ class MOPO(Combiner):
     ``rho = exp((p + lambda q) / tau) / E_ref exp(...)``, with mean 1. It goes with loss ``WeightedLikelihood``. The
     multipliers ``lambda`` take one step per collected batch; there is one for each objective, for the whole data set.
 
-    A threshold is compared with the policy's own mean win probability: what its probability relative to the data's
-    policy gives each response, on prompts that it meets for the first time. Their labels set no weight yet, so this is
-    unbiased for the policy as it is. The mean under ``rho`` itself (curve ``believed``) is not: where labels are single
-    votes, ``rho`` follows each vote, also those that are accidents. No estimate from one vote a prompt can tell a
-    preference from a coin; only what carries over to other prompts can. From the second pass over the data on, the
-    policy has been trained on the prompts and the values lean towards "met". What a threshold is judged by at the end
-    is ``held_out``, the mean on the validation prompts.
+    The mean win probability under ``rho`` (curve ``believed``) comes from the labels that made ``rho``. Where these are
+    single votes it is too high, because ``rho`` follows each vote, also those that are accidents. No estimate from one
+    vote a prompt can tell a preference from a coin; only what carries over to other prompts can. So a threshold is
+    compared with the policy's own mean win probability, before it is trained on the batch: ``dual_values`` says how,
+    and when that is unbiased. What it is judged by in the end is ``held_out``, the mean on the validation prompts.
 
     Choose it when: one objective matters most, and the others need a least win probability. Cost: no extra backward
     pass. Convergence: stated, to the front wherever it can be reached. Source: Agnihotri et al., "Multi-Objective
     Preference Optimization", arXiv 2505.10892, Algorithm 1. Deviations: the multipliers follow the policy's own values
-    unless ``dual_values`` says otherwise; the ratio is the normalised one (the paper's
-    Eq. 3 is no density ratio); it is normalised among the responses to each prompt unless ``normalize`` says otherwise;
+    unless ``dual_values`` says otherwise; the ratio is the normalised one (the paper's Eq. 3 is no density ratio); it
+    is normalised among the responses to each prompt unless ``normalize`` says otherwise;
     the robust value is off unless ``radius`` is set, because the paper's 0.15 lies far above the slack that its
     adaptive thresholds leave. A prompt counts in the values of an objective if all of its responses have a label; in
     the ratio a missing one is the mean of the others, and an objective without any label there has no term.
@@ -70,9 +71,12 @@ class MOPO(Combiner):
         normalize: whose responses share one normalisation: each ``prompt``'s, or the ``batch``'s on a process.
         patience: batches in the means that thresholds are judged by. A warning names one that even the best response
             to each prompt would miss, or that stays violated as long again with its multiplier at its largest.
-        dual_values: what moves the multipliers on preference data: the values of the ``policy``, or, as in the paper,
-            of the ``optimum`` that ``rho`` stands for. The latter needs no trained policy, but is right only where all
-            responses have labels and these are probabilities. On rollouts it is always the optimum's.
+        dual_values: what moves the multipliers on preference data. ``policy``: the policy's own values on the batch,
+            unbiased in the first pass over prompts that the supervised training before it has not read either; on
+            others it may lie off to either side. ``held_out``: the believed values plus the distance from these to
+            the policy's own on the validation prompts, as the last evaluation found it; needs many evaluations in a
+            run. ``optimum``: the believed values, as in the paper, unbiased if all responses have labels that are
+            probabilities and the policy learns what ``rho`` promises. On rollouts it is always the optimum's.
     """
 
     primary: str | None = None
@@ -85,7 +89,7 @@ class MOPO(Combiner):
     dual_delay: int = 0
     normalize: Literal["prompt", "batch"] = "prompt"
     patience: int = 200
-    dual_values: Literal["policy", "optimum"] = "policy"
+    dual_values: Literal["policy", "held_out", "optimum"] = "policy"
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS})
     claims: ClassVar[frozenset[Claim]] = CONVEX
@@ -106,9 +110,9 @@ class MOPO(Combiner):
         return state | {
             "chi": torch.full_like(unknown_N, torch.inf),
             "believed": unknown_N,  # values of the optimum by the labels that made it
-            "held_out": unknown_N.clone(),  # values at the last evaluation
-            "evaluates_wins": torch.zeros(()),  # whether evaluations give win probabilities
             "labelled": unknown_N.clone(),  # share of the last batch's prompts that counted in the values
+            "evaluates_wins": torch.zeros(()),  # whether evaluations give win probabilities
+            **evaluation_memory(len(objectives)),
             **threshold_memory(len(objectives)),
         }
 
@@ -132,25 +136,32 @@ class MOPO(Combiner):
         believed_N, chi_N = batch.values(policy_B, self.radius)
         values_N = believed_N
         if experience.log_policy_B is not None and self.dual_values == "policy":
-            # The policy learnt these weights from other prompts, so this batch's labels are independent of them.
+            # The policy learnt its weights from other prompts, so this batch's labels are independent of them.
             own = judged_responses(experience, "prompt")
             values_N, chi_N = own.values(own.choice(experience.log_policy_B), self.radius)
+        # The correction is that of the plain mean: what a radius takes off stays off.
+        plain_N = batch.values(policy_B, 0.0)[0] if self.radius else believed_N
+        moving_N = values_N
+        if experience.log_policy_B is not None and self.dual_values == "held_out":
+            moving_N = believed_N + state["gap"]
+            values_N = state["held_out"] + believed_N - plain_N
         state = state | {"values": values_N, "chi": chi_N, "believed": believed_N, "labelled": batch.labelled()}
+        state |= since_evaluation(state, plain_N)
         state["evaluates_wins"] = torch.tensor(float(experience.log_policy_B is not None))
         if self.thresholds is None:
             reference_N, _ = batch.values(batch.prior(), self.radius)
             state |= adapted(state, reference_N, self.beta, self.refresh_interval)
-        slack_N = (state["values"] - state["thresholds"]).where(state["primary"] == 0, torch.nan)
+        slack_N = (moving_N - state["thresholds"]).where(state["primary"] == 0, torch.nan)
         if state["batches"] >= self.dual_delay:
             state |= self.dual.stepped(state, slack_N)
-        bound_N = slack_N.isfinite()
+        bound_N = slack_N.isfinite() & values_N.isfinite()
         state |= judged(state, batch.attainable(), bound_N, self.dual, self.patience, self.radius, names)
         warn_of_unlabelled(state, self.patience, names)
         return state | {"batches": state["batches"] + 1}
 
     def evaluated(self, values_N: Tensor, state: State) -> State:
-        """The values on held-out prompts, where these are win probabilities."""
-        return state | {"held_out": values_N.float()} if state["evaluates_wins"] else state
+        """The values on held-out prompts, where these are win probabilities, and how far the believed ones lie off."""
+        return state | corrected(state, values_N.float()) if state["evaluates_wins"] else state
 
     def report(self, state: State) -> dict[str, Tensor]:
         """Multipliers, thresholds, the values that they are compared with, and what else is known of these."""

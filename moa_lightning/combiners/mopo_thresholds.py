@@ -44,13 +44,13 @@ def warn_of_unlabelled(state: State, patience: int, names: Sequence[str]) -> Non
     """Warn, once patience is at its end, of thresholds that no batch had a value for.
 
     Args:
-        state: the combiner's, this batch counted in ``valued`` and not yet in ``batches``.
+        state: the combiner's, this batch counted in ``seen`` and not yet in ``batches``.
         patience: batches until the warning.
         names: of the objectives.
     """
     if int(state["batches"]) + 1 != patience:
         return
-    for i in ((state["primary"] == 0) & state["thresholds"].isfinite() & (state["valued"] == 0)).nonzero().flatten():
+    for i in ((state["primary"] == 0) & state["thresholds"].isfinite() & (state["seen"] == 0)).nonzero().flatten():
         rank_zero_warn(
             f"MOPO's threshold {float(state['thresholds'][i]):.3g} for '{names[i]}' has not moved its multiplier: in "
             f"{patience} batches no prompt had this label for all of its responses. Label whole prompts (moa label "
@@ -70,6 +70,35 @@ def threshold_memory(count: int) -> State:
         "reference_values": torch.zeros(count),
         "reference_seen": torch.zeros(count),
     }
+
+
+def evaluation_memory(count: int) -> State:
+    """First memory of :func:`since_evaluation` and :func:`corrected`, for so many objectives."""
+    return {
+        "held_out": torch.full((count,), torch.nan),  # values at the last evaluation
+        "gap": torch.zeros(count),  # these less what was believed in the batches before
+        "mean_believed": torch.zeros(count),
+        "believed_seen": torch.zeros(count),  # batches in this mean
+    }
+
+
+def since_evaluation(state: State, believed_N: Tensor) -> State:
+    """Mean of the believed values over the batches since the last evaluation, this one included."""
+    mean_N, seen_N = running_mean(state["mean_believed"], state["believed_seen"], believed_N, 2**24)
+    return {"mean_believed": mean_N, "believed_seen": seen_N}
+
+
+def corrected(state: State, held_out_N: Tensor) -> State:
+    """What an evaluation teaches: how far the believed values lie from those on held-out prompts.
+
+    Args:
+        state: the combiner's.
+        held_out_N: the policy's values on the held-out prompts; NaN where unknown.
+    """
+    known_N = held_out_N.isfinite() & (state["believed_seen"] > 0)
+    gap_N = (held_out_N - state["mean_believed"]).where(known_N, state["gap"])
+    zero_N = torch.zeros_like(gap_N)
+    return {"held_out": held_out_N, "gap": gap_N, "mean_believed": zero_N, "believed_seen": zero_N.clone()}
 
 
 def adapted(state: State, reference_N: Tensor, beta: float, refresh_interval: int) -> State:

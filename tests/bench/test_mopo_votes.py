@@ -36,10 +36,19 @@ def test_a_threshold_that_is_called_met_on_votes_is_met(second, responses):
     assert low.last_choice > 0.42
 
 
+@pytest.mark.parametrize("responses", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_what_evaluations_find_corrects_what_votes_believe(responses):
+    own = train(Problem("Bradley-Terry", responses, 0.55, seed=0, dual_values="held_out"))
+    assert own.believed > 0.59
+    assert own.values == pytest.approx(0.55, abs=0.01)
+    assert own.choice == pytest.approx(0.55, abs=0.015)
+    assert own.values == pytest.approx(own.choice, abs=0.01)
+
+
 @pytest.mark.parametrize("missing", PATTERNS)
 def test_missing_labels_do_not_bias_the_slack(missing):
     problem = Problem("Bradley-Terry", 4, 0.55, seed=1, votes=False, missing=missing)
-    settings = replace(PRECISE, steps=60, averaged=20)
+    settings = replace(PRECISE, steps=60, averaged=20, held_out=100)
     own = train(problem, settings)
     assert own.values == pytest.approx(0.55, abs=0.005)
     assert own.choice == pytest.approx(own.values, abs=0.005)
@@ -66,9 +75,9 @@ def test_rows_are_drawn_from_the_matrices():
 
 def test_the_tables_are_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mopo, "Settings", lambda: Settings(steps=2, averaged=1, held_out=8))
-    monkeypatch.setattr(mopo, "PRECISE", Settings(steps=2, averaged=1))
+    monkeypatch.setattr(mopo, "PRECISE", Settings(steps=2, averaged=1, held_out=8))
     mopo.main(["--votes", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     told = capsys.readouterr().out
-    assert told.count("Bradley-Terry") == 12
-    for name, rows in (("votes.csv", 24), ("missing.csv", 2 * len(PATTERNS))):
+    assert told.count("Bradley-Terry") == 18
+    for name, rows in (("votes.csv", 36), ("missing.csv", 3 * len(PATTERNS))):
         assert len((tmp_path / name).read_text().splitlines()) == rows + 1

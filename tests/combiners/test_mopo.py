@@ -178,6 +178,33 @@ def test_held_out_values_are_reported_where_they_are_win_probabilities():
     assert torch.equal(combiner.report(combiner.evaluated(held_out_N, offline))["held_out"], held_out_N)
 
 
+@pytest.mark.parametrize("radius", [0.0, 0.01])
+def test_an_evaluation_corrects_the_believed_values(radius):
+    wins_BN, group_B = problem(objectives=2)
+    combiner = MOPO(thresholds={"b": 0.6}, dual=Projected(lr=1.0), dual_values="held_out", radius=radius)
+    rows = shown(wins_BN, group_B, torch.zeros(15))
+    optimum = dataclasses.replace(combiner, dual_values="optimum")
+    first, paper = (c.observe(rows, c.init(["a", "b"], torch.ones(2))) for c in (combiner, optimum))
+    assert first["values"].isnan().all()  # nobody has looked yet: the multipliers move as in the paper
+    torch.testing.assert_close(first["duals"], paper["duals"])
+    second = combiner.observe(rows, first)
+    plain = [
+        dataclasses.replace(optimum, radius=0.0).observe(rows, s)["values"]
+        for s in (paper | {"duals": first["duals"] * 0}, first)
+    ]
+    held_out_N = torch.tensor([0.55, 0.48])
+    third = combiner.observe(rows, combiner.evaluated(held_out_N, second))
+    torch.testing.assert_close(third["gap"], held_out_N - (plain[0] + plain[1]) / 2)
+    slack = float(third["believed"][1] + third["gap"][1]) - 0.6
+    assert float(third["duals"][1]) == pytest.approx(max(float(second["duals"][1]) - slack, 0.0), abs=1e-6)
+    taken_off = float(
+        third["believed"][1] - dataclasses.replace(optimum, radius=0.0).observe(rows, second)["values"][1]
+    )
+    assert (taken_off < 0) == (radius > 0)
+    assert float(third["values"][1]) == pytest.approx(0.48 + taken_off, abs=1e-6)
+    assert float(combiner.evaluated(held_out_N, third)["believed_seen"][1]) == 0
+
+
 def votes(prompts, responses, seed=0):
     """A label by one vote for each pair of responses, and one that is a probability."""
     generator = torch.Generator().manual_seed(seed)
