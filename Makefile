@@ -8,7 +8,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs bench bench-family bench-mopo bench-sharding audit clean
+.PHONY: help install demo test lint format docs bench bench-constrained bench-family bench-mopo bench-sharding audit clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,9 @@ format: install  ## Format the code and mend what ruff can mend.
 
 bench: install  ## Time the combiners: one solve of each, over N objectives and policy sizes.
 	@$(BIN)/python -m bench.combine
+
+bench-constrained: install  ## Where constrained training ends beside the best fixed weight; 25 runs of about 3 minutes, kept in runs/constrained.
+	@$(BIN)/python -m bench.constrained --keep runs/constrained
 
 bench-family: install  ## Every combiner: what it adds to a step, and where it ends on toy problems with known fronts.
 	@$(BIN)/python -m bench.family
