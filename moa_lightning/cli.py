@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             error.add_note(_DEFECT)
         if os.environ.get("MOA_DEBUG") or mistake is None:
             raise
-        _fail(str(mistake), shared=mistake.shared)
+        _fail(str(mistake), shared=mistake.shared, cause=mistake.__cause__ if mistake.shows_cause else None)
 
 
 def _run(command: str, args: list[str]) -> None:
@@ -93,8 +93,11 @@ def _is_ours(error: BaseException) -> bool:
     return True
 
 
-def _fail(message: str, shared: bool = False) -> None:
-    """End with one line. Of several processes that refuse alike the first one says it."""
+def _fail(message: str, shared: bool = False, cause: BaseException | None = None) -> None:
+    """End with one line, and the traceback of a cause in the user's code.
+
+    Of several processes that refuse alike the first one says it.
+    """
     rank = launched_as()
     if rank:
         # The launcher ends the others with the first one. Where that one goes on, this process refuses alone.
@@ -102,6 +105,8 @@ def _fail(message: str, shared: bool = False) -> None:
         message = message if shared else f"rank {rank}: {message}"
     if speaks(rank) or not shared:
         print(f"moa: error: {' '.join(message.splitlines())}", file=sys.stderr)
+        if cause is not None:
+            traceback.print_exception(cause)
     raise SystemExit(2)
 
 

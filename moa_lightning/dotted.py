@@ -58,8 +58,8 @@ def _import_one(path: str, name: str) -> ModuleType:
         near = _nearest(last, [module.name for module in iter_modules(places)])
         where = f"in package '{parent}'" if parent else f"installed or in the current folder ({Path.cwd()})"
         raise UserError(f"function '{path}': there is no module '{last}' {where}{near}") from error
-    except Exception as error:
-        # A user's module may raise anything while it is imported.
+    except (Exception, SystemExit) as error:
+        # A user's module may raise anything while it is imported, or exit.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"function '{path}': importing '{name}' failed: {reason}") from error
 

@@ -10,3 +10,11 @@ class UserError(ValueError):
 
     shared = False
     """Whether every process raises it in the same words, so that to print it once is enough."""
+    shows_cause = False
+    """Whether the traceback of what led to it is printed as well."""
+
+
+class RewardError(UserError):
+    """A reward raised an exception of its own, which is the cause."""
+
+    shows_cause = True

@@ -55,6 +55,8 @@ class AlignmentModule(ResumedModule):
         optimizer: from parameters to an optimiser; ``None`` is AdamW with learning rate 1e-5.
         lr_scheduler: from the optimiser to a schedule, stepped after each optimiser step.
         value_learning_rate: of the value heads; ``None`` is the optimiser's.
+        silent_batches: stop when an objective has scored no response of the first batches of the run, this many of
+            them; 0 never stops.
         seed: of evaluations: each one of a run answers with the same random numbers, so that they can be compared.
             ``None`` is the run's seed (``seed_everything``).
     """
@@ -73,6 +75,7 @@ class AlignmentModule(ResumedModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         value_learning_rate: float | None = None,
+        silent_batches: int = 10,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +91,13 @@ class AlignmentModule(ResumedModule):
             raise UserError(f"value_learning_rate must be a finite number >= 0 (or null), got {value_learning_rate}")
         compatibility.check_optimizer(optimizer)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        if value_learning_rate is not None and not 0 <= value_learning_rate < math.inf:
+            raise UserError(f"value_learning_rate must be a finite number of at least 0, got {value_learning_rate}")
+        if silent_batches < 0:
+            raise UserError(f"silent_batches must be at least 0, got {silent_batches}")
         self.value_learning_rate = value_learning_rate
+        self.silent_batches = silent_batches
+        self._batches = 0
         self.seed = seed
         self.strict_loading = False  # frozen weights are in no checkpoint; check_weights is as strict as that allows
 
@@ -105,6 +114,7 @@ class AlignmentModule(ResumedModule):
         self._means = nn.ModuleDict({key: MeanMetric(nan_strategy="ignore") for key in keys})
         self._evaluated_2N = torch.zeros(2, len(self.objective_names))  # sums and numbers of the values seen in it
         self._panel_device: torch.device | None = None
+        self._scored_N = torch.zeros(len(self.objective_names), dtype=torch.bool)
 
     @property
     def objective_names(self) -> tuple[str, ...]:
@@ -168,12 +178,29 @@ class AlignmentModule(ResumedModule):
         batch = self.encoder.encode(rows).to(self.device)
         with told_with_the_step(self.trainer), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             experience = self.source.collect(batch, self._actors(), seed)
+        self._require_scores(experience)
         state = self.weights.advance(self.trainer, self.combiner_state)
         self.combiner_state = self.combiner.observe(experience, state)
         experience.metrics |= self.weights.report(state)
         if experience.kl is not None:
             self.kl_state = self.kl.observe(experience.kl, experience.sequences, self.kl_state)
         return experience
+
+    def _require_scores(self, experience: Experience) -> None:
+        """Refuse to go on with an objective that has never scored a response, on any process."""
+        if self._batches >= self.silent_batches:
+            return
+        scored_N = experience.valid_BN.any(0) | experience.rewards.valid_BN.to(experience.valid_BN.device).any(0)
+        self._scored_N = (all_sum(scored_N.float()) > 0).cpu() | self._scored_N
+        self._batches += 1
+        scored = self._scored_N.tolist()
+        silent = [name for name, has in zip(self.objective_names, scored, strict=True) if not has]
+        if silent and self._batches == self.silent_batches:
+            raise UserError(
+                f"objective {', '.join(silent)} scored none of the responses of the first {self._batches} batches "
+                "(None, NaN or infinite each time), so nothing is trained on it; mend its reward, remove it, or raise "
+                "--model.silent_batches"
+            )
 
     def _actors(self) -> Actors:
         if self._panel_device != self.device:  # only now is it known where the strategy put the module

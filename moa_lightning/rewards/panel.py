@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moa_lightning.errors import UserError
+from moa_lightning.errors import RewardError, UserError
 from moa_lightning.rewards.base import Cut, Objective, Reward
 from moa_lightning.schedules import Weight, weight_at
 from moa_lightning.types import Columns, RewardTable
@@ -133,6 +133,7 @@ class RewardPanel:
             The table, on the CPU. Numbers too large for float32 count as infinite, so as missing.
 
         Raises:
+            RewardError: a reward raised an exception, which is its cause.
             UserError: a reward returned the wrong number of scores, or something that is not a number.
 
         Warns once for each objective, on the main process, when it leaves responses out.
@@ -183,16 +184,19 @@ def _scores(name: str, reward: Reward, prompts: list[str], completions: list[str
     try:
         # Copies: a reward that sorts its arguments in place must not disturb the next one.
         answer: Any = reward.score(list(prompts), list(completions), **{k: list(v) for k, v in columns.items()})
-    except Exception as error:
-        error.add_note(f"raised by {reward.title} while scoring objective '{name}'")
+        scores = list(answer) if isinstance(answer, Iterable) else None  # a generator runs only now
+    except UserError:
         raise
-    try:
-        scores = list(answer)
-    except TypeError:
+    except (Exception, SystemExit) as error:  # one that exits must not end the run as if it had succeeded
+        said = " ".join(str(error).split())
+        raise RewardError(
+            f"objective '{name}': {reward.title} raised {type(error).__name__}{f': {said}' if said else ''}"
+        ) from error
+    if scores is None:
         raise UserError(
             f"objective '{name}': {reward.title} returned {type(answer).__name__} instead of a list of {len(prompts)} "
             "numbers, one per completion"
-        ) from None
+        )
     if len(scores) != len(completions):
         raise UserError(
             f"objective '{name}': {reward.title} returned {len(scores)} scores for {len(completions)} completions; "

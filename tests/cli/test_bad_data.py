@@ -1,5 +1,8 @@
 """Data and scores that do not fit: one line that says what to write instead."""
 
+import sys
+from typing import Any
+
 import pytest
 
 from tests.cli import task as names
@@ -70,14 +73,41 @@ def test_a_reward_of_the_wrong_length(task: Task, capsys: pytest.CaptureFixture[
     )
 
 
-def test_an_exception_of_ones_own_code_keeps_its_traceback(task: Task) -> None:
-    (task.folder / "own_rewards.py").write_text("def broken(prompts, completions, **columns):\n    return int('x')\n")
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return int('x')", "raised ValueError: invalid literal for int() with base 10: 'x'"),
+        ("raise SystemExit(0)", "raised SystemExit: 0"),
+        ("yield 1 / 0", "raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_exception_of_a_reward_is_named_and_keeps_its_traceback(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, body: str, says: str
+) -> None:
+    (task.folder / "own_rewards.py").write_text(f"def broken(prompts, completions, **columns):\n    {body}\n")
     config = changed(
         task, lambda s: s["model"]["objectives"]["good"]["reward"]["init_args"].update(function="own_rewards.broken")
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(task.folder)
-        patch.syspath_prepend(str(task.folder))
-        with pytest.raises(ValueError, match="invalid literal for int") as caught:
-            moa("fit", "--config", config)
-    assert any("while scoring objective 'good'" in note for note in caught.value.__notes__)
+    monkeypatch.chdir(task.folder)
+    monkeypatch.syspath_prepend(str(task.folder))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        moa("fit", "--config", config)
+    assert stop.value.code == 2
+    line, *rest = capsys.readouterr().err.splitlines()[-200:]
+    text = "\n".join([line, *rest])
+    assert f"moa: error: objective 'good': function 'own_rewards.broken' {says}\nTraceback" in text
+    assert body in text, "the reward's own line"
+
+
+@pytest.mark.filterwarnings("ignore:objective 'short' did not score", "ignore:no response was scored by short")
+def test_an_objective_that_never_scores(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    function = f"--model.objectives.short.reward.function={__name__}.silent"
+    flags = ("--config", task.config, function, "--trainer.max_steps=3", "--trainer.val_check_interval=3")
+    line = complaint(capsys, "fit", *flags, "--model.silent_batches=2")
+    assert line.startswith("objective short scored none of the responses of the first 2 batches")
+    moa("fit", *flags, "--model.silent_batches=0", f"--trainer.default_root_dir={task.folder / 'other'}")
+
+
+def silent(prompts: list[str], completions: list[str], **columns: Any) -> list[None]:
+    return [None for _ in completions]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from moa_lightning.errors import UserError
+from moa_lightning.errors import RewardError, UserError
 from moa_lightning.rewards import FunctionReward, Length, Objective, Reward, RewardPanel, Words
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ class Fixed(Reward):
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         self.seen.append({"prompts": prompts, "completions": completions, **columns})
-        if isinstance(self.answer, Exception):
+        if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
 
@@ -306,10 +306,11 @@ def test_what_is_not_a_list_is_named(answer: Any, kind: str) -> None:
         panel_of(answer).score(["p"], ["c"], {})
 
 
-def test_an_error_inside_a_reward_keeps_its_type_and_says_where() -> None:
-    with pytest.raises(KeyError) as error:
-        panel_of(KeyError("mine")).score(["p"], ["c"], {})
-    assert error.value.__notes__ == ["raised by Fixed while scoring objective 'o0'"]
+@pytest.mark.parametrize("mine", [KeyError("mine"), SystemExit(0)])
+def test_an_error_inside_a_reward_is_the_cause_of_one_that_says_where(mine: BaseException) -> None:
+    with pytest.raises(RewardError, match=f"objective 'o0': Fixed raised {type(mine).__name__}") as error:
+        panel_of(mine).score(["p"], ["c"], {})
+    assert error.value.__cause__ is mine
 
 
 # YAML and command line
