@@ -85,7 +85,7 @@ def check_optimizer(make: Callable[[Any], Optimizer] | None) -> None:
     It is made for one weight, which is then thrown away: else torch would say so after the models are loaded.
 
     Raises:
-        ValueError: one line with the optimiser's own words.
+        UserError: one line with the optimiser's own words.
     """
     if make is None:
         return

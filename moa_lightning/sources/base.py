@@ -161,7 +161,7 @@ def check_prompt_length(max_prompt_length: int | None) -> None:
     """Refuse to keep less than one token of a prompt.
 
     Raises:
-        ValueError: with the length.
+        UserError: with the length.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise UserError(f"source.max_prompt_length must be at least 1 or null, got {max_prompt_length}")
