@@ -274,13 +274,24 @@ def steps_of(path: Path) -> int | None:
         return None
 
 
+def settings_in(path: Path) -> dict[str, Any]:
+    """The settings under which a valid checkpoint was written, nested; empty if it does not say."""
+    found: dict[str, Any] = _head(path).get("moa", {}).get("settings", {})
+    return found
+
+
 def _global_step(path: Path) -> int:
+    return int(_head(path)["global_step"])
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """All but the content of tensors."""
     file = path / META if path.is_dir() else path
     try:
-        content = torch.load(file, mmap=True, map_location="meta", weights_only=True)
+        content: dict[str, Any] = torch.load(file, mmap=True, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ForeignContentError(f"{file.name} holds more than tensors and plain data") from error
-    return int(content["global_step"])
+    return content
 
 
 def bytes_of(content: Any) -> int:

@@ -62,6 +62,7 @@ class AlignmentModule(ResumedModule):
     """
 
     settings: Mapping[str, str] = {}  # the command line's, by dotted key: the same on all processes
+    record: Mapping[str, Any] = {}  # the same nested, without secrets, for checkpoints
 
     def __init__(
         self,
@@ -351,6 +352,7 @@ class AlignmentModule(ResumedModule):
             "progress": self.weights.progress,
             "classes": {name: type(piece).__name__ for name, piece in self._pieces().items()},
             "optimizer": None if self.optimizer_given is None else self.optimizer_given.plain(),
+            "settings": dict(self.record),
         }
         checkpoint["moa_format"] = compatibility.FORMAT
 

@@ -29,9 +29,10 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
-from moa_lightning.checkpoints import AtomicCheckpointIO, require_whole
+from moa_lightning.checkpoints import AtomicCheckpointIO, require_whole, settings_in
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
+from moa_lightning.commands.resume_settings import settle
 from moa_lightning.commands.run_config import RunConfig
 from moa_lightning.commands.seeds import seed_run
 from moa_lightning.commands.start_folder import (
@@ -41,10 +42,11 @@ from moa_lightning.commands.start_folder import (
     refuse_foreign,
     refuse_unwritable,
     run_of,
+    settings_of,
 )
 from moa_lightning.console import launched_as
 from moa_lightning.errors import UserError
-from moa_lightning.masking import masked_arguments, masked_settings
+from moa_lightning.masking import masked, masked_arguments, masked_settings
 from moa_lightning.module import AlignmentModule
 from moa_lightning.preemption import Preemption
 from moa_lightning.run_checkpoint import RunCheckpoint
@@ -190,6 +192,8 @@ class AlignmentCLI(LightningCLI):
                 refuse_if_held(folder)
         config.trainer.default_root_dir = str(folder)
         config.checkpoint.dirpath = place.dirpath
+        if self.subcommand == "fit" and checkpoint and Path(checkpoint).exists():
+            self._settle(Path(checkpoint), root)
         seed_run(config, root / "config.yaml" if self.subcommand == "fit" and config.get("ckpt_path") else None)
 
     def _newest(self, place: RunPlace) -> str | None:
@@ -251,9 +255,26 @@ class AlignmentCLI(LightningCLI):
             torch.set_num_threads(1)
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+        resolved = self._resolved()
+        self.model.record = masked(resolved)
         if self.trainer.world_size > 1:
-            resolved = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
-            self.model.settings = flat(resolved[self.subcommand])
+            self.model.settings = flat(resolved)
+
+    def _resolved(self) -> dict[str, Any]:
+        """All settings of the command as plain data, nested."""
+        whole: dict[str, Any] = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
+        resolved: dict[str, Any] = whole[str(self.subcommand)]
+        return resolved
+
+    def _settle(self, checkpoint: Path, root: Path) -> None:
+        """Report what a resumed run changes, and keep what it cannot."""
+        before = settings_in(checkpoint) or settings_of(root)  # an earlier version left it to config.yaml
+        if not before:
+            rank_zero_only(print)(
+                "resumed: the checkpoint does not say under which settings it was written; changes are not reported"
+            )
+        for line in settle(before, masked(self._resolved()), self.config[self.subcommand]):
+            rank_zero_only(print)(line)
 
     def after_predict(self) -> None:
         """Say where the responses are."""

@@ -98,5 +98,5 @@ class RunConfig(SaveConfigCallback):
         self._save(trainer, pl_module, "test")
 
 
-def _unwritable(root: Path, error: OSError) -> ValueError:
-    return ValueError(f"the run folder '{root}' cannot be written: {reason(error)}; give another one, or make room")
+def _unwritable(root: Path, error: OSError) -> UserError:
+    return UserError(f"the run folder '{root}' cannot be written: {reason(error)}; give another one, or make room")

@@ -95,11 +95,14 @@ def test_a_resumed_run_keeps_the_seeds_that_it_was_started_with(task: Task, caps
     root = fit(task, "run", "--data.init_args.seed=0", "--model.seed=0")
     capsys.readouterr()
     fit(task, "run", "--ckpt_path=last", "--trainer.max_steps=3")
-    assert "data.init_args.seed stays 0 and model.seed stays 0 as in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed: data.init_args.seed 7 is not used, 0 is kept" in said
+    assert "resumed: model.seed 7 is not used, 0 is kept" in said
     assert recorded(root) == (7, 0, 0)
     assert outcome(root)[2] == outcome(straight)[2]
     fit(task, "run", "--ckpt_path=last", "--trainer.max_steps=4", "--data.init_args.seed=3")
-    assert recorded(root) == (7, 3, 0)
+    assert "resumed: data.init_args.seed 3 is not used, 0 is kept" in capsys.readouterr().out
+    assert recorded(root) == (7, 0, 0)
 
 
 def test_false_seeds_nothing_but_what_must_have_a_seed(task: Task) -> None:
