@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from moa_lightning.combiners import CAID, MGDAUB, PAMA, Linear
+from moa_lightning.combiners import CAID, MGDAUB, PAMA, Lagrangian, Linear
 from moa_lightning.data.base import PromptData, Stage
 from moa_lightning.finite import NonFiniteLossError
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
@@ -144,6 +144,7 @@ def test_reward_rises(tmp_path, folder):
 
 def test_without_callbacks_the_loss_is_the_same_to_the_bit(tmp_path, folder):
     from moa_lightning.callbacks import (
+        Constraints,
         ObjectiveMetrics,
         ObjectiveProgressBar,
         ParetoFront,
@@ -152,10 +153,20 @@ def test_without_callbacks_the_loss_is_the_same_to_the_bit(tmp_path, folder):
         Throughput,
     )
 
+    def constrained():
+        return module(folder, combiner=Lagrangian(thresholds={"length": 0.5}))
+
     with warnings.catch_warnings():
-        bare = run(tmp_path, module(folder))
-    watchers = [ObjectiveMetrics(), ParetoFront(), SampleTable(), Throughput(), RunFiles()]
-    watched = run(tmp_path, module(folder), callbacks=[*watchers, ObjectiveProgressBar()], enable_progress_bar=True)
+        bare = run(tmp_path / "bare", constrained(), enable_checkpointing=True)
+    watchers = [ObjectiveMetrics(), ParetoFront(), SampleTable(), Throughput(), RunFiles(), Constraints()]
+    watched = run(
+        tmp_path,
+        constrained(),
+        callbacks=[*watchers, ObjectiveProgressBar()],
+        enable_progress_bar=True,
+        enable_checkpointing=True,
+    )
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
     assert bare.losses == watched.losses
     assert (tmp_path / "run" / "front.csv").is_file()
 
