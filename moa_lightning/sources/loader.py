@@ -116,6 +116,7 @@ class ExperienceLoader:
         """Position; of every process the batch in flight and the random streams. Plain containers and tensors."""
         between = self.in_flight is not None and self.position % self.updates_per_batch != 0
         return {
+            "seed": self.seed,
             "epoch": self.epoch,
             "position": self.position,
             "used": self.used,
@@ -126,6 +127,8 @@ class ExperienceLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved position; another number of processes shares the batch in flight anew."""
+        # The position is a place in the order that this seed decides; earlier checkpoints do not name it.
+        self.seed = state.get("seed", self.seed)
         self.epoch, self.position, self.used = state["epoch"], state["position"], state["used"]
         before, saved = len(state["random"]), state["in_flight"]
         same = before == world_size()
