@@ -89,6 +89,7 @@ RULES = (  # the first one that fits counts
     Rule("lr_scheduler", Verdict.REFUSED, "the checkpoint continues the schedule that it was written under"),
     Rule("model.optimizer.init_args.*", Verdict.TAKEN, "what the optimiser remembers stays"),
     Rule("optimizer*", Verdict.TAKEN, "what the optimiser remembers stays"),
+    Rule("model.silent_batches", Verdict.TAKEN, "counted from here on"),
     Rule("model.value_learning_rate", Verdict.TAKEN, "what the optimiser remembers stays"),
     Rule("model.combiner*", Verdict.TAKEN, "what the combiner has learnt stays"),
     Rule("model.source*", Verdict.TAKEN, "a batch in flight is used up first"),
