@@ -246,7 +246,10 @@ class AlignmentModule(ResumedModule):
         if heads:
             own = {} if self.value_learning_rate is None else {"lr": self.value_learning_rate}
             groups.append({"params": heads, **own})
-        optimizer = self.make_optimizer(groups) if self.make_optimizer else torch.optim.AdamW(groups, lr=1e-5)
+        try:
+            optimizer = self.make_optimizer(groups) if self.make_optimizer else torch.optim.AdamW(groups, lr=1e-5)
+        except (TypeError, ValueError) as error:  # such as betas out of range
+            raise UserError(f"model.optimizer: {error}") from error
         self.optimizer_given = OptimizerSettings.of(optimizer)
         if self.make_scheduler is None:
             return optimizer

@@ -19,6 +19,8 @@ def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> 
         UserError: the folder does not exist, or what is there does not open.
     """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(f"'{path}' is a file; give the folder in Hugging Face format that it is in, or a hub id")
     # A hub id is "name" or "owner/name"; anything else can only be a folder.
     if not path or (not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1)):
         raise UserError(f"folder '{path}' does not exist; give a folder in Hugging Face format, or a hub id")

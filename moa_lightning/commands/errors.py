@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -24,6 +24,7 @@ _FIELD_OF_NOTHING = re.compile(r"NestedArg\(key='([^']+)', val='([^']*)'\)")
 _REQUIRED = re.compile(r"the following arguments are required: (?:(?:fit|validate|test|predict)\.)?(\S+)")
 _WRONG_VALUE = re.compile(r"Expected an? (.+?)\. Got value: .*$", re.MULTILINE)
 _WRONG_FOR_ALL = re.compile(r"- Expected an? (.+?)\.?$", re.MULTILINE)
+_NODES = 100_000  # of a config, with its aliases written out
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 
 
@@ -147,8 +148,12 @@ def _closest(given: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean '{prefix}{written[best[0]]}'?" if best else ""
 
 
-def check_config_files(args: Sequence[str]) -> None:
+def check_config_files(args: Sequence[str], known: Collection[str] | None = None) -> None:
     """Refuse config files that are not there, are not YAML, or give a key twice: YAML would keep the last in silence.
+
+    Args:
+        args: of the command line.
+        known: the names of all settings at the top, which the parser alone would let pass if they are unknown.
 
     Raises:
         UserError: names the file, the line and the key, such as an objective named twice.
@@ -162,12 +167,19 @@ def check_config_files(args: Sequence[str]) -> None:
         if not path.is_file():
             names = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
             raise UserError(f"config file '{given}' does not exist{_closest(given, names)}")
-        _check_node(_composed(path), path)
+        node = _composed(path)
+        _check_node(node, path, {})
+        for key, _ in node.value:
+            if known is not None and key.value.partition(".")[0] not in known:
+                near = _closest(key.value, known) or f"; known: {', '.join(sorted(known))}"
+                raise UserError(f"{path}, line {key.start_mark.line + 1}: unknown setting '{key.value}'{near}")
 
 
 def _composed(path: Path) -> Any:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be settings") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line} is not YAML: {error.problem or error.context}") from error
@@ -178,17 +190,28 @@ def _composed(path: Path) -> Any:
     return node
 
 
-def _check_node(node: Any, path: Path) -> None:
+def _check_node(node: Any, path: Path, sizes: dict[int, int]) -> int:
+    """Refuse keys that are given twice, and aliases that stand for far more than the file holds; the size in nodes."""
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise UserError(f"{path}, line {node.start_mark.line + 1}: an alias stands for something that holds itself")
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # it is being looked at
+    size, seen = 1, set[Any]()
     if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_node(item, path)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        if key.value in seen:
-            raise UserError(
-                f"{path}, line {key.start_mark.line + 1}: '{key.value}' is given twice; rename or remove one of them"
-            )
-        seen.add(key.value)
-        _check_node(value, path)
+        size += sum(_check_node(item, path, sizes) for item in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{path}, line {key.start_mark.line + 1}: a key must be one word")
+            if key.value in seen:
+                raise UserError(
+                    f"{path}, line {key.start_mark.line + 1}: '{key.value}' is given twice; rename or remove one of "
+                    "them"
+                )
+            seen.add(key.value)
+            size += _check_node(value, path, sizes)
+    if size > _NODES:
+        raise UserError(f"{path}, line {node.start_mark.line + 1}: its aliases stand for more than {_NODES} values")
+    sizes[id(node)] = size
+    return size

@@ -35,6 +35,7 @@ from moa_lightning.commands.errors import OneLineErrors, UsageError, check_confi
 from moa_lightning.commands.resume_settings import settle
 from moa_lightning.commands.run_config import RunConfig
 from moa_lightning.commands.seeds import seed_run
+from moa_lightning.commands.settings import check_settings
 from moa_lightning.commands.start_folder import (
     RunPlace,
     free_folder,
@@ -134,6 +135,7 @@ class AlignmentCLI(LightningCLI):
         """Parse the given arguments, whatever the process was started with."""
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+        check_config_files(args, {*vars(self.config[self.config.subcommand]), "config"})
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line alone: a checkpoint does not override it."""
@@ -150,6 +152,7 @@ class AlignmentCLI(LightningCLI):
             UserError: the checkpoint does not exist.
         """
         config = self.config[self.subcommand]
+        check_settings(config)
         if secrets := masked_settings(config):
             raise UsageError(
                 f"{secrets[0]} is masked in this record of a run; give it as --{secrets[0]}=..."
@@ -236,8 +239,10 @@ class AlignmentCLI(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         try:
             trainer: Trainer = super().instantiate_trainer(logger=loggers, plugins=plugins, **kwargs)
-        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that this machine lacks
-            raise UsageError(f"trainer: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:  # Lightning's own check of its flags, such as an accelerator that is not here
+            raise UsageError(f"trainer: {' '.join(str(error).split()) or type(error).__name__}") from error
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -249,7 +254,10 @@ class AlignmentCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module, data and Trainer."""
-        self.config_init = self.parser.instantiate(self.config)  # the name that Lightning calls is deprecated
+        try:
+            self.config_init = self.parser.instantiate(self.config)  # the name that Lightning calls is deprecated
+        except MisconfigurationException as error:  # of a callback, such as a monitor without a mode
+            raise UsageError(f"callbacks: {error}") from error
         self.datamodule = self._get(self.config_init, "data")
         if self.datamodule.one_thread and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
@@ -275,6 +283,13 @@ class AlignmentCLI(LightningCLI):
             )
         for line in settle(before, masked(self._resolved()), self.config[self.subcommand]):
             rank_zero_only(print)(line)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; what Lightning finds wrong with a flag only now, such as a monitor that nobody logs, is the user's."""
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
 
     def after_predict(self) -> None:
         """Say where the responses are."""
