@@ -148,7 +148,10 @@ class MetricsBeforeCheckpoints(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Flush, with the metrics of a step that Lightning has not logged yet."""
         loggers, files = trainer.loggers, [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
-        if trainer.training and trainer._logger_connector._first_loop_iter is not None:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        # In the middle of an update (a checkpoint because its loss is not finite) Lightning still holds the last one's.
+        updated = batches.processed == batches.ready
+        if trainer.training and updated and trainer._logger_connector._first_loop_iter is not None:
             trainer.loggers = list(files)  # the others keep each step once
             trainer._logger_connector.update_train_step_metrics()
             trainer.loggers = loggers
