@@ -125,7 +125,8 @@ class AlignmentModule(ResumedModule):
     @property
     def evaluates_wins(self) -> bool:
         """Whether evaluations are in win probabilities, which thresholds of some combiners are in."""
-        return self.source.reads_candidates
+        fixed = [self.panel.objectives[name].reward.fixed_rivals for name in self.objective_names]
+        return self.source.reads_candidates or all(fixed)
 
     # Setting up: cheap checks first, weights last.
 

@@ -111,7 +111,8 @@ class Experience:
     group_B: Tensor | None = None  # int64, which prompt of the batch a row belongs to
     wins_BN: Tensor | None = None  # mean probability to win against the other responses to the prompt; NaN: unknown
     log_prior_B: Tensor | None = None  # log-weight of a row among those of its prompt; None is equal weights
-    log_policy_B: Tensor | None = None  # the same under the policy itself, if the rows are the data's own responses
+    log_policy_B: Tensor | None = None  # the same under the policy itself; None where its wins would say nothing
+    moving_BN: Tensor | None = None  # bool, wins against the policy's other responses of the moment; None is nowhere
     penalty_B: Tensor | None = None  # taken off each objective's score of a row (cut-off responses); None is nothing
     charge_B: Tensor | None = None  # what the KL penalty takes off a row, summed over its tokens; None is nothing
     sequences: int = 0  # rows of the whole collected batch, over all processes

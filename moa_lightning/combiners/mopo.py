@@ -26,7 +26,7 @@ from moa_lightning.combiners.mopo_thresholds import (
     warn_of_unlabelled,
     warn_of_votes,
 )
-from moa_lightning.combiners.mopo_values import judged_responses
+from moa_lightning.combiners.mopo_values import has_own_values, judged_responses
 from moa_lightning.distributed import all_sum
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
@@ -46,6 +46,10 @@ class MOPO(Combiner):
     vote a prompt can tell a preference from a coin; only what carries over to other prompts can. So a threshold is
     compared with the policy's own mean win probability, before it is trained on the batch: ``dual_values`` says how,
     and when that is unbiased. What it is judged by in the end is ``held_out``, the mean on the validation prompts.
+
+    On rollouts the policy's own mean is that of its responses, and new at each batch. It says something where rewards
+    compare with fixed responses (``WinProbability``, ``PairwisePreference`` with a ``baseline``); for other objectives,
+    whose rivals are the policy's own responses, it would be .5 by construction, so the mean under ``rho`` is taken.
 
     Choose it when: one objective matters most, and the others need a least win probability. Cost: no extra backward
     pass. Convergence: stated, to the front wherever it can be reached. Source: Agnihotri et al., "Multi-Objective
@@ -71,12 +75,13 @@ class MOPO(Combiner):
         normalize: whose responses share one normalisation: each ``prompt``'s, or the ``batch``'s on a process.
         patience: batches in the means that thresholds are judged by. A warning names one that even the best response
             to each prompt would miss, or that stays violated as long again with its multiplier at its largest.
-        dual_values: what moves the multipliers on preference data. ``policy``: the policy's own values on the batch,
-            unbiased in the first pass over prompts that the supervised training before it has not read either; on
-            others it may lie off to either side. ``held_out``: the believed values plus the distance from these to
+        dual_values: what moves the multipliers. ``policy``: the policy's own values on the batch, unbiased in the first
+            pass over prompts that the supervised training before it has not read either, and on rollouts; on others it
+            may lie off to either side. ``held_out``: the believed values plus the distance from these to
             the policy's own on the validation prompts, as the last evaluation found it; needs many evaluations in a
             run. ``optimum``: the believed values, as in the paper, unbiased if all responses have labels that are
-            probabilities and the policy learns what ``rho`` promises. On rollouts it is always the optimum's.
+            probabilities and the policy learns what ``rho`` promises. On rollouts that is too high by far: the optimum
+            has the choice among the responses to a prompt, the policy has not.
     """
 
     primary: str | None = None
@@ -111,7 +116,7 @@ class MOPO(Combiner):
             "chi": torch.full_like(unknown_N, torch.inf),
             "believed": unknown_N,  # values of the optimum by the labels that made it
             "labelled": unknown_N.clone(),  # share of the last batch's prompts that counted in the values
-            "evaluates_wins": torch.zeros(()),  # whether evaluations give win probabilities
+            "evaluates_wins": torch.zeros_like(unknown_N),  # whether evaluations give win probabilities
             **evaluation_memory(len(objectives)),
             **threshold_memory(len(objectives)),
         }
@@ -130,24 +135,25 @@ class MOPO(Combiner):
     def observe(self, experience: Experience, state: State) -> State:
         """One step of the multipliers on a collected batch, in the order of Algorithm 1: chi, then lambda."""
         batch, names = judged_responses(experience, self.normalize), experience.rewards.trained_names
-        if state["batches"] == 0 and experience.log_policy_B is not None:
+        if state["batches"] == 0 and experience.log_policy_B is not None and experience.moving_BN is None:
             warn_of_votes(batch, names)
         policy_B = batch.policy(state["primary"] + state["duals"], self.tau)
-        believed_N, chi_N = batch.values(policy_B, self.radius)
-        values_N = believed_N
+        believed_N, believed_chi_N = batch.values(policy_B, self.radius)
+        values_N, chi_N, own_N = believed_N, believed_chi_N, has_own_values(experience)
         if experience.log_policy_B is not None and self.dual_values == "policy":
             # The policy learnt its weights from other prompts, so this batch's labels are independent of them.
             own = judged_responses(experience, "prompt")
             values_N, chi_N = own.values(own.choice(experience.log_policy_B), self.radius)
+            values_N, chi_N = values_N.where(own_N, believed_N), chi_N.where(own_N, believed_chi_N)
         # The correction is that of the plain mean: what a radius takes off stays off.
         plain_N = batch.values(policy_B, 0.0)[0] if self.radius else believed_N
         moving_N = values_N
         if experience.log_policy_B is not None and self.dual_values == "held_out":
             moving_N = believed_N + state["gap"]
-            values_N = state["held_out"] + believed_N - plain_N
+            values_N = (state["held_out"] + believed_N - plain_N).where(own_N, believed_N)
         state = state | {"values": values_N, "chi": chi_N, "believed": believed_N, "labelled": batch.labelled()}
         state |= since_evaluation(state, plain_N)
-        state["evaluates_wins"] = torch.tensor(float(experience.log_policy_B is not None))
+        state["evaluates_wins"] = own_N.float()
         if self.thresholds is None:
             reference_N, _ = batch.values(batch.prior(), self.radius)
             state |= adapted(state, reference_N, self.beta, self.refresh_interval)
@@ -161,7 +167,7 @@ class MOPO(Combiner):
 
     def evaluated(self, values_N: Tensor, state: State) -> State:
         """The values on held-out prompts, where these are win probabilities, and how far the believed ones lie off."""
-        return state | corrected(state, values_N.float()) if state["evaluates_wins"] else state
+        return state | corrected(state, values_N.float().where(state["evaluates_wins"] > 0, torch.nan))
 
     def report(self, state: State) -> dict[str, Tensor]:
         """Multipliers, thresholds, the values that they are compared with, and what else is known of these."""

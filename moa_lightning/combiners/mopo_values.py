@@ -116,3 +116,15 @@ def judged_responses(rows: Experience | Signals, normalize: Literal["prompt", "b
     assert rows.wins_BN is not None and rows.group_B is not None
     pool_B = rows.group_B if normalize == "prompt" else torch.zeros_like(rows.group_B)
     return Judged(rows.wins_BN.float(), rows.group_B, pool_B, rows.mask_BT.any(1), rows.log_prior_B)
+
+
+def has_own_values(experience: Experience) -> Tensor:
+    """Bool ``(N,)``: whether the mean win probability of the policy itself says how good it is.
+
+    Against its own other responses it would be .5 whatever they are worth. The same on all processes.
+    """
+    if experience.log_policy_B is None:
+        return torch.zeros(len(experience.rewards.trained_names), dtype=torch.bool)
+    if experience.moving_BN is None:
+        return torch.ones(len(experience.rewards.trained_names), dtype=torch.bool)
+    return ~experience.moving_BN.cpu().any(0)

@@ -35,6 +35,11 @@ class Reward(ABC):
         """What messages call this reward."""
         return type(self).__name__
 
+    @property
+    def fixed_rivals(self) -> bool:
+        """Whether the score is a win probability against responses that stay the same while the policy moves."""
+        return False
+
     def check(self, columns: set[str]) -> None:
         """Refuse a configuration that cannot work, before any model is loaded.
 

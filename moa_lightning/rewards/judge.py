@@ -45,6 +45,11 @@ class PairwisePreference(Reward):
         """The function's."""
         return self._judge.title
 
+    @property
+    def fixed_rivals(self) -> bool:
+        """With a baseline."""
+        return self.baseline is not None
+
     def check(self, columns: set[str]) -> None:
         """Import the function, and compare its parameters and the baseline with the columns."""
         self._judge.check(columns)

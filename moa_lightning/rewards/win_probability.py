@@ -53,6 +53,11 @@ class WinProbability(Reward):
         """With the reward's."""
         return f"win probability by {self.reward.title}"
 
+    @property
+    def fixed_rivals(self) -> bool:
+        """True."""
+        return True
+
     def check(self, columns: set[str]) -> None:
         """Check the reward, and that the data have the fixed responses."""
         self.reward.check(columns)

@@ -171,6 +171,9 @@ class Rollout(Source):
             group_B=group_B,
             wins_BN=wins_BN,
             log_prior_B=log_prior_B,
+            # The rows are samples of the policy, so each weighs as much.
+            log_policy_B=None if wins_BN is None else torch.zeros_like(kl_BT[:, 0]),
+            moving_BN=self._moving(rewards, actors.panel),
             penalty_B=self._penalty(responses),
             charge_B=kl_coefficient * kl_BT.sum(1),
             sequences=int(sums[3]),
@@ -205,6 +208,11 @@ class Rollout(Source):
         compared = [panel.objectives[name].reward.gives_wins for name in rewards.trained_names]
         wins_BN = torch.where(torch.tensor(compared, device=wins_BN.device), rewards.trained_BN, wins_BN)
         return wins_BN, *self.log_prior(log_ratio_B, group_B, self.max_log_ratio)
+
+    def _moving(self, rewards: RewardTable, panel: RewardPanel) -> Tensor:
+        """Whether an objective's win probabilities are against the prompt's other responses."""
+        moving = [not panel.objectives[name].reward.fixed_rivals for name in rewards.trained_names]
+        return torch.tensor(moving, device=rewards.raw_BN.device).expand(len(rewards.raw_BN), -1)
 
     def _penalty(self, responses: Responses) -> Tensor | None:
         return None if self.missing_eos_penalty is None else self.missing_eos_penalty * responses.truncated_B

@@ -375,3 +375,24 @@ def test_the_delay_holds_the_multipliers():
 def test_refuses_settings_without_meaning(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_on_rollouts_multipliers_follow_the_policys_own_mean_where_rivals_are_fixed():
+    """The optimum chooses among a prompt's responses and so looks better than the policy that gave them is."""
+    wins_BN, group_B = problem()
+    nothing_B, moving_B3 = torch.zeros(len(wins_BN)), torch.tensor([False, False, True]).expand(len(wins_BN), -1)
+    rows = dataclasses.replace(batch(wins_BN, group_B), log_policy_B=nothing_B, moving_BN=moving_B3)
+    mean_N = wins_BN.mean(0)
+    combiner = MOPO(thresholds={"b": float(mean_N[1]) + 0.01, "c": 0.2}, tau=0.05, dual=Projected(lr=1.0))
+    state = combiner.observe(rows, combiner.init(["a", "b", "c"], torch.ones(3)))
+    believed_N = combiner.report(state)["believed"]
+    assert (believed_N[:2] > mean_N[:2] + 0.02).any()
+    torch.testing.assert_close(state["values"][:2], mean_N[:2])
+    assert state["values"][2] == believed_N[2]  # against the policy's own others the mean is .5 whatever they are worth
+    assert float(state["duals"][1]) == pytest.approx(0.01, abs=1e-5)
+    held_out_N = combiner.evaluated(torch.tensor([0.6, 0.7, 0.8]), state)["held_out"]
+    assert held_out_N[:2].tolist() == pytest.approx([0.6, 0.7])
+    assert held_out_N[2].isnan()
+    paper = dataclasses.replace(combiner, dual_values="optimum")
+    state = paper.observe(rows, paper.init(["a", "b", "c"], torch.ones(3)))
+    assert torch.equal(state["values"], believed_N)

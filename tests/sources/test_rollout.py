@@ -11,7 +11,7 @@ from moa_lightning.functional import bradley_terry_wins
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.models import Encoder, FrozenCopy, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
-from moa_lightning.rewards import FunctionReward, Objective, PairwisePreference, RewardPanel
+from moa_lightning.rewards import FunctionReward, Objective, PairwisePreference, RewardPanel, WinProbability
 from moa_lightning.signals import ClipRange
 from moa_lightning.sources import GAE, Actors, GroupRelative, Rollout
 from moa_lightning.sources.advantages import standardize
@@ -192,6 +192,32 @@ def test_scores_of_whole_responses_know_the_penalty_and_the_kl_charge(actors):
     )[0][:, 0]
     torch.testing.assert_close(experience.advantages_BTN[:, 0], plain_BN, rtol=1e-4, atol=1e-5)
     assert torch.equal(experience.select(torch.tensor([3])).scores_BN, experience.scores_BN[[3]])
+
+
+def test_what_knows_which_win_probabilities_move_with_the_policy(actors):
+    """Against fixed responses, or among the prompt's own: then a policy's mean is .5, whatever it is worth."""
+
+    def longer(prompts, completions):
+        return [0.5 + 0.25 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in completions]
+
+    rewards = {
+        "among": PairwisePreference(longer),
+        "score": FunctionReward(words),
+        "fixed": PairwisePreference(longer, baseline="old"),
+        "wins": WinProbability(FunctionReward(words), baseline="old"),
+    }
+    panel = RewardPanel({name: Objective(reward) for name, reward in rewards.items()})
+    rows = [row | {"old": "one two three"} for row in ROWS[:2]]
+    those = dataclasses.replace(actors, panel=panel)
+    experience = Rollout(max_new_tokens=8, num_generations=3, advantages=GroupRelative()).collect(
+        actors.encoder.encode(rows), those, seed=1
+    )
+    assert experience.moving_BN.tolist() == [[True, True, False, False]] * 6
+    assert experience.log_policy_B.tolist() == [0.0] * 6
+    torch.testing.assert_close(experience.wins_BN[:, :2].mean(0), torch.full((2,), 0.5))
+    torch.testing.assert_close(experience.wins_BN[:, 2:], experience.rewards.trained_BN[:, 2:])
+    alone = Rollout(max_new_tokens=8).collect(actors.encoder.encode(rows), actors, seed=1)
+    assert alone.log_policy_B is None
 
 
 def test_a_preference_models_probabilities_are_the_wins(actors):
