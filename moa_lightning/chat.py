@@ -123,7 +123,8 @@ def closed_answer(
     Raises:
         TemplateError: the template refuses the messages.
     """
-    answer = answer.removesuffix(turn.end).removesuffix(turn.end.strip())
+    for end in (turn.end, turn.end.strip(), str(tokenizer.decode([turn.end_token]))):
+        answer = answer.removesuffix(end)  # some templates write more behind the token, which a row may lack
     prompt, whole = render(tokenizer, messages), render(tokenizer, messages, answer)
     return _behind(tokenizer, prompt, whole, answer + turn.end)
 

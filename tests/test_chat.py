@@ -74,6 +74,8 @@ def test_the_first_of_several_end_tokens_ends_the_turn():
     assert words(tokenizer, end_tokens(tokenizer)) == ["<eos>", "<|end|>"]
     closed = closed_answer(tokenizer, ASKED, "good", answer_turn(tokenizer))
     assert words(tokenizer, closed) == ["good", "<|end|>", "\n", "<eos>"]
+    again = closed_answer(tokenizer, ASKED, "good<|end|>", answer_turn(tokenizer))
+    assert words(tokenizer, again) == words(tokenizer, closed), "the end token that the row had already is not doubled"
 
 
 @pytest.mark.parametrize("template", list(WITHOUT_END.values()), ids=list(WITHOUT_END))
