@@ -150,7 +150,7 @@ class MetricsBeforeCheckpoints(Callback):
         loggers, files = trainer.loggers, [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         # In the middle of an update (a checkpoint because its loss is not finite) Lightning still holds the last one's.
-        updated = batches.processed == batches.ready
+        updated = getattr(batches, "processed", 0) == batches.ready
         if trainer.training and updated and trainer._logger_connector._first_loop_iter is not None:
             trainer.loggers = list(files)  # the others keep each step once
             trainer._logger_connector.update_train_step_metrics()
