@@ -59,17 +59,15 @@ class Constraints(EvaluationCallback):
     ) -> None:
         """Judge it against the thresholds, and log."""
         self._improved = False
-        thresholds = {name: b for name, b in _thresholds(pl_module).items() if statistics[name].count}
-        if trainer.sanity_checking or not thresholds:
+        thresholds, scored = _thresholds(pl_module), {name for name, s in statistics.items() if s.count}
+        if trainer.sanity_checking or scored.isdisjoint(thresholds):
             return
-        step = step_of(trainer, pl_module)
-        held = {name: _upper(statistics[name]) >= threshold for name, threshold in thresholds.items()}
+        step, primary = step_of(trainer, pl_module), _primary(pl_module)
+        held = {name: _upper(statistics[name]) >= b for name, b in thresholds.items() if name in scored}
         # The last step may be evaluated twice, inside the run and after it: that is one evaluation.
         self._held = [entry for entry in self._held if entry["step"] != step] + [{"step": step, "held": held}]
-        primary = _primary(pl_module)
-        if (
-            trainer.state.fn == TrainerFn.FITTING and statistics[primary].count
-        ):  # after it, no optimiser is there to save
+        # After fitting no optimiser is there to save. An objective without a score may be anywhere below its threshold.
+        if trainer.state.fn == TrainerFn.FITTING and scored >= {primary, *thresholds}:
             self._rank(step, statistics, thresholds, primary)
         report = self.report()
         metrics = {f"thresholds_held/{name}": share for name, share in report["thresholds_held"].items()}

@@ -24,19 +24,18 @@ class Moving(Scripted):
 
     evaluates_wins = False
 
-    def __init__(self, means=MEANS, threshold=1.0):
+    def __init__(self, means=MEANS, thresholds=(torch.nan, 1.0)):
         super().__init__(
             [evaluation(around(*point)) for point in (BEFORE, *means)], [experience(around(0.0, 0.0)) for _ in means]
         )
         self.combiner = Constrained()
-        self.threshold = threshold
+        self.thresholds = thresholds
         self.remember(0.0)
 
     def remember(self, dual):
-        nan = torch.nan
         self.combiner_state = {
-            "duals": torch.tensor([nan, dual]),
-            "thresholds": torch.tensor([nan, self.threshold]),
+            "duals": torch.tensor([torch.nan, dual]),
+            "thresholds": torch.tensor(self.thresholds),
         }
 
     def training_step(self, batch, batch_idx):
@@ -67,14 +66,26 @@ def test_shares_ranges_and_the_best_of_a_run(tmp_path):
 
 
 def test_where_no_evaluation_is_feasible_the_nearest_is_the_best(tmp_path):
-    found = run(tmp_path, Moving(threshold=2.0), enable_checkpointing=True).report()
+    found = run(tmp_path, Moving(thresholds=(torch.nan, 2.0)), enable_checkpointing=True).report()
     assert (found["best"]["step"], found["best"]["feasible"]) == (3, False)
     assert found["best"]["violation"] == pytest.approx(0.8 * math.sqrt(3))  # in standard deviations of the responses
     assert saved_step(tmp_path) == 3
 
 
+def test_an_evaluation_in_which_a_threshold_has_no_score_is_not_ranked(tmp_path):
+    module = Moving(means=[(2.0, 1.1), (9.0, 0.0), (1.0, 1.2)], thresholds=(-5.0, 1.0))
+    module.evaluations[2].rewards.value_BN[:, 1] = torch.nan
+    assert run(tmp_path, module).report()["best"]["step"] == 1
+    # Where the last evaluation lacks a score, the other threshold alone is feasible there: it is not ranked either.
+    module = Moving(means=[(2.0, 0.0), (9.0, 0.0)], thresholds=(-5.0, 1.0))
+    module.evaluations[2].rewards.value_BN[:, 1] = torch.nan
+    found = run(tmp_path, module).report()
+    assert (found["best"]["step"], found["best"]["feasible"]) == (1, False)
+    assert found["thresholds_held"] == {"good": 1.0}
+
+
 def test_without_thresholds_nothing_is_kept(tmp_path):
-    module = Moving(threshold=torch.nan)
+    module = Moving(thresholds=(torch.nan, torch.nan))
     assert run(tmp_path, module, enable_checkpointing=True).report() == {}
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
 
