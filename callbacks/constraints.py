@@ -30,6 +30,8 @@ class Constraints(EvaluationCallback):
     The best checkpoint is ``best.ckpt`` beside the others. Of the evaluations in which all held-out means reach their
     thresholds it is the one with the highest mean of the primary objective. Before there is such an evaluation, it is
     the one with the smallest violation, the largest over the thresholds, in standard deviations between responses.
+    Where thresholds have changed since (adaptive ones, or a run resumed with others), its means are judged again by
+    the present thresholds before the comparison. An evaluation that was not kept stays lost.
 
     Args:
         save_best: keep the best checkpoint.
@@ -38,7 +40,7 @@ class Constraints(EvaluationCallback):
     def __init__(self, save_best: bool = True) -> None:
         super().__init__()
         self.save_best = save_best
-        self.best: dict[str, Any] | None = None  # step, whether it is feasible, its violation, means by objective
+        self.best: dict[str, Any] | None = None  # as _judged returns it
         self._held: list[dict[str, Any]] = []  # by evaluation: step, and by threshold whether it held
         self._duals: list[dict[str, float]] = []  # by collected batch
         self._improved = False
@@ -60,9 +62,14 @@ class Constraints(EvaluationCallback):
         """Judge it against the thresholds, and log."""
         self._improved = False
         thresholds, scored = _thresholds(pl_module), {name for name, s in statistics.items() if s.count}
-        if trainer.sanity_checking or scored.isdisjoint(thresholds):
+        if trainer.sanity_checking:
+            return
+        if not thresholds:  # resumed without those that the memory is of
+            self.best, self._held = None, []
+        if scored.isdisjoint(thresholds):
             return
         step, primary = step_of(trainer, pl_module), _primary(pl_module)
+        self.best = _judged_again(self.best, thresholds, primary)
         held = {name: _upper(statistics[name]) >= b for name, b in thresholds.items() if name in scored}
         # The last step may be evaluated twice, inside the run and after it: that is one evaluation.
         self._held = [entry for entry in self._held if entry["step"] != step] + [{"step": step, "held": held}]
@@ -97,17 +104,17 @@ class Constraints(EvaluationCallback):
         }
 
     def _rank(self, step: int, statistics: dict[str, Statistics], thresholds: dict[str, float], primary: str) -> None:
-        violation = 0.0
-        for name, threshold in thresholds.items():
-            spread = max(statistics[name].std, 1e-12) if math.isfinite(statistics[name].std) else 1.0
-            violation = max(violation, (threshold - statistics[name].mean) / spread)
-        now = {
-            "step": step,
-            "feasible": violation == 0,
-            "violation": violation,
-            "primary": statistics[primary].mean,
-            "means": {name: statistics[name].mean for name in (primary, *thresholds)},
-        }
+        scored = {name: s for name, s in statistics.items() if s.count}
+        now = _judged(
+            {
+                "step": step,
+                "means": {name: s.mean for name, s in scored.items()},
+                "std_errors": {name: _or_none(s.std_error) for name, s in scored.items()},
+                "stds": {name: _or_none(s.std) for name, s in scored.items()},
+            },
+            thresholds,
+            primary,
+        )
         if self.best is None or _rank_of(now) > _rank_of(self.best):
             self.best, self._improved = now, True
 
@@ -118,6 +125,35 @@ class Constraints(EvaluationCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from there."""
         self.best, self._held, self._duals = state_dict["best"], state_dict["held"], state_dict["duals"]
+        if self.best is not None and "thresholds" not in self.best:  # an old checkpoint: nobody knows what judged it
+            self.best = None
+
+
+def _judged(entry: dict[str, Any], thresholds: dict[str, float], primary: str) -> dict[str, Any]:
+    """An evaluation with its verdict: whether it is feasible, its violation, its primary mean, and the thresholds."""
+    violation = 0.0
+    for name, threshold in thresholds.items():
+        std = entry["stds"][name]
+        spread = 1.0 if std is None else max(std, 1e-12)
+        violation = max(violation, (threshold - entry["means"][name]) / spread)
+    return entry | {
+        "thresholds": dict(thresholds),
+        "feasible": violation == 0,
+        "violation": violation,
+        "primary_objective": primary,
+        "primary": entry["means"][primary],
+    }
+
+
+def _judged_again(entry: dict[str, Any] | None, thresholds: dict[str, float], primary: str) -> dict[str, Any] | None:
+    """The same under other thresholds, or another primary objective; None where it has no mean for one of them."""
+    if entry is None or not {primary, *thresholds} <= entry["means"].keys():
+        return None
+    return _judged(entry, thresholds, primary)
+
+
+def _or_none(number: float) -> float | None:
+    return number if math.isfinite(number) else None  # JSON has no NaN
 
 
 def _rank_of(entry: dict[str, Any]) -> tuple[bool, float]:

@@ -117,6 +117,55 @@ def test_a_resumed_run_remembers(tmp_path):
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
+def resumed_with(folder, state, module):
+    constraints = Constraints()
+    constraints.load_state_dict(state)
+    trainer(folder, constraints, max_steps=len(module.evaluations) - 1, enable_checkpointing=True).fit(module)
+    return constraints.report()["best"]
+
+
+def test_a_resumed_run_judges_the_best_by_its_own_thresholds(tmp_path):
+    state = run(tmp_path, Moving()).state_dict()
+    # Step 4, (2, 1.1), misses 1.15: a feasible evaluation is better, whatever its primary mean.
+    best = resumed_with(tmp_path / "higher", state, Moving([(0.5, 1.2)], (torch.nan, 1.15)))
+    assert (best["step"], best["feasible"], best["thresholds"]["short"]) == (1, True, pytest.approx(1.15))
+    assert saved_step(tmp_path / "higher") == 1
+    best = resumed_with(tmp_path / "nothing_better", state, Moving([(9.0, 0.0)], (torch.nan, 1.15)))
+    assert (best["step"], best["feasible"]) == (4, False)
+    assert best["violation"] == pytest.approx(0.05 * math.sqrt(3))
+    assert best["std_errors"] == pytest.approx({"good": math.sqrt(1 / 12), "short": math.sqrt(1 / 12)})
+    # A threshold on what had none is judged by its mean then.
+    best = resumed_with(tmp_path / "other", state, Moving([(2.5, 9.0)], (2.4, torch.nan)))
+    assert (best["step"], best["feasible"]) == (1, True)
+
+
+def test_adaptive_thresholds_judge_the_best_anew(tmp_path):
+    class Rising(Moving):
+        def remember(self, dual):
+            self.thresholds = (torch.nan, 1.0 if dual < 1 else 1.5)
+            super().remember(dual)
+
+    best = run(tmp_path, Rising([(9.0, 1.1), (1.0, 1.6)])).report()["best"]
+    assert (best["step"], best["feasible"]) == (2, True)
+
+
+def test_a_best_of_an_old_checkpoint_or_without_its_means_is_dropped(tmp_path):
+    state = run(tmp_path, Moving()).state_dict()
+    old = state | {"best": {n: v for n, v in state["best"].items() if n != "thresholds"}}
+    without = state | {"best": state["best"] | {"means": {"good": 9.0}}}
+    for name, lacking in (("old", old), ("without", without)):
+        assert resumed_with(tmp_path / name, lacking, Moving([(0.0, 1.0)]))["step"] == 1
+        assert saved_step(tmp_path / name) == 1
+
+
+def test_a_run_resumed_without_thresholds_forgets_them(tmp_path):
+    resumed = Constraints()
+    resumed.load_state_dict(run(tmp_path, Moving()).state_dict())
+    module = Moving(means=[(1.0, 1.0)], thresholds=(torch.nan, torch.nan))
+    trainer(tmp_path, resumed, max_steps=1).fit(module)
+    assert resumed.report() == {}
+
+
 def test_it_is_in_the_summary(tmp_path):
     import json
 
