@@ -30,8 +30,10 @@ class Constraints(EvaluationCallback):
     The best checkpoint is ``best.ckpt`` beside the others. Of the evaluations in which all held-out means reach their
     thresholds it is the one with the highest mean of the primary objective. Before there is such an evaluation, it is
     the one with the smallest violation, the largest over the thresholds, in standard deviations between responses.
-    Where thresholds have changed since (adaptive ones, or a run resumed with others), its means are judged again by
-    the present thresholds before the comparison. An evaluation that was not kept stays lost.
+    A mean that reaches its threshold is no proof: the best of many evaluations lies too high. The closing table says
+    ``met`` only where the whole 95 % interval lies above. Where thresholds have changed since (adaptive ones, or a run
+    resumed with others), its means are judged again by the present thresholds before the comparison. An evaluation
+    that was not kept stays lost.
 
     Args:
         save_best: keep the best checkpoint.

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moa_lightning.commands.run_summary import verdict
+from moa_lightning.functional.verdict import threshold_verdict
 
 FILES = {
     "front.png": "the Pareto front of the run, as a picture",
@@ -84,12 +85,32 @@ def thresholds_held(summary: dict[str, Any]) -> list[str]:
     """A line on each threshold: how long it held, and how far its multiplier moved; and one on the best checkpoint."""
     lines = []
     for name, share in summary.get("thresholds_held", {}).items():
-        line = f"{name}: threshold held in {share:.0%} of the last {summary['thresholds_held_of']} evaluations"
+        line = (
+            f"{name}: threshold held (within the 95 % interval counts) in {share:.0%} of the last "
+            f"{summary['thresholds_held_of']} evaluations"
+        )
         if (moved := summary.get("duals_range", {}).get(name)) is not None:
             line += f"; multiplier from {moved[0]:.3g} to {moved[1]:.3g} in the last quarter"
         lines.append(line)
     if best := summary.get("best"):
-        means = ", ".join(f"{name} {mean:.3f}" for name, mean in best["means"].items())
-        what = "best that meets all thresholds" if best["feasible"] else "no evaluation meets all thresholds; nearest"
-        lines.append(f"{what}: step {best['step']} ({means}); moa export --checkpoint=best")
+        reached = "" if best["feasible"] else "do not "
+        lines.append(
+            f"{'best' if best['feasible'] else 'nearest'}: step {best['step']}, held-out means {reached}reach all "
+            f"thresholds ({_means_and_verdicts(best)}); moa export --checkpoint=best"
+        )
     return lines
+
+
+def _means_and_verdicts(best: dict[str, Any]) -> str:
+    """The primary mean, and that of each threshold with its verdict: reached is not met within the 95 % interval."""
+    thresholds = best.get("thresholds", {})  # a summary of an old run has none
+    found = [] if best.get("primary_objective") in thresholds else [_primary(best)]
+    for name, threshold in thresholds.items():
+        mean = best["means"][name]
+        told = threshold_verdict(mean, best["std_errors"][name], threshold)
+        found.append(f"{name} {mean:.3f}, threshold {threshold:.3g}: {told}")
+    return "; ".join(found)
+
+
+def _primary(best: dict[str, Any]) -> str:
+    return f"{best.get('primary_objective', 'primary objective')} {best['primary']:.3f}"

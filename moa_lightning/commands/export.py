@@ -33,8 +33,8 @@ def export(
         output: folder to write.
         merge: fold an adapter into its base model; otherwise the adapter alone is written.
         checkpoint: take the policy from this checkpoint: a path, 'last' for the newest, or 'best' for the one that
-            met all thresholds with the highest primary objective. Without, from policy/, and where a run was stopped
-            before it wrote one, from the newest checkpoint.
+            reached all thresholds with the highest primary objective. Without, from policy/, and where a run was
+            stopped before it wrote one, from the newest checkpoint.
         base: folder or hub id of the base model, where it is no longer what the run's config or the adapter names.
         dtype: of the weights; auto is that of the run, and any other rounds them.
         max_shard_size: size of a weight file, such as 5GB; larger models become several, with an index. An adapter is
