@@ -22,7 +22,8 @@ BEST = "best.ckpt"
 class Constraints(EvaluationCallback):
     """Records how long each threshold held and how far its multiplier moved; keeps the best checkpoint.
 
-    Of combiners with thresholds in the unit of evaluations; with others it does nothing. After each evaluation:
+    Of thresholds in the unit of evaluations. It leaves out a threshold on the win probability among the responses to a
+    prompt, which no evaluation measures. After each evaluation:
     ``thresholds_held/<name>``, the share of the last half of the evaluations whose mean was at or above the threshold
     or within its 95 % interval of it, and ``duals_range/<name>``, the largest less the smallest multiplier over the
     last quarter of the collected batches. ``summary.json`` and the closing table have the same at the end.
@@ -63,7 +64,7 @@ class Constraints(EvaluationCallback):
     ) -> None:
         """Judge it against the thresholds, and log."""
         self._improved = False
-        thresholds, scored = _thresholds(pl_module), {name for name, s in statistics.items() if s.count}
+        thresholds, scored = thresholds_by_unit(pl_module)[0], {name for name, s in statistics.items() if s.count}
         if trainer.sanity_checking:
             return
         if not thresholds:  # resumed without those that the memory is of
@@ -167,13 +168,14 @@ def _upper(statistics: Statistics) -> float:
     return statistics.mean + (Z * statistics.std_error if math.isfinite(statistics.std_error) else 0.0)
 
 
-def _thresholds(pl_module: LightningModule) -> dict[str, float]:
-    """Thresholds by name, where evaluations are in their unit."""
+def thresholds_by_unit(pl_module: LightningModule) -> tuple[dict[str, float], dict[str, float]]:
+    """Thresholds by name: those in the unit of evaluations, and those that no evaluation can be held against."""
     module: Any = pl_module
     thresholds = combiner_report(pl_module).get("thresholds", {})
-    if thresholds and Signal.WINS in module.combiner.needs and not module.evaluates_wins:
-        return {}
-    return thresholds
+    if not thresholds or Signal.WINS not in module.combiner.needs:
+        return thresholds, {}
+    inside = {name: threshold for name, threshold in thresholds.items() if name in module.evaluated_in_wins}
+    return inside, {name: threshold for name, threshold in thresholds.items() if name not in inside}
 
 
 def _primary(pl_module: LightningModule) -> str:

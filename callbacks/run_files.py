@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from moa_lightning.callbacks.constraints import Constraints
+from moa_lightning.callbacks.constraints import Constraints, thresholds_by_unit
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, step_of
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
@@ -18,7 +18,6 @@ from moa_lightning.callbacks.throughput import Throughput
 from moa_lightning.callbacks.writing import Writing
 from moa_lightning.distributed import together
 from moa_lightning.random_streams import run_seed
-from moa_lightning.signals import Signal
 from moa_lightning.types import Evaluation
 
 Mean = dict[str, Any]
@@ -197,10 +196,11 @@ def _seeds(trainer: Trainer, pl_module: LightningModule) -> dict[str, int | None
 
 def _report(pl_module: LightningModule) -> dict[str, Any]:
     """What the combiner reports; thresholds under another name where evaluations are in another unit."""
-    module: Any = pl_module
     report: dict[str, Any] = combiner_report(pl_module)
-    if "thresholds" in report and Signal.WINS in module.combiner.needs and not module.evaluates_wins:
-        report["training_thresholds"] = report.pop("thresholds")
+    inside, outside = thresholds_by_unit(pl_module)
+    if outside:
+        del report["thresholds"]
+        report |= ({"thresholds": inside} if inside else {}) | {"training_thresholds": outside}
     return report
 
 

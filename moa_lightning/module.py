@@ -123,10 +123,10 @@ class AlignmentModule(ResumedModule):
         return tuple(self.panel.trained_names)
 
     @property
-    def evaluates_wins(self) -> bool:
-        """Whether evaluations are in win probabilities, which thresholds of some combiners are in."""
-        fixed = [self.panel.objectives[name].reward.fixed_rivals for name in self.objective_names]
-        return self.source.reads_candidates or all(fixed)
+    def evaluated_in_wins(self) -> frozenset[str]:
+        """The trained objectives whose evaluations are win probabilities, the unit of some combiners' thresholds."""
+        fixed = {name for name in self.objective_names if self.panel.objectives[name].reward.fixed_rivals}
+        return frozenset(self.objective_names if self.source.reads_candidates else fixed)
 
     # Setting up: cheap checks first, weights last.
 

@@ -94,9 +94,10 @@ def thresholds_held(summary: dict[str, Any]) -> list[str]:
         lines.append(line)
     if best := summary.get("best"):
         reached = "" if best["feasible"] else "do not "
+        which = " that evaluations can judge" if summary.get("training_thresholds") else ""
         lines.append(
             f"{'best' if best['feasible'] else 'nearest'}: step {best['step']}, held-out means {reached}reach all "
-            f"thresholds ({_means_and_verdicts(best)}); moa export --checkpoint=best"
+            f"thresholds{which} ({_means_and_verdicts(best)}); moa export --checkpoint=best"
         )
     return lines
 

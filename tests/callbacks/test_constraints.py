@@ -1,5 +1,6 @@
 """How thresholds held, how far multipliers moved, and which checkpoint is the best."""
 
+import json
 import math
 
 import pytest
@@ -22,7 +23,7 @@ class Constrained(Equal):
 class Moving(Scripted):
     """The multiplier is the number of updates, so 0, 1, ..., while there is a threshold."""
 
-    evaluates_wins = False
+    evaluated_in_wins = frozenset()
 
     def __init__(self, means=MEANS, thresholds=(torch.nan, 1.0)):
         super().__init__(
@@ -90,13 +91,24 @@ def test_without_thresholds_nothing_is_kept(tmp_path):
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
-def test_thresholds_in_another_unit_than_evaluations_are_left_alone(tmp_path):
+def test_a_threshold_in_another_unit_than_its_evaluations_is_left_out(tmp_path):
     module = Moving()
     module.combiner.needs = frozenset({Signal.WINS})
-    assert run(tmp_path, module).report() == {}
+    assert run(tmp_path / "none", module).report() == {}
+    # The primary objective needs no fixed rivals: only thresholds are compared with evaluations.
     module = Moving()
-    module.combiner.needs, module.evaluates_wins = frozenset({Signal.WINS}), True
-    assert run(tmp_path, module).report()["best"]["step"] == 4
+    module.combiner.needs, module.evaluated_in_wins = frozenset({Signal.WINS}), frozenset({"short"})
+    found = run(tmp_path / "short", module, RunFiles(save_policy=False)).report()
+    assert (found["best"]["step"], found["thresholds_held"]) == (4, {"short": 2 / 3})
+    summary = json.loads((tmp_path / "short" / "summary.json").read_text())
+    assert (summary["thresholds"], "training_thresholds" in summary) == ({"short": 1.0}, False)
+    # Of two thresholds, one whose evaluations are in another unit.
+    module = Moving(thresholds=(20.0, 1.0))
+    module.combiner.needs, module.evaluated_in_wins = frozenset({Signal.WINS}), frozenset({"short"})
+    found = run(tmp_path / "both", module, RunFiles(save_policy=False)).report()
+    assert (found["best"]["thresholds"], found["best"]["feasible"]) == ({"short": 1.0}, True)
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert (summary["thresholds"], summary["training_thresholds"]) == ({"short": 1.0}, {"good": 20.0})
 
 
 def test_save_best_can_be_left_out(tmp_path):
@@ -167,8 +179,6 @@ def test_a_run_resumed_without_thresholds_forgets_them(tmp_path):
 
 
 def test_it_is_in_the_summary(tmp_path):
-    import json
-
     found = run(tmp_path, Moving(), RunFiles(save_policy=False)).report()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {name: summary[name] for name in found} == found

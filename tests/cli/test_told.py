@@ -4,10 +4,11 @@ import json
 import shlex
 
 import pytest
+import yaml
 
 from moa_lightning.callbacks import ObjectiveMetrics
 from moa_lightning.data.reviews import warm_start
-from tests.cli.task import Task, complaint, moa
+from tests.cli.task import PROMPTS, Task, complaint, moa, write_prompts
 
 BAR = "--trainer.enable_progress_bar=true"
 
@@ -74,6 +75,27 @@ def test_thresholds_in_win_probability_are_not_held_against_rewards(
     assert "short: threshold 0.4 on the win probability among the responses to a prompt" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_a_threshold_on_fixed_rivals_has_a_verdict_beside_a_plain_primary(
+    task: Task, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_prompts(task.prompts, [{"prompt": PROMPTS[i % 5], "wish": 2, "old": "bad film"} for i in range(12)])
+    settings = task.settings()
+    plain = settings["model"]["objectives"]["short"]["reward"]
+    fixed = {"class_path": "WinProbability", "init_args": {"reward": plain, "baseline": "old"}}
+    settings["model"]["objectives"]["short"]["reward"] = fixed
+    task.config.write_text(yaml.safe_dump(settings))
+    several = ("--model.source.num_generations=2", "--model.combiner=MOPO", "--model.combiner.thresholds={short: 0.01}")
+    moa("fit", "--config", task.config, BAR, *several, "--model.loss=WeightedLikelihood")
+    summary = json.loads((task.root / "summary.json").read_text())
+    assert "training_thresholds" not in summary
+    assert summary["thresholds"] == {"short": pytest.approx(0.01)}
+    told = " ".join(capsys.readouterr().out.split())
+    assert "0.01 met" in told
+    assert "held-out means reach all thresholds (good" in told
+    assert "among the responses" not in told
+    assert (task.root / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_upper_and_lower_case_are_near(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
