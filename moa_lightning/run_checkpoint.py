@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from moa_lightning.checkpoints import by_steps, steps_of
 from moa_lightning.distributed import all_objects
 
 
@@ -53,6 +54,19 @@ class RunCheckpoint(ModelCheckpoint):
                 "kth_value": best.get(worst, self.kth_value),
             }
         )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``last.ckpt`` where a kill fell between the two files of the last step, and no step was left to do."""
+        super().on_fit_end(trainer, pl_module)
+        if not self.save_last or trainer.ckpt_path is None or self.dirpath is None or "://" in str(self.dirpath):
+            return
+        last = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        newest = next(iter(by_steps(last.parent)), last)
+        stale = steps_of(newest) == trainer.global_step and newest != last
+        stale = stale and not (last.exists() and steps_of(last) == trainer.global_step)
+        if all_objects(stale)[0]:  # what the main process found
+            self.last_model_path = str(last)
+            self._save_checkpoint(trainer, str(last))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save, with ``save_on_exception``; what keeps that from being written must not hide the error."""

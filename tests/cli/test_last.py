@@ -78,6 +78,20 @@ def test_a_kill_between_two_files_of_a_step(
     assert files(task.root / "checkpoints")["last.ckpt"] == 3
 
 
+def test_a_kill_between_the_two_files_of_the_last_step(task: Task) -> None:
+    """The run that resumes has no step left to do, and still leaves a ``last.ckpt`` of its end."""
+    moa("fit", "--config", task.config, "--trainer.max_steps=2")
+    checkpoints = task.root / "checkpoints"
+    end = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    before = {**end, "global_step": 1}
+    torch.save(before, checkpoints / "last.ckpt")
+    moa("fit", "--config", task.config, "--ckpt_path=last", "--trainer.max_steps=2")
+    assert files(checkpoints) == {"last.ckpt": 2, "step-2.ckpt": 2}
+    again = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(again["state_dict"], end["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(again["optimizer_states"], end["optimizer_states"], rtol=0, atol=0)
+
+
 def test_the_newest_by_steps(tmp_path: Path) -> None:
     for name, step in (("last", 2), ("step-34", 34), ("best", 20)):
         torch.save({"global_step": step, "state_dict": {}}, tmp_path / f"{name}.ckpt")
