@@ -18,6 +18,7 @@ NAME = ".lock"
 
 _BEAT = 20.0  # seconds between two signs of life
 _SILENCE = 180.0  # seconds without one, after which a process on another host counts as gone
+_TAKEOVER = 10.0  # seconds after which whoever removes a stale lock was killed at it: it takes milliseconds
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # A launcher or scheduler that starts a job again counts how often. Before it does, the former processes have ended.
 _JOBS = (("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"), ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
@@ -121,16 +122,28 @@ class RunLock:
         return True
 
     def _take_away(self) -> None:
-        """Remove a lock whose process has ended, unless another start did so and made its own in between."""
-        aside = self.path.with_name(f"{NAME}-stale-{socket.gethostname()}-{os.getpid()}")
-        with suppress(FileNotFoundError):
-            os.rename(self.path, aside)  # of several starts one succeeds
-            if (found := _holder(aside, self.path.parent)) is not None:  # a living one: it was made just now
-                with suppress(FileExistsError):
-                    os.link(aside, self.path)
-                aside.unlink()
-                raise FolderInUseError(_in_use(self.path.parent, found))
-            aside.unlink()
+        """Remove a lock whose process has ended.
+
+        One start at a time does so, behind a guard, and looks again first: a lock that another start has made in
+        between must not be removed, however late this process is.
+
+        Raises:
+            FolderInUseError: another start has made its own.
+        """
+        guard = self.path.with_name(f"{NAME}-takeover")
+        try:
+            guard.touch(exist_ok=False)
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                if _now(self.path.parent) - guard.stat().st_mtime > _TAKEOVER:  # killed before it removed the guard
+                    guard.unlink()
+            time.sleep(0.01)
+            return
+        try:
+            refuse_if_held(self.path.parent)
+            self.path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._released.wait(_BEAT):

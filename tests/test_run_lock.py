@@ -68,6 +68,33 @@ def test_of_eight_starts_at_once_one_wins(tmp_path, stale, attempt):
     assert not list(tmp_path.iterdir()), "the winner gives the folder back"
 
 
+def test_one_that_is_late_removes_no_new_lock(tmp_path, monkeypatch):
+    """It found the lock stale; before it removes it, another start has taken the folder."""
+    write(tmp_path, ended())
+    late, looked = RunLock(tmp_path), run_lock.refuse_if_held
+
+    def look_and_wait(folder):
+        monkeypatch.setattr(run_lock, "refuse_if_held", looked)
+        looked(folder)
+        write(tmp_path, replace(Holder.here(), pid=os.getppid(), started=run_lock._started(os.getppid())))
+
+    monkeypatch.setattr(run_lock, "refuse_if_held", look_and_wait)
+    with pytest.raises(FolderInUseError, match=f"process {os.getppid()} on host"):
+        late.acquire()
+    assert [path.name for path in tmp_path.iterdir()] == [run_lock.NAME]
+
+
+def test_a_guard_that_a_kill_left_bars_nobody(tmp_path):
+    write(tmp_path, ended())
+    guard = tmp_path / f"{run_lock.NAME}-takeover"
+    guard.touch()
+    os.utime(guard, (time.time() - 60,) * 2)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_process_bars_nobody(tmp_path):
     program = (
         f"import time; from pathlib import Path; from moa_lightning.run_lock import RunLock; "
