@@ -32,6 +32,7 @@ COMMANDS = {
 }
 
 _SECONDS_TO_BE_SECOND = 3
+_PEER = "This process lost contact: another process has ended, and its message, above or in its log, says why."
 _DEFECT = (
     "This is a defect of moa-lightning, not a mistake of yours. Please report it on the project page, with this "
     "traceback, the command and the output of 'moa --version'."
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(command, args)
     except Exception as error:
         mistake = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
-        if mistake is None and _is_ours(error):
+        if mistake is None and _in_a_collective(error):
+            error.add_note(_PEER)
+        elif mistake is None and _is_ours(error):
             error.add_note(_DEFECT)
         if os.environ.get("MOA_DEBUG") or mistake is None:
             raise
@@ -75,6 +78,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__
+
+
+def _in_a_collective(error: BaseException) -> bool:
+    """Whether torch raised the error while processes exchanged something: the cause is most often a peer that ended."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any("/torch/distributed/" in frame.filename for frame in frames)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -60,7 +60,9 @@ def logits(model: Any) -> Tensor:
 
 def fit(task: Task, *flags: object) -> Any:
     """A run of one step; the policy that it ended with."""
-    cli = AlignmentCLI.run_command(["fit", "--config", str(task.config), "--trainer.max_steps=1", *map(str, flags)])
+    cli = AlignmentCLI.run_command(
+        ["fit", "--config", str(task.config), "--trainer.max_steps=1", "--data.seed=0", *map(str, flags)]
+    )
     return cli.model.policy.backbone
 
 

@@ -68,4 +68,7 @@ def test_a_process_that_fails_ends_the_other_and_is_named(pair: Task) -> None:
     found = launch(pair, "failed", "fail:1:2")
     assert found.returncode != 0
     assert "the reward of this process is broken" in found.stderr
-    assert "moa: process 1 failed with exit code 1" in found.stderr
+    assert "moa: process 1 failed with exit code 2" in found.stderr
+    assert "moa: error: rank 1: objective 'good'" in found.stderr
+    assert "another process has ended" in found.stderr
+    assert "defect of moa-lightning" not in found.stderr, "the other process only lost its peer"

@@ -29,7 +29,7 @@ RESUMED = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:objective '.*' did not score")
+@pytest.mark.filterwarnings("ignore:objective '.*' did not score", "ignore:MOPO's labels")
 def test_another_number_of_processes_goes_on_alike(tmp_path):
     tiny.policy_folder(tmp_path / "policy", scale=1.0)
     pairs.write(tmp_path / "data.jsonl")

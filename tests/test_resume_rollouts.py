@@ -97,7 +97,7 @@ def test_a_combiner_hears_of_each_evaluation_once(tmp_path):
 
     class Means(Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
-            logged = [pl_module._means[f"mean_of_{name}"].compute() for name in pl_module.objective_names]
+            logged = [pl_module._means[f"rewards/{name}/mean"].compute() for name in pl_module.objective_names]
             means.append([float(logged[0]), -float(logged[1])])  # values: after the scale of -1
 
     running = pairs.trainer(

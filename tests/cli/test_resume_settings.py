@@ -54,7 +54,13 @@ def settings(*arguments: str) -> dict[str, Any]:
             "--model.loss=PairwiseLogistic",
         ],
         ["--config", "configs/demo.yaml", "--model.policy.lora={}", "--model.reference=LaggedCopy"],
-        ["--config", "configs/demo.yaml", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=3", "--optimizer=SGD"],
+        [
+            "--config",
+            "configs/demo.yaml",
+            "--lr_scheduler=StepLR",
+            "--lr_scheduler.step_size=3",
+            "--optimizer=torch.optim.SGD",
+        ],
         ["--config", "configs/recipe/pama.yaml"],
     ],
     ids=["demo", "classes", "adapter", "scheduler", "recipe"],
@@ -100,7 +106,7 @@ def test_what_is_changed_is_reported_and_recorded(task: Task, capsys: pytest.Cap
         "model.objectives.good.scale is 2.0, and the checkpoint was written with 1.0: value heads"
     )
     assert refused.endswith("or start from its exported policy (so for model.kl.class_path)")
-    assert complaint(capsys, *again, "--model.optimizer=SGD").startswith(
+    assert complaint(capsys, *again, "--model.optimizer=torch.optim.SGD").startswith(
         "model.optimizer.class_path is torch.optim.SGD"
     )
 

@@ -13,6 +13,7 @@ import torch
 from moa_lightning.commands.label import label
 from moa_lightning.data import Candidates, ChosenRejected, Preferences, Ratings, SafeRLHF, Stage
 from moa_lightning.data.preference_table import Comparisons
+from moa_lightning.errors import RewardError
 from moa_lightning.functional.preference import bradley_terry_wins
 from moa_lightning.rewards import FromLabels, FunctionReward, Length, Objective
 from tests import tiny
@@ -288,7 +289,7 @@ def again(data: Path, output: Path, reward: Callable[..., Any] = company, **more
 def test_after_an_error_it_goes_on_to_the_same_file(whole: tuple[Path, Path], tmp_path: Path, fail_at: int) -> None:
     data, finished = whole
     output, reward = tmp_path / "out.jsonl", Once(fail_at)
-    with pytest.raises(RuntimeError, match="the power went"):
+    with pytest.raises(RewardError, match="raised RuntimeError: the power went"):
         again(data, output, reward)
     assert output.read_bytes() == b"".join(finished.read_bytes().splitlines(keepends=True)[: 4 * (fail_at - 1)])
     rest = Once()
@@ -400,7 +401,7 @@ def test_bad_rows_are_told_or_left_out(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(ValueError, match=f"{why}; or set --data.on_bad_row=skip"):
         again(source, output)
     assert not output.exists()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RewardError):
         again(source, output, Once(2), on_bad_row="skip")
     again(source, output, on_bad_row="skip")
     assert [row["prompt"] for row in written(output)] == [f"the film {i}" for i in (0, 1, 3, 4, 5, 6, 8)]
