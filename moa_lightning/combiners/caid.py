@@ -13,7 +13,7 @@ from torch import Tensor
 from moa_lightning.combiners.caid_multipliers import solved, stepped
 from moa_lightning.combiners.caid_samples import with_responses
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import constrained, curves, spread, windowed
+from moa_lightning.combiners.constraints import constrained, curves, spread, under_present_names, windowed
 from moa_lightning.combiners.duals import DualUpdate, LogPID
 from moa_lightning.combiners.responses import ScoredResponses
 from moa_lightning.combiners.scores import ResponseCombiner
@@ -95,6 +95,7 @@ class CAID(ResponseCombiner):
 
     def resume(self, saved: State, fresh: State) -> State:
         """All that was learnt; under another primary objective or other thresholds the dual is solved anew."""
+        saved = under_present_names(saved)
         same = saved if saved["window"].shape == fresh["window"].shape else saved | {"window": fresh["window"]}
         state = {name: same.get(name, value) for name, value in fresh.items()} | {"primary": fresh["primary"]}
         asked = ("primary",) if self.thresholds is None else ("primary", "thresholds")

@@ -50,6 +50,17 @@ def constrained(
     }
 
 
+def under_present_names(saved: State) -> State:
+    """A checkpoint's state with the memory of ``LogPID`` under its present names.
+
+    Older checkpoints have it under names that ``PID`` uses too; ``dual_change`` was ``LogPID``'s alone.
+    """
+    if "dual_change" not in saved:
+        return saved
+    names = {f"dual_{name}": f"log_pid_{name}" for name in ("slack", "sum", "change")}
+    return {names.get(name, name): value for name, value in saved.items()}
+
+
 def windowed(window_W2N: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
     """Sums of scores and numbers of responses of the last W batches with this one, and their means over all processes.
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import at_its_largest, constrained, curves, spread, watched, windowed
+from moa_lightning.combiners.constraints import (
+    at_its_largest,
+    constrained,
+    curves,
+    spread,
+    under_present_names,
+    watched,
+    windowed,
+)
 from moa_lightning.combiners.duals import DualUpdate, LogPID
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
@@ -78,6 +86,7 @@ class Lagrangian(Combiner):
     def resume(self, saved: State, fresh: State) -> State:
         """All that was learnt of what still is constrained, under the configuration's thresholds."""
         settings = ("primary",) if self.thresholds is None else ("primary", "thresholds")
+        saved = under_present_names(saved)
         same = {k: saved[k] for k in saved.keys() & fresh.keys() - {*settings} if saved[k].shape == fresh[k].shape}
         bound_N = saved["thresholds"].isfinite() & (fresh["thresholds"].isfinite() | (self.thresholds is None))
         return fresh | same | {"duals": saved["duals"].where(bound_N, fresh["duals"])}

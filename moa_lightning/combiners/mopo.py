@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import constrained, curves
+from moa_lightning.combiners.constraints import constrained, curves, under_present_names
 from moa_lightning.combiners.duals import DualUpdate, Projected
 from moa_lightning.combiners.mopo_thresholds import (
     adapted,
@@ -129,6 +129,7 @@ class MOPO(Combiner):
     def resume(self, saved: State, fresh: State) -> State:
         """All that was learnt, under the configuration's primary objective and, if they are fixed, thresholds."""
         settings = ("primary", "thresholds") if self.thresholds is not None else ("primary",)
+        saved = under_present_names(saved)
         # Another dual step than the checkpoint's begins with its own memory.
         return {name: saved.get(name, value) for name, value in fresh.items()} | {n: fresh[n] for n in settings}
 

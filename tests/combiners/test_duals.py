@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moa_lightning.combiners import PID, Exponential, LogBarrier, LogPID, Optimistic, Projected
+from moa_lightning.combiners import CAID, MOPO, PID, Exponential, Lagrangian, LogBarrier, LogPID, Optimistic, Projected
 from moa_lightning.functional import mopo_dual, mopo_ratio
 
 EXACT = [
@@ -156,6 +156,34 @@ def test_slacks_are_measured_in_spreads_where_a_step_says_so():
         state |= dual.init(1)
         expected, _ = dual.update(state["duals"], torch.tensor([-0.1 * scale]), state)
         assert float(dual.stepped(state, torch.tensor([-0.1]))["duals"]) == float(expected) > 1
+
+
+@pytest.mark.parametrize("kind", [Lagrangian, MOPO, CAID])
+def test_another_dual_step_begins_with_its_own_memory(kind):
+    """PID's sum is in units of lambda / ki, LogPID's is a logarithm: a multiplier of .165 became 4.3."""
+
+    def begin(dual):
+        combiner = kind({"b": 0.5}, dual=dual) if kind is not MOPO else MOPO(thresholds={"b": 0.5}, dual=dual)
+        return combiner, combiner.init("ab", torch.ones(2))
+
+    slack_N, dual = torch.tensor([torch.nan, -0.1]), LogPID(kp=0.0, kd=0.0, margin=0.0)
+    _, state = begin(PID())
+    for _ in range(22):
+        state |= PID().stepped(state, slack_N)
+    other, fresh = begin(dual)
+    resumed = other.resume(state, fresh)
+    after = dual.stepped(resumed, slack_N)["duals"]
+    assert float(after[1]) == pytest.approx(float(state["duals"][1]), rel=0.01)
+    # Back again, and from a checkpoint that holds LogPID's memory under names that PID uses.
+    resumed |= dual.stepped(resumed, slack_N)
+    old = {name.replace("log_pid", "dual"): value for name, value in resumed.items()}
+    assert "dual_sum" in old
+    taken = other.resume(old, fresh)
+    assert torch.equal(taken["log_pid_sum"][1:], resumed["log_pid_sum"][1:])
+    back, first = begin(PID())
+    for saved in (resumed, old):
+        after = PID(kp=0.0).stepped(back.resume(saved, first), slack_N)["duals"]
+        assert float(after[1]) == pytest.approx(float(resumed["duals"][1]) + 0.005, abs=1e-4)
 
 
 def test_how_long_a_threshold_is_stuck():

@@ -70,19 +70,20 @@ class LogPID(Capped):
     def init(self, count: int) -> State:
         """No slack before the first; a sum that gives the first multipliers."""
         unknown_M = torch.full((count,), torch.nan)
-        return {"dual_slack": unknown_M, "dual_sum": unknown_M.clone(), "dual_change": torch.zeros(count)}
+        # Under names of its own: PID's memory is in other units, and must not be taken for this one's on resume.
+        return {"log_pid_slack": unknown_M, "log_pid_sum": unknown_M.clone(), "log_pid_change": torch.zeros(count)}
 
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
         """One step of the controller."""
         low, high = math.log(self.floor), math.log(self.cap)
         slack_M = slack_M - self.margin
-        before_M = state["dual_slack"].where(state["dual_slack"].isfinite(), slack_M)
-        change_M = self.smoothing * state["dual_change"] + (1 - self.smoothing) * (before_M - slack_M)
+        before_M = state["log_pid_slack"].where(state["log_pid_slack"].isfinite(), slack_M)
+        change_M = self.smoothing * state["log_pid_change"] + (1 - self.smoothing) * (before_M - slack_M)
         # The sum is kept as ki I, in units of log lambda.
-        sum_M = state["dual_sum"].where(state["dual_sum"].isfinite(), duals_M.clamp(min=self.floor).log())
+        sum_M = state["log_pid_sum"].where(state["log_pid_sum"].isfinite(), duals_M.clamp(min=self.floor).log())
         steady_M = sum_M - (self.ki + self.kp) * slack_M
         at_bound_M = ((steady_M > high) & (slack_M < 0)) | ((steady_M < low) & (slack_M > 0))
         sum_M = (sum_M - self.ki * slack_M).where(~at_bound_M, sum_M).clamp(low, high)
         log_M = (sum_M - self.kp * slack_M + self.kd * change_M).clamp(low, high)
-        memory = {"dual_slack": slack_M, "dual_sum": sum_M, "dual_change": change_M}
+        memory = {"log_pid_slack": slack_M, "log_pid_sum": sum_M, "log_pid_change": change_M}
         return log_M.exp(), memory
