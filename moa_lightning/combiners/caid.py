@@ -107,7 +107,7 @@ class CAID(ResponseCombiner):
         """Keep responses of the reference, solve the dual on them, then step where asked for."""
         window_W2N, values_N = windowed(state["window"], experience)
         state = state | {"window": window_W2N, "values": values_N, "batches": state["batches"] + 1}
-        state["spreads"] = spread(state, experience)
+        state |= spread(state, experience.rewards.trained_BN, experience.valid_BN)
         since, names = int(state["batches"]) - self.reference_batches, experience.rewards.trained_names
         if since <= 0 or len(state["samples"]) == 0:
             state["samples"] = with_responses(state["samples"], experience)

@@ -44,6 +44,7 @@ def constrained(
         "thresholds": thresholds_N,  # NaN: none (yet)
         "values": torch.full_like(primary_N, torch.nan),  # what they are compared with
         "spreads": torch.ones_like(primary_N),  # of the values, between responses
+        "spread_seen": torch.zeros_like(primary_N),  # batches in these
         "batches": torch.zeros(()),
         "best": torch.full_like(primary_N, -torch.inf),  # of the values
         **{name: torch.zeros_like(primary_N) for name in ("stuck", "warned")},
@@ -76,25 +77,26 @@ SPREAD_BATCHES = 50
 """Batches that the spread of a value is averaged over; much slower than multipliers, whose gains it scales."""
 
 
-def spread(state: State, experience: Experience) -> Tensor:
-    """Standard deviation of each objective's scores between responses, averaged over batches and all processes.
+def spread(state: State, values_BN: Tensor, valid_BN: Tensor) -> State:
+    """Standard deviation of each objective's values between responses, averaged over batches and all processes.
 
-    It is the root of the mean variance within a batch: over all batches so far, exponential after 50. A floor keeps an
-    objective that is constant from a division by 0.
+    It is the root of the mean variance within a batch: over all batches so far that tell one, exponential after 50. A
+    floor keeps an objective that is constant from a division by 0.
 
     Args:
-        state: after the last batch, with ``batches`` counting this one.
-        experience: this batch.
+        state: after the last batch.
+        values_BN: of this batch.
+        valid_BN: bool, values that count.
     """
-    scores_BN, valid_BN = experience.rewards.trained_BN, experience.valid_BN
-    count_N = all_sum(valid_BN.to(scores_BN).sum(0))
-    mean_N = all_sum(scores_BN.where(valid_BN, 0.0).sum(0)) / count_N
-    variance_N = all_sum((scores_BN - mean_N).where(valid_BN, 0.0).square().sum(0)) / count_N
+    count_N = all_sum(valid_BN.to(values_BN).sum(0))
+    mean_N = all_sum(values_BN.where(valid_BN, 0.0).sum(0)) / count_N
+    variance_N = all_sum((values_BN - mean_N).where(valid_BN, 0.0).square().sum(0)) / count_N
     known_N = (count_N > 1).cpu()
+    seen_N = state["spread_seen"] + known_N
     square_N = state["spreads"].square()
-    share = 1 / state["batches"].clamp(max=SPREAD_BATCHES)
-    square_N = torch.where(known_N, square_N + share * (variance_N.cpu() - square_N), square_N)
-    return square_N.sqrt().clamp(min=1e-6)
+    share_N = 1 / seen_N.clamp(min=1, max=SPREAD_BATCHES)
+    square_N = torch.where(known_N, square_N + share_N * (variance_N.cpu() - square_N), square_N)
+    return {"spreads": square_N.sqrt().clamp(min=1e-6), "spread_seen": seen_N}
 
 
 def curves(state: State) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ class Lagrangian(Combiner):
         """One step of the multipliers on the values of the window that a collected batch completes."""
         window_W2N, values_N = windowed(state["window"], experience)
         state = state | {"window": window_W2N, "values": values_N, "batches": state["batches"] + 1}
-        state["spreads"] = spread(state, experience)
+        state |= spread(state, experience.rewards.trained_BN, experience.valid_BN)
         if self.thresholds is None and state["batches"] <= self.window:
             state["thresholds"] = values_N.where(state["primary"] == 0, torch.nan)
         elif state["batches"] > self.dual_delay:

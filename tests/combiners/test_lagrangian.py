@@ -145,6 +145,27 @@ def test_spreads_are_between_responses_whatever_the_mean():
     assert float(unknown["spreads"][1]) == float(state["spreads"][1])
 
 
+def test_an_objective_that_is_scored_late_has_its_own_spread_from_then_on():
+    """The first spread of 1 counts in none: .01, first scored in batch 4, was .55 at batch 10."""
+    combiner, nan = Lagrangian({"b": 1.0}), torch.nan
+    state = begin(combiner)
+    generator, square = torch.Generator().manual_seed(0), torch.ones(())
+    for batch in range(1, 61):
+        first_B = torch.randn(4, generator=generator)
+        second = [nan] * 4 if batch < 4 else [-0.01, 0.01, -0.01, 0.01]
+        rows = [[float(a), b] for a, b in zip(first_B, second, strict=True)]
+        state = combiner.observe(collected(*rows), state)
+        # An objective that is scored from the first batch on: the mean over all batches, exponential after 50.
+        variance = (first_B - first_B.sum() / 4).square().sum() / 4
+        square = square + 1 / torch.tensor(float(min(batch, 50))) * (variance - square)
+        assert torch.equal(state["spreads"][0], square.sqrt())
+        square = square.sqrt().square()  # as kept
+        assert batch < 4 or float(state["spreads"][1]) == pytest.approx(0.01, rel=1e-2)
+    assert state["spread_seen"].tolist() == [60.0, 57.0]
+    old = {name: value for name, value in state.items() if name != "spread_seen"}
+    assert combiner.resume(old, begin(combiner))["spread_seen"].tolist() == [0.0, 0.0]
+
+
 def test_the_multiplier_of_an_objective_does_not_depend_on_its_unit():
     generator, seen = torch.Generator().manual_seed(0), []
     batches = torch.randn(12, 8, 2, generator=generator)
