@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import constrained, curves, under_present_names
+from moa_lightning.combiners.constraints import constrained, curves, spread, under_present_names
 from moa_lightning.combiners.duals import DualUpdate, Projected
 from moa_lightning.combiners.mopo_thresholds import (
     adapted,
@@ -141,6 +141,7 @@ class MOPO(Combiner):
         policy_B = batch.policy(state["primary"] + state["duals"], self.tau)
         believed_N, believed_chi_N = batch.values(policy_B, self.radius)
         values_N, chi_N, own_N = believed_N, believed_chi_N, has_own_values(experience)
+        own = batch
         if experience.log_policy_B is not None and self.dual_values == "policy":
             # The policy learnt its weights from other prompts, so this batch's labels are independent of them.
             own = judged_responses(experience, "prompt")
@@ -153,7 +154,7 @@ class MOPO(Combiner):
             moving_N = believed_N + state["gap"]
             values_N = (state["held_out"] + believed_N - plain_N).where(own_N, believed_N)
         state = state | {"values": values_N, "chi": chi_N, "believed": believed_N, "labelled": batch.labelled()}
-        state |= since_evaluation(state, plain_N)
+        state |= since_evaluation(state, plain_N) | spread(state, own.wins_BN, own.complete_BN)
         state["evaluates_wins"] = own_N.float()
         if self.thresholds is None:
             reference_N, _ = batch.values(batch.prior(), self.radius)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from moa_lightning.combiners import MOPO, LogBarrier, Projected
+from moa_lightning.combiners import MOPO, LogBarrier, LogPID, Projected
 from moa_lightning.functional import mopo_dual, mopo_ratio, robust_value
 from moa_lightning.signals import Signals
 from moa_lightning.types import Experience, Responses, RewardTable
@@ -396,3 +396,22 @@ def test_on_rollouts_multipliers_follow_the_policys_own_mean_where_rivals_are_fi
     paper = dataclasses.replace(combiner, dual_values="optimum")
     state = paper.observe(rows, paper.init(["a", "b", "c"], torch.ones(3)))
     assert torch.equal(state["values"], believed_N)
+
+
+def test_a_dual_step_in_spreads_takes_those_of_the_win_probabilities():
+    """Threshold .5 and margin .08 spreads: the multiplier holds still at .508 if responses differ by .1, not at .58."""
+    group_B = torch.zeros(4).long()
+    moving = {}
+    for mean in (0.508, 0.58):
+        second_B = mean + torch.tensor([-0.1, 0.1, -0.1, 0.1])
+        wins_BN = torch.stack([torch.full((4,), 0.5), second_B], 1)
+        own = {"log_policy_B": torch.zeros(4), "moving_BN": torch.zeros(4, 2, dtype=torch.bool)}
+        rows = dataclasses.replace(batch(wins_BN, group_B), **own)
+        combiner = MOPO(thresholds={"b": 0.5}, dual=LogPID(margin=0.08))
+        state = combiner.init(["a", "b"], torch.ones(2))
+        for _ in range(10):
+            state = combiner.observe(rows, state)
+        assert float(state["spreads"][1]) == pytest.approx(0.1, rel=1e-3)
+        moving[mean] = float(state["duals"][1])
+    assert moving[0.508] == pytest.approx(1.0, abs=1e-3)
+    assert moving[0.58] < 0.5
