@@ -26,7 +26,7 @@ from moa_lightning.combiners.mopo_thresholds import (
     warn_of_unlabelled,
     warn_of_votes,
 )
-from moa_lightning.combiners.mopo_values import has_own_values, judged_responses
+from moa_lightning.combiners.mopo_values import has_own_values, judged_responses, own_responses
 from moa_lightning.distributed import all_sum
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
@@ -144,7 +144,7 @@ class MOPO(Combiner):
         own = batch
         if experience.log_policy_B is not None and self.dual_values == "policy":
             # The policy learnt its weights from other prompts, so this batch's labels are independent of them.
-            own = judged_responses(experience, "prompt")
+            own = own_responses(experience)
             values_N, chi_N = own.values(own.choice(experience.log_policy_B), self.radius)
             values_N, chi_N = values_N.where(own_N, believed_N), chi_N.where(own_N, believed_chi_N)
         # The correction is that of the plain mean: what a radius takes off stays off.

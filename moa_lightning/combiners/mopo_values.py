@@ -3,7 +3,7 @@
 Legend: B sequences, N objectives, G groups that share one normalisation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -116,6 +116,18 @@ def judged_responses(rows: Experience | Signals, normalize: Literal["prompt", "b
     assert rows.wins_BN is not None and rows.group_B is not None
     pool_B = rows.group_B if normalize == "prompt" else torch.zeros_like(rows.group_B)
     return Judged(rows.wins_BN.float(), rows.group_B, pool_B, rows.mask_BT.any(1), rows.log_prior_B)
+
+
+def own_responses(experience: Experience) -> Judged:
+    """The responses that say how good the policy itself is.
+
+    On rollouts these are all that have a win probability, as in evaluations: also cut-off ones that the update leaves
+    out. Without those the policy would look better than it is, as long as they are worse.
+    """
+    judged = judged_responses(experience, "prompt")
+    if experience.moving_BN is None:
+        return judged
+    return replace(judged, trained_B=torch.ones_like(judged.trained_B))
 
 
 def has_own_values(experience: Experience) -> Tensor:

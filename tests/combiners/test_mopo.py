@@ -415,3 +415,21 @@ def test_a_dual_step_in_spreads_takes_those_of_the_win_probabilities():
         moving[mean] = float(state["duals"][1])
     assert moving[0.508] == pytest.approx(1.0, abs=1e-3)
     assert moving[0.58] < 0.5
+
+
+def test_own_values_on_rollouts_count_responses_that_are_left_out_of_the_update():
+    """As evaluations do: else the multiplier follows a value that cut-off responses have no part in."""
+    group_B, mask_BT = (
+        torch.tensor([0, 0, 0, 0, 1, 1]),
+        torch.tensor([[True], [True], [True], [False], [False], [True]]),
+    )
+    wins_BN = torch.tensor([[0.5, 0.8], [0.4, 0.7], [0.6, 0.9], [0.5, 0.2], [0.5, 0.1], [0.4, 0.5]])
+    rows = dataclasses.replace(batch(wins_BN, group_B), mask_BT=mask_BT, log_policy_B=torch.zeros(6))
+    combiner = MOPO(thresholds={"b": 0.5}, dual=Projected(lr=1.0))
+    found = {}
+    for name, moving_BN in (("rollouts", torch.zeros(6, 2, dtype=torch.bool)), ("preferences", None)):
+        state = combiner.init(["a", "b"], torch.ones(2))
+        state = combiner.observe(dataclasses.replace(rows, moving_BN=moving_BN), state)
+        found[name] = float(state["values"][1])
+    assert found["rollouts"] == pytest.approx((0.65 + 0.3) / 2)
+    assert found["preferences"] == pytest.approx((0.8 + 0.5) / 2)
