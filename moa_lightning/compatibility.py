@@ -70,12 +70,24 @@ def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPen
             f"{_name(combiner)} needs a KL charge in the rewards: its coefficient is the beta of the problem that it "
             "solves; use kl RewardKL with init_kl_coef above 0"
         )
+    _warn_of_penalty(combiner, source, panel)
     heard = source.charges_kl and combiner.charged_kl
     # The default is no choice of the user, so there is nothing to tell.
     if not heard and kl != RewardKL() and kl.reward_coefficient(kl.init()) > 0:
         rank_zero_warn(
             f"kl {_name(kl)} has no effect: it charges the rewards of rollouts, and {_name(combiner)} "
             f"on {_name(source)} reads none of them; use LossKL, or leave it out"
+        )
+
+
+def _warn_of_penalty(combiner: Combiner, source: Source, panel: RewardPanel) -> None:
+    """Warn of objectives whose values are win probabilities, which no penalty is taken off."""
+    wins = [name for name in panel.trained_names if panel.objectives[name].reward.gives_wins]
+    if source.penalises and wins and combiner.needs & {Signal.WINS, Signal.SCORES, Signal.ADVANTAGES} == {Signal.WINS}:
+        rank_zero_warn(
+            f"source.missing_eos_penalty has no effect on {', '.join(map(repr, wins))}: {_name(combiner)} reads win "
+            "probabilities alone, and these rewards give theirs; set it to null, or let the reward itself give "
+            "truncated responses less"
         )
 
 

@@ -8,7 +8,7 @@ from moa_lightning.compatibility import check_minibatches, check_pieces, fitting
 from moa_lightning.losses import ClippedSurrogate, LossKL, PairwiseLogistic, RewardKL, WeightedLikelihood
 from moa_lightning.models import PolicyConfig
 from moa_lightning.module import AlignmentModule
-from moa_lightning.rewards import FromLabels, Length, Objective, RewardPanel
+from moa_lightning.rewards import FromLabels, Length, Objective, RewardPanel, WinProbability
 from moa_lightning.sources import PreferenceRows, Rollout
 
 SCORED = {"a": Objective(Length()), "b": Objective(Length())}
@@ -131,3 +131,14 @@ def test_an_optimizer_that_does_not_take_the_probe_is_left_for_later():
         return torch.optim.SGD(parameters, lr=1.0)
 
     AlignmentModule(PolicyConfig("nowhere"), SCORED, optimizer=make)
+
+
+def test_a_penalty_that_win_probabilities_do_not_see_is_named():
+    wins = {"a": Objective(WinProbability(Length(), baseline="old")), "b": Objective(Length())}
+    cut = Rollout(num_generations=2, missing_eos_penalty=0.5)
+    with pytest.warns(UserWarning, match="missing_eos_penalty has no effect on 'a': MOPO reads win prob.* set it to n"):
+        check(MOPO(), cut, WeightedLikelihood(), objectives=wins)
+    # Warnings are errors here.
+    check(MOPO(), SEVERAL, WeightedLikelihood(), objectives=wins)
+    check(MOPO(), cut, WeightedLikelihood())
+    check(PAMA(), cut, ClippedSurrogate(), objectives=wins)

@@ -53,6 +53,11 @@ class Source(ABC):
         """Whether a KL penalty in the reward reaches the advantages."""
         return False
 
+    @property
+    def penalises(self) -> bool:
+        """Whether some responses lose a penalty in every objective, beside what the rewards give them."""
+        return False
+
     def check(self, columns: set[str]) -> None:
         """Refuse data with these columns that it cannot work on, before any model is loaded.
 

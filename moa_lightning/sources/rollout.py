@@ -42,7 +42,9 @@ class Rollout(Source):
         num_iterations: passes over each collected batch.
         num_mini_batches: optimiser minibatches in one pass; divides the responses of a batch.
         advantages: how rewards become advantages.
-        missing_eos_penalty: subtracted from every objective of a truncated response; ``None`` subtracts nothing.
+        missing_eos_penalty: subtracted from every objective of a truncated response; ``None`` subtracts nothing. Win
+            probabilities that a reward gives itself (``WinProbability``, ``PairwisePreference``) stay as they are, so
+            a combiner that reads nothing else, such as ``MOPO``, does not see it there.
         mask_truncated_completions: leave truncated responses out of the update.
         win_scale: difference in an objective's value at which the better response wins 73 % of the time; for combiners
             that read win probabilities (Bradley and Terry's model). The rivals are the prompt's other responses, so a
@@ -100,6 +102,11 @@ class Rollout(Source):
     def charges_kl(self) -> bool:
         """True."""
         return True
+
+    @property
+    def penalises(self) -> bool:
+        """With a penalty for truncated responses."""
+        return bool(self.missing_eos_penalty)
 
     @property
     def needs_values(self) -> bool:
