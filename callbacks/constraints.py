@@ -88,7 +88,7 @@ class Constraints(EvaluationCallback):
         """Save the best, now that all callbacks have seen the evaluation."""
         checkpoint: Any = trainer.checkpoint_callback
         if self._improved and self.save_best and checkpoint is not None and checkpoint.dirpath:
-            trainer.save_checkpoint(f"{checkpoint.dirpath}/{BEST}")
+            trainer.save_checkpoint(f"{checkpoint.dirpath}/{BEST}", weights_only=False)
         self._improved = False
 
     def report(self) -> dict[str, Any]:

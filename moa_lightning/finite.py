@@ -131,7 +131,7 @@ def _saved_before(trainer: Trainer) -> str:
     """Write the state before the update, and say where. What keeps that from being written must not hide the cause."""
     path = Path(trainer.default_root_dir) / "non_finite.ckpt"
     try:
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
     except (ValueError, OSError) as error:
         return f"The state before this update was not written ({error})"
     return f"The state before this update is in {path}"

@@ -155,7 +155,7 @@ class Preemption(Callback):
         path = Path(folder) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}{ModelCheckpoint.FILE_EXTENSION}"
         if first is not None:
             first.last_model_path = str(path)  # else it would not overwrite the file, but write another beside it
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self._stop(trainer, f"saved {path}, from which --ckpt_path=last goes on")
 
     def _stop(self, trainer: Trainer, what: str) -> None:

@@ -64,7 +64,7 @@ class CTWA(FirstWeights, ScoreCombiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE, Claim.SHIFT}
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not 0 < self.lr < math.inf or not 0 < self.tau <= 1:
             raise UserError(f"CTWA needs a finite lr > 0 and tau in (0, 1], got {self.lr} and {self.tau}")
 

@@ -64,7 +64,7 @@ class DynamicWeights(FirstWeights):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.COMMON_SCALE}
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         scale = 1.0 if self.growth_scale is None else self.growth_scale
         if not (0 <= self.lr < math.inf and 0 < scale < math.inf and self.interval >= 1):
             raise UserError("DynamicWeights needs finite lr >= 0 and growth_scale > 0 (or null), and interval >= 1")

@@ -66,7 +66,7 @@ class Lagrangian(Combiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE}
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         for name, value, least in (
             ("window", self.window, 1),
             ("patience", self.patience, 1),

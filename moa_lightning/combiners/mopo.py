@@ -100,7 +100,7 @@ class MOPO(Combiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not self.tau > 0 or not 0 <= self.radius < math.inf or not 0 < self.beta <= 1:
             got = f"{self.tau}, {self.radius} and {self.beta}"
             raise UserError(f"MOPO needs tau > 0, radius >= 0 and beta in (0, 1], got {got}")

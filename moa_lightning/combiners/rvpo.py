@@ -55,7 +55,7 @@ class RVPO(ScoreCombiner):
     }
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not 0 < self.k < math.inf:
             raise UserError(f"RVPO needs a finite k > 0, got {self.k}; its limit at 0 is GDPO")
 

@@ -51,7 +51,7 @@ class SmoothTchebycheff(DistanceToIdeal):
     claims: ClassVar[frozenset[Claim]] = CONVEX
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not 0 < self.mu < math.inf:
             raise UserError(f"SmoothTchebycheff needs a finite mu > 0, got {self.mu}; its limit at 0 is Tchebycheff")
 

@@ -34,6 +34,11 @@ def tell(root: Path) -> None:
         volume = summary["hypervolume"]
         reference = ", ".join(f"{name} {value:g}" for name, value in volume["reference"].items())
         console.print(f"hypervolume {volume['start']:.3f} -> {volume['end']:.3f} (reference point {reference})")
+        if volume["end"] == 0:
+            console.print(
+                "  it is 0 because no evaluation is better than the reference point in every objective; set "
+                "--pareto_front.reference, in values, to a point worse than all of them"
+            )
     for name, numbers in summary["objectives"].items():
         if numbers.get("transform"):
             console.print(
@@ -97,7 +102,7 @@ def thresholds_held(summary: dict[str, Any]) -> list[str]:
         which = " that evaluations can judge" if summary.get("training_thresholds") else ""
         lines.append(
             f"{'best' if best['feasible'] else 'nearest'}: step {best['step']}, held-out means {reached}reach all "
-            f"thresholds{which} ({_means_and_verdicts(best)}); moa export --checkpoint=best"
+            f"thresholds{which} ({_means_and_verdicts(best)}); moa export RUN DIR --checkpoint=best"
         )
     return lines
 

@@ -29,6 +29,7 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
+from moa_lightning.callbacks.constraints import BEST
 from moa_lightning.checkpoints import AtomicCheckpointIO, require_whole, settings_in
 from moa_lightning.commands.closing import tell
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
@@ -55,7 +56,7 @@ from moa_lightning.run_lock import refuse_if_held
 from moa_lightning.schedules import WeightSchedule
 
 WandbMode = Literal["online", "offline", "off"]
-_CHECKPOINTS_THAT_LIGHTNING_FINDS = ("best", "hpc", "registry")
+_CHECKPOINTS_THAT_LIGHTNING_FINDS = ("hpc", "registry")
 
 
 class AlignmentParser(OneLineErrors, LightningArgumentParser):
@@ -168,6 +169,8 @@ class AlignmentCLI(LightningCLI):
             config.weights_only = True  # checkpoints hold tensors and plain containers: nothing in them can run code
         if last:
             config.ckpt_path = checkpoint = self._newest(place)
+        elif checkpoint == "best":
+            config.ckpt_path = checkpoint = self._best(place)
         elif checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
             if not Path(checkpoint).exists():
                 raise UserError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
@@ -198,6 +201,20 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "fit" and checkpoint and Path(checkpoint).exists():
             self._settle(Path(checkpoint), root)
         seed_run(config, root / "config.yaml" if self.subcommand == "fit" and config.get("ckpt_path") else None)
+
+    def _best(self, place: RunPlace) -> str:
+        """What ``ckpt_path: best`` means: the evaluation that met the run's thresholds best.
+
+        Lightning's own meaning needs the process that trained.
+        """
+        best = place.checkpoints / BEST
+        if not best.exists():
+            raise UserError(
+                f"ckpt_path: 'best' finds no {best}: runs with thresholds keep one, once an evaluation was ranked; "
+                "give a path, or 'last'"
+            )
+        require_whole(best)
+        return str(best)
 
     def _newest(self, place: RunPlace) -> str | None:
         """What ``ckpt_path: last`` means: the newest valid checkpoint of the run folder, or a start in it."""

@@ -34,7 +34,7 @@ class Comparisons:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if self.limit is not None and self.limit < 1:
             raise UserError(f"data.limit must be at least 1 or null, got {self.limit}")
 

@@ -42,7 +42,7 @@ class WeightedLikelihood(PolicyLoss):
     takes_advantages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if self.max_weight is not None and not self.max_weight > 0:
             raise UserError(f"WeightedLikelihood needs max_weight > 0 (or null), got {self.max_weight}")
 

@@ -48,7 +48,7 @@ class MultiReference(Reference):
     _cut: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not self.paths:
             raise UserError("MultiReference needs at least one path beside the policy itself")
         if self.cliprange is not None and not 0 <= self.cliprange < 1:

@@ -93,7 +93,7 @@ class Objective:
     eval_only: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         check_weights({"an objective's weight": weight_at(self.weight, 0.0)})
         if not math.isfinite(self.scale) or self.scale == 0:
             raise UserError(f"an objective's scale must be a finite number other than 0, got {self.scale}")

@@ -88,7 +88,7 @@ class TextClassifier(RewardWithModel):
     _label: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if self.batch_size < 1:
             raise UserError(f"TextClassifier.batch_size must be at least 1, got {self.batch_size}")
         if self.max_length is not None and self.max_length < 1:

@@ -91,7 +91,7 @@ class Length(Reward):
     unit: LengthUnit = field(default_factory=Words)
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not (math.isfinite(self.divisor) and self.divisor > 0):
             raise UserError(f"Length.divisor must be a finite number above 0, got {self.divisor}")
         self._low = -math.inf if self.low is None else self.low

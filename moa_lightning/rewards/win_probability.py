@@ -39,7 +39,7 @@ class WinProbability(Reward):
     gives_wins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not 0 < self.scale < math.inf:
             raise UserError(f"WinProbability.scale must be a finite number above 0, got {self.scale}")
         if self.reward.gives_wins or self.reward.of_data_alone:

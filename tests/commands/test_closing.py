@@ -53,6 +53,10 @@ def test_numbers_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_was_not_measured_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell(tmp_path)
     assert capsys.readouterr().out == ""
+    worse = {**SUMMARY, "hypervolume": {**SUMMARY["hypervolume"], "start": 0.0, "end": 0.0}}
+    (tmp_path / "summary.json").write_text(json.dumps(worse))
+    tell(tmp_path)
+    assert "it is 0 because no evaluation is better than the reference point" in capsys.readouterr().out
     bare = {**SUMMARY, "hypervolume": None, "tokens_per_second": None}
     del bare["thresholds"]
     (tmp_path / "summary.json").write_text(json.dumps(bare))

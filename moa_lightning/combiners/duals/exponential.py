@@ -34,7 +34,7 @@ class Exponential(Capped):
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         require_positive(self, lr=self.lr, floor=self.floor, cap=self.cap)
         if not self.floor <= self.start <= self.cap:
             raise UserError(

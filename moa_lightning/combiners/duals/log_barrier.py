@@ -31,7 +31,7 @@ class LogBarrier(DualUpdate):
     rate: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         if not self.sigma > 0 or not self.margin > 0 or not 0 < self.rate <= 1:
             raise UserError(
                 f"LogBarrier needs sigma > 0, margin > 0 and rate in (0, 1], got {self.sigma}, {self.margin} and "

@@ -56,7 +56,7 @@ class LogPID(Capped):
     in_spreads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         require_positive(self, ki=self.ki, floor=self.floor, cap=self.cap)
         if not (0 <= self.kp < math.inf and 0 <= self.kd < math.inf):
             raise UserError(f"LogPID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")

@@ -37,7 +37,7 @@ class PID(Capped):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         require_positive(self, ki=self.ki, cap=self.cap)
         if not (0 <= self.kp < math.inf and 0 <= self.kd < math.inf):
             raise UserError(f"PID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")

@@ -27,7 +27,7 @@ class Projected(Capped):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse values without meaning."""
+        """Validate hyperparameters."""
         require_positive(self, lr=self.lr, cap=self.cap)
 
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
