@@ -56,8 +56,10 @@ def test_the_best_is_called_met_only_where_its_interval_says_so() -> None:
     ]
     old = {"step": 9, "feasible": True, "violation": 0.0, "primary": 0.7, "means": {"good": 0.7, "short": 0.51}}
     assert thresholds_held({"best": old}) == [
-        "best: step 9, held-out means reach all thresholds (primary objective 0.700); "
-        "moa export RUN DIR --checkpoint=best"
+        (
+            "best: step 9, held-out means reach all thresholds (primary objective 0.700); "
+            "moa export RUN DIR --checkpoint=best"
+        )
     ]
 
 
