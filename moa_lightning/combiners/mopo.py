@@ -26,7 +26,7 @@ from moa_lightning.combiners.mopo_thresholds import (
     warn_of_unlabelled,
     warn_of_votes,
 )
-from moa_lightning.combiners.mopo_values import has_own_values, judged_responses, own_responses
+from moa_lightning.combiners.mopo_values import Judged, has_own_values, judged_responses, own_responses
 from moa_lightning.distributed import all_sum
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
@@ -156,13 +156,17 @@ class MOPO(Combiner):
         state = state | {"values": values_N, "chi": chi_N, "believed": believed_N, "labelled": batch.labelled()}
         state |= since_evaluation(state, plain_N) | spread(state, own.wins_BN, own.complete_BN)
         state["evaluates_wins"] = own_N.float()
+        return self._step(batch, moving_N, state, names)
+
+    def _step(self, batch: Judged, moving_N: Tensor, state: State, names: Sequence[str]) -> State:
+        """State after the step of the multipliers that these values ask for, with thresholds renewed and judged."""
         if self.thresholds is None:
             reference_N, _ = batch.values(batch.prior(), self.radius)
             state |= adapted(state, reference_N, self.beta, self.refresh_interval)
         slack_N = (moving_N - state["thresholds"]).where(state["primary"] == 0, torch.nan)
         if state["batches"] >= self.dual_delay:
             state |= self.dual.stepped(state, slack_N)
-        bound_N = slack_N.isfinite() & values_N.isfinite()
+        bound_N = slack_N.isfinite() & state["values"].isfinite()
         state |= judged(state, batch.attainable(), bound_N, self.dual, self.patience, self.radius, names)
         warn_of_unlabelled(state, self.patience, names)
         return state | {"batches": state["batches"] + 1}
