@@ -55,7 +55,7 @@ class PredictionWriter(Callback):
         file = self.file(trainer)
         with _writable(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
+            file.touch(exist_ok=False)  # another process may have begun meanwhile
 
     def on_predict_batch_end(
         self,

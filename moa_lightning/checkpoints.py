@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: it is not whole, with the newest that is; or it is a folder, which strategies read themselves.
         """
-        if "://" not in str(path) and Path(path).exists():
+        if "://" not in str(path):
             require_whole(Path(path))
             if Path(path).is_dir():
                 raise UserError(
@@ -178,7 +178,11 @@ def by_steps(folder: Path, before: float = math.inf) -> list[Path]:
         folder: where they are; it need not exist.
         before: only those of fewer steps.
     """
-    known = [(step, path.stat().st_mtime, path) for path in _files_of(folder) if (step := steps_of(path)) is not None]
+    known = []
+    for path in _files_of(folder):
+        with suppress(FileNotFoundError):  # a run that is in progress has replaced it meanwhile
+            if (step := steps_of(path)) is not None:
+                known.append((step, path.stat().st_mtime, path))
     return [path for step, _, path in sorted(known, reverse=True) if step < before]
 
 
@@ -214,10 +218,11 @@ def problem(path: Path) -> str | None:
 
     The check sums that torch wrote must hold, and the weights must be finite (where it is a file).
     """
-    files = [path, *path.iterdir()] if path.is_dir() else [path]
-    return _problem(
-        path, tuple(file.stat().st_mtime_ns for file in files), tuple(file.stat().st_size for file in files)
-    )
+    try:
+        found = [file.stat() for file in ([path, *path.iterdir()] if path.is_dir() else [path])]
+    except FileNotFoundError:
+        return "there is no such file (a run in progress removes those that it replaces)"
+    return _problem(path, tuple(file.st_mtime_ns for file in found), tuple(file.st_size for file in found))
 
 
 @lru_cache

@@ -157,8 +157,13 @@ def refuse_if_held(folder: Path) -> None:
     Raises:
         FolderInUseError: one line with host and process.
     """
-    if (found := _holder(folder / NAME, folder)) is not None:
+    if (found := holder_of(folder)) is not None:
         raise FolderInUseError(_in_use(folder, found))
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """The living process that runs in a folder, other than this one."""
+    return _holder(folder / NAME, folder)
 
 
 def _in_use(folder: Path, holder: Holder) -> str:

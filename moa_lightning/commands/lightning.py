@@ -43,6 +43,7 @@ from moa_lightning.commands.start_folder import (
     place_of,
     refuse_foreign,
     refuse_unwritable,
+    run_in_progress,
     run_of,
     settings_of,
 )
@@ -190,6 +191,8 @@ class AlignmentCLI(LightningCLI):
                 rank_zero_only(print)(f"{root} holds a run already; this one goes to {folder}")
         elif self.subcommand in {"validate", "test"}:
             folder = free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
+            if checkpoint and launched_as() == 0 and (line := run_in_progress(Path(checkpoint), root, folder)):
+                print(line)
         if self.subcommand == "fit":
             if not (checkpoint and Path(checkpoint).absolute().is_relative_to(folder.absolute())):
                 refuse_foreign(folder)
@@ -321,6 +324,17 @@ class AlignmentCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
             tell(Path(self.trainer.default_root_dir))
+        self._release()
+
+    def after_validate(self) -> None:
+        """Leave the folder of the evaluation to others."""
+        self._release()
+
+    def after_test(self) -> None:
+        """Leave the folder of the evaluation to others."""
+        self._release()
+
+    def _release(self) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared
             if isinstance(callback, RunConfig):
                 callback.release()

@@ -41,7 +41,9 @@ class RunConfig(SaveConfigCallback):
         """
         with together():
             if trainer.is_global_zero:
-                self._take(Path(trainer.default_root_dir), start=self.config.ckpt_path is None)
+                self._take(Path(trainer.default_root_dir))
+                if self.config.ckpt_path is None:
+                    self._start_afresh(Path(trainer.default_root_dir))
         self.config = self.config.clone()
         self.config.ckpt_path = None
         self._save(trainer, pl_module, "fit")
@@ -52,20 +54,23 @@ class RunConfig(SaveConfigCallback):
         except OSError as error:
             raise _unwritable(Path(trainer.default_root_dir), error) from error
 
-    def _take(self, root: Path, start: bool) -> None:
+    def _take(self, root: Path) -> None:
         try:
             root.mkdir(parents=True, exist_ok=True)
             self.lock = RunLock(root)
             self.lock.acquire()
-            if not start:
-                return
-            if any((root / "checkpoints").glob("*.ckpt")):
-                raise UserError(f"another process started a run in '{root}' meanwhile; start again")
-            for name in _GROWING:  # of an attempt that left no checkpoint
-                (root / name).unlink(missing_ok=True)
         except OSError as error:
             with suppress(OSError):
                 root.rmdir()  # it is empty
+            raise _unwritable(root, error) from error
+
+    def _start_afresh(self, root: Path) -> None:
+        if any((root / "checkpoints").glob("*.ckpt")):
+            raise UserError(f"another process started a run in '{root}' meanwhile; start again")
+        try:
+            for name in _GROWING:  # of an attempt that left no checkpoint
+                (root / name).unlink(missing_ok=True)
+        except OSError as error:
             raise _unwritable(root, error) from error
 
     def release(self) -> None:
@@ -90,12 +95,29 @@ class RunConfig(SaveConfigCallback):
         print(f"\nstopped at step {trainer.global_step}; {goes_on}", file=sys.stderr)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, for ``moa validate``."""
-        self._save(trainer, pl_module, "validate")
+        """Take the evaluation's folder and write, for ``moa validate``."""
+        self._evaluate(trainer, pl_module, "validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, for ``moa test``."""
-        self._save(trainer, pl_module, "test")
+        """Take the evaluation's folder and write, for ``moa test``."""
+        self._evaluate(trainer, pl_module, "test")
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take a folder that nobody has written to since it was chosen, and write. The run's own lock is left alone.
+
+        Raises:
+            UserError: on every process, one line: another evaluation chose the same folder.
+        """
+        if self.already_saved:  # an evaluation of moa fit
+            return
+        root = Path(trainer.default_root_dir)
+        with together():
+            if trainer.is_global_zero:
+                self._take(root)
+                if (root / self.config_filename).exists():
+                    self.release()
+                    raise UserError(f"another process evaluated into '{root}' meanwhile; start again")
+        self._save(trainer, pl_module, stage)
 
 
 def _unwritable(root: Path, error: OSError) -> UserError:

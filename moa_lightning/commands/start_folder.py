@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from moa_lightning.checkpoints import newest_whole
+from moa_lightning.checkpoints import newest_whole, steps_of
 from moa_lightning.errors import UserError
 from moa_lightning.run_checkpoint import checkpoint_folder
+from moa_lightning.run_lock import holder_of
 
 _RECORD = "config.yaml"
 _HEADER = "# lightning.pytorch=="  # the first line of what Lightning's CLI saves
@@ -100,6 +101,22 @@ def place_of(given: RunPlace, configs: Sequence[Path]) -> RunPlace:
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint lies in, if it lies in one."""
     return next((folder for folder in checkpoint.parents[:2] if is_run(folder)), None)
+
+
+def run_in_progress(checkpoint: Path, root: Path, folder: Path) -> str | None:
+    """One line for an evaluation of a checkpoint whose run is still in progress; ``None`` where it is not.
+
+    Args:
+        checkpoint: what is evaluated.
+        root: folder of the run.
+        folder: where the evaluation writes.
+    """
+    if (holder := holder_of(root)) is None:
+        return None
+    return (
+        f"the run in {root} is in progress (process {holder.pid} on host {holder.host}): this is of step "
+        f"{steps_of(checkpoint)}, from {checkpoint}, and writes to {folder} alone"
+    )
 
 
 def free_folder(root: Path) -> Path:
