@@ -40,8 +40,11 @@ from moa_lightning.commands.settings import check_settings
 from moa_lightning.commands.start_folder import (
     RunPlace,
     free_folder,
+    is_run,
     place_of,
     refuse_foreign,
+    refuse_no_checkpoint,
+    refuse_other_run,
     refuse_unwritable,
     run_in_progress,
     run_of,
@@ -173,12 +176,8 @@ class AlignmentCLI(LightningCLI):
         elif checkpoint == "best":
             config.ckpt_path = checkpoint = self._best(place)
         elif checkpoint not in (None, *_CHECKPOINTS_THAT_LIGHTNING_FINDS):
-            if not Path(checkpoint).exists():
-                raise UserError(f"ckpt_path: '{checkpoint}' does not exist; a run keeps them in checkpoints/")
-            require_whole(Path(checkpoint))
-            if (run := run_of(Path(checkpoint))) is not None and run.resolve() != root.resolve():
-                place = place.moved_to(run)
-                root = run
+            place = self._place_of(Path(checkpoint), place)
+            root = place.root
         folder = root
         if self.subcommand == "fit" and not checkpoint and place.dirpath and any(place.checkpoints.glob("*.ckpt")):
             raise UserError(
@@ -188,7 +187,8 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "fit" and not checkpoint and not last:
             folder = free_folder(root)
             if folder != root:
-                rank_zero_only(print)(f"{root} holds a run already; this one goes to {folder}")
+                why = "holds a run already" if is_run(root) else "is not empty"
+                rank_zero_only(print)(f"{root} {why}; this one goes to {folder}")
         elif self.subcommand in {"validate", "test"}:
             folder = free_folder(root / str(self.subcommand))  # else the run's own front and summary would be lost
             if checkpoint and launched_as() == 0 and (line := run_in_progress(Path(checkpoint), root, folder)):
@@ -204,6 +204,24 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "fit" and checkpoint and Path(checkpoint).exists():
             self._settle(Path(checkpoint), root)
         seed_run(config, root / "config.yaml" if self.subcommand == "fit" and config.get("ckpt_path") else None)
+
+    def _place_of(self, checkpoint: Path, place: RunPlace) -> RunPlace:
+        """Where a run continues, or is evaluated, from a checkpoint that is named by its path: in its own folder."""
+        refuse_no_checkpoint(checkpoint)
+        require_whole(checkpoint)
+        run = run_of(checkpoint)
+        if run is None:
+            if self.subcommand == "fit":
+                refuse_other_run(checkpoint, place.root)
+            return place
+        if run.resolve() == place.root.resolve():
+            return place
+        if self.subcommand == "fit":
+            rank_zero_only(print)(
+                f"resumed: in {run}, the folder of the checkpoint's run; trainer.default_root_dir {place.root} is not "
+                "used"
+            )
+        return place.moved_to(run)
 
     def _best(self, place: RunPlace) -> str:
         """What ``ckpt_path: best`` means: the evaluation that met the run's thresholds best.

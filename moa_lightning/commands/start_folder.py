@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moa_lightning.checkpoints import newest_whole, steps_of
+from moa_lightning.checkpoints import META, newest_whole, settings_in, steps_of
 from moa_lightning.errors import UserError
 from moa_lightning.run_checkpoint import checkpoint_folder
 from moa_lightning.run_lock import holder_of
@@ -100,7 +100,49 @@ def place_of(given: RunPlace, configs: Sequence[Path]) -> RunPlace:
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint lies in, if it lies in one."""
-    return next((folder for folder in checkpoint.parents[:2] if is_run(folder)), None)
+    return next((folder for folder in checkpoint.absolute().parents[:2] if is_run(folder)), None)
+
+
+def refuse_no_checkpoint(path: Path) -> None:
+    """Nothing if there is a checkpoint at a path: a file, or a folder that holds a sharded one.
+
+    Raises:
+        UserError: one line.
+    """
+    if not path.exists():
+        raise UserError(f"ckpt_path: '{path}' does not exist; a run keeps them in checkpoints/")
+    if path.is_dir() and not (path / META).exists():
+        inside = " of the run in it (ckpt_path: last finds the newest)" if is_run(path) else ""
+        raise UserError(f"ckpt_path: '{path}' is a folder and no checkpoint; name a checkpoint{inside}")
+
+
+def refuse_other_run(checkpoint: Path, root: Path) -> None:
+    """Nothing if a run may continue in a folder from a checkpoint that lies in no run's folder.
+
+    It may where the folder holds no run, or surely the one that wrote the checkpoint: the checkpoint lies where that
+    run keeps them, or names the folder by its whole path. A relative path would name a folder in any working directory.
+
+    Args:
+        checkpoint: a valid one.
+        root: the folder.
+
+    Raises:
+        UserError: one line with the checkpoint's run and the folder's.
+    """
+    if not (record := settings_of(root)):
+        return
+    recorded = RunPlace(Path(record["trainer"]["default_root_dir"]), (record.get("checkpoint") or {}).get("dirpath"))
+    if recorded.moved_to(root).checkpoints.resolve() == checkpoint.absolute().parent.resolve():
+        return
+    its = (settings_in(checkpoint).get("trainer") or {}).get("default_root_dir")
+    if its is not None and Path(its).is_absolute() and Path(its).resolve() == root.resolve():
+        return
+    of = "does not name its run" if its is None else f"was written by the run in '{its}'"
+    raise UserError(
+        f"ckpt_path: {checkpoint} lies in no run's folder and {of}, and '{root}' holds a run, which would be written "
+        "over: give a new folder with --trainer.default_root_dir, or, if the checkpoint is of the run there, move it "
+        f"to {recorded.moved_to(root).checkpoints}"
+    )
 
 
 def run_in_progress(checkpoint: Path, root: Path, folder: Path) -> str | None:

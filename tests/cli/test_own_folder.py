@@ -9,8 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from moa_lightning.checkpoints import AtomicCheckpointIO, by_steps, newest_whole
+from moa_lightning.commands.lightning import AlignmentCLI
+from moa_lightning.commands.start_folder import refuse_other_run
 from moa_lightning.errors import UserError
 from moa_lightning.run_lock import NAME, Holder, RunLock
 from tests.cli.task import Task, complaint, moa
@@ -144,3 +148,100 @@ def test_a_checkpoint_that_a_run_replaces_meanwhile(task: Task, monkeypatch: pyt
             assert newest_whole(folder) == folder / "last.ckpt"
     with pytest.raises(UserError, match=r"step-0.ckpt cannot be used: there is no such file .* is .*last.ckpt"):
         AtomicCheckpointIO().load_checkpoint(gone)
+
+
+def test_a_checkpoint_from_elsewhere_does_not_replace_another_run(
+    task: Task, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, other, copies = task.root, task.root.with_name("other"), task.folder / "copies"
+    for root in (here, other):
+        moa("fit", "--config", task.config, f"--trainer.default_root_dir={root}", "--trainer.max_steps=1")
+    copies.mkdir()
+    theirs = shutil.copy(other / "checkpoints" / "last.ckpt", copies / "theirs.ckpt")
+    mine = shutil.copy(here / "checkpoints" / "last.ckpt", copies / "mine.ckpt")
+    before = contents(task.folder / "runs")
+    fit = ("fit", "--config", task.config, "--trainer.max_steps=2")
+
+    assert complaint(capsys, *fit, f"--ckpt_path={theirs}") == (
+        f"ckpt_path: {theirs} lies in no run's folder and was written by the run in '{other}', and '{here}' holds a "
+        "run, which would be written over: give a new folder with --trainer.default_root_dir, or, if the checkpoint is "
+        f"of the run there, move it to {here}/checkpoints"
+    )
+    for name, of in ((other, " of the run in it (ckpt_path: last finds the newest)"), (copies, "")):
+        assert complaint(capsys, *fit, f"--ckpt_path={name}") == (
+            f"ckpt_path: '{name}' is a folder and no checkpoint; name a checkpoint{of}"
+        )
+    assert contents(task.folder / "runs") == before
+
+    new = task.root.with_name("new")
+    moa(*fit, f"--ckpt_path={theirs}", f"--trainer.default_root_dir={new}")
+    assert json.loads((new / "summary.json").read_text())["steps"] == 2
+    assert {f"other/{name}": digest for name, digest in contents(other).items()}.items() <= before.items()
+    moa(*fit, f"--ckpt_path={mine}")  # a copy of the run's own
+    assert json.loads((here / "summary.json").read_text())["steps"] == 2
+    capsys.readouterr()
+    moa(*fit, f"--ckpt_path={other}/checkpoints/last.ckpt")
+    assert (
+        f"resumed: in {other}, the folder of the checkpoint's run; trainer.default_root_dir {here} is not used\n"
+    ) in capsys.readouterr().out
+
+
+def run_folder(root: Path, named: str, dirpath: str | None = None) -> Path:
+    """The record of a run that was called with this folder."""
+    root.mkdir(parents=True)
+    settings = {
+        "trainer": {"default_root_dir": named},
+        "checkpoint": {"dirpath": dirpath},
+        "model": {"objectives": {}},
+    }
+    (root / "config.yaml").write_text("# lightning.pytorch==2.6\n" + yaml.safe_dump(settings))
+    return root
+
+
+def checkpoint_of(path: Path, settings: dict[str, object], sharded: bool) -> Path:
+    if sharded:
+        path.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": 1, "moa": {"settings": settings}}, path / "meta.pt" if sharded else path)
+    return path
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_which_run_a_checkpoint_outside_of_run_folders_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    def names(root: str) -> dict[str, object]:
+        return {"trainer": {"default_root_dir": root}}
+
+    root = run_folder(tmp_path / "run", "runs/run")  # as it was called, from another working directory
+    copies = tmp_path / "copies"
+    refuse_other_run(checkpoint_of(copies / "of-this.ckpt", names(str(root)), sharded), root)
+    refuse_other_run(checkpoint_of(root / "checkpoints" / "a.ckpt", names("runs/run"), sharded), root)
+    kept = tmp_path / "kept"
+    elsewhere = run_folder(tmp_path / "elsewhere", str(tmp_path / "elsewhere"), str(kept))
+    refuse_other_run(checkpoint_of(kept / "a.ckpt", {}, sharded), elsewhere)
+    refuse_other_run(copies / "of-this.ckpt", tmp_path / "new")
+    for name, settings, of in (
+        ("relative", names("runs/run"), "was written by the run in 'runs/run'"),  # there are many of that name
+        ("other", names(str(tmp_path / "other")), f"was written by the run in '{tmp_path}/other'"),
+        ("old", {}, "does not name its run"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        path = checkpoint_of(copies / f"{name}.ckpt", settings, sharded)
+        with pytest.raises(UserError, match=rf"{path} lies in no run's folder and {of}, and '{root}' holds a run"):
+            refuse_other_run(path, root)
+
+
+def test_why_a_run_goes_to_another_folder(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AlignmentCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
+    task.root.mkdir(parents=True)
+    (task.root / "notes.txt").touch()
+    for why in ("is not empty", "holds a run already"):
+        moa("fit", "--config", task.config)
+        assert f"{task.root} {why}; this one goes to {task.root}-2\n" in capsys.readouterr().out
+        if why == "is not empty":
+            shutil.rmtree(task.root)
+            run_folder(task.root, str(task.root))
