@@ -1,4 +1,4 @@
-"""The loss on pairs: value and gradient against plain loops, DPO's optimum, MODPO's margin."""
+"""The loss on pairs: value and gradient against plain loops, DPO's optimum."""
 
 import math
 from itertools import permutations
@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moa_lightning.combiners import MODPO, Combined
+from moa_lightning.combiners import Combined
 from moa_lightning.losses import LossKL, PairwiseLogistic, RewardKL
-from moa_lightning.signals import Signals
 
 GROUPS = [0, 1, 0, 2, 1, 1, 3, 3]  # interleaved; prompt 2 has one response, prompt 3 two of the same score
 SCORES = [0.9, 0.2, 0.1, 0.5, 0.7, 0.4, 0.3, 0.3]
@@ -134,56 +133,6 @@ def test_dpo_on_noisy_labels_reaches_the_closed_form():
 
     optimizer.step(closure)
     assert beta * (ratio[0] - ratio[1]).item() == pytest.approx(math.log(p / (1 - p)), abs=1e-6)
-
-
-def signals(wins_BN, scores_BN):
-    return Signals(
-        mask_BT=torch.ones(len(wins_BN), 1, dtype=torch.bool),
-        valid_BN=scores_BN.isfinite(),
-        scores_BN=scores_BN.nan_to_num(),
-        wins_BN=wins_BN,
-        group_B=torch.arange(len(wins_BN)) // 2,
-    )
-
-
-def test_modpo_combines_to_the_worked_number():
-    # Weights (.5, .5), margin .4 * .5; a log-ratio difference of 2 at beta .1 gives logit 0, so log 2.
-    wins_BN = torch.tensor([[1.0, 0.5], [0.0, 0.5]])
-    combiner = MODPO(weights={"helpful": 0.5, "short": 0.5})
-    combined = combiner.combine(
-        signals(wins_BN, torch.tensor([[1.0, 0.4], [0.0, 0.0]])), combiner.init(["helpful", "short"], torch.ones(2))
-    )
-    experience, output = case()
-    experience.mask_BT, experience.group_B = torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
-    experience.reference_logprobs_BT = torch.zeros(2, 1)
-    output.logprobs_BT, output.entropy_BT = torch.tensor([[1.5], [-0.5]]), torch.zeros(2, 1)
-    result = PairwiseLogistic(0.1)(combined, experience, output, RewardKL())
-    assert result.loss.item() == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_modpo_leaves_out_what_nobody_judged():
-    nan = math.nan
-    wins_BN = torch.tensor([[1.0, 0.5], [nan, 0.5], [0.0, 0.5], [1.0, 0.5]])
-    scores_BN = torch.tensor([[1.0, 3.0], [1.0, 2.0], [0.0, nan], [1.0, 7.0]])
-    combiner = MODPO(primary="b", weights={"a": 1.0, "b": 3.0})
-    state = combiner.init(["a", "b"], torch.ones(2))
-    combined = combiner.combine(signals(wins_BN.flip(1), scores_BN), state)
-    assert combined.score.tolist() == [0.0, 0.0, 0.0, 1.0]  # the first prompt: one response without a label
-    assert combined.margin_B.tolist() == pytest.approx([0.25, 0.25, 0.0, 0.25])
-    assert combined.weight == pytest.approx(0.75)
-
-
-@pytest.mark.parametrize(
-    ("combiner", "says"),
-    [
-        (MODPO(primary="c"), "'c' is no trained objective; they are a, b"),
-        (MODPO(weights={"a": 0.0, "b": 1.0}), "weight of the primary objective 'a'"),
-        (MODPO(weights={"a": 1.0}), "missing: b"),
-    ],
-)
-def test_modpo_refuses(combiner, says):
-    with pytest.raises(ValueError, match=says):
-        combiner.init(["a", "b"], torch.ones(2))
 
 
 @pytest.mark.parametrize(
