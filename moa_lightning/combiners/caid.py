@@ -41,6 +41,15 @@ class CAID(ResponseCombiner):
     (``RewardKL.target``) has the dual solved anew while no steps follow; a dual step follows each batch instead of
     training to the best policy; the penalty of cut-off responses is taken off each objective, in the dual as well.
 
+    Formula: ``lambda = argmin beta log E_ref exp((s_1 + lambda . (s - b)) / beta)`` over ``lambda >= 0``; then ``A`` is
+    ``s_1 + sum_j lambda_j s_j`` less the KL charge, less its baseline, in standard deviations.
+    Symbols: ``lambda`` is ``duals/<name>`` in the logs; ``b`` is ``thresholds``; ``beta`` is ``kl_coefficient``; ``s``
+    is a response's scores; the index 1 is ``primary``.
+    Missing score: takes the mean of the prompt's others; is left out of prompts without any. The pooled dual counts
+    only responses with all scores (``scored/<name>`` is their share).
+    Watch: ``duals/<name>`` after ``reference_batches``: at its largest at once, the threshold is far from what the
+    reference does. ``kl`` that keeps rising: the policy leaves the region that the dual was solved for.
+
     Args:
         thresholds: least mean value by name, in the objective's own units (after its transform, without penalties and
             KL); objectives not named are only watched. ``None`` asks of each what the reference has.

@@ -45,6 +45,14 @@ class CTWA(FirstWeights, ScoreCombiner):
     Deviations: the weights move before the batch that they were measured on is trained on, not after; covariances
     are those of the advantage that is trained on, in whatever way it is standardised here.
 
+    Formula: ``A = sum_i w_i s_i``, less its mean over the responses to the prompt, in standard deviations; ``log w_i +=
+    eta max(target_i - c_i, 0)`` with ``c_i`` the running covariance of ``s_i`` and ``A``.
+    Symbols: ``eta`` is ``lr``; ``target`` is ``targets``; ``c_i`` is ``covariances/<name>`` in the logs, its running
+    mean of share ``tau``; ``w`` starts at ``weights``.
+    Missing score: takes the mean of the prompt's others; adds 0 in prompts without any. Covariances leave it out.
+    Watch: ``covariances/<name>`` against ``targets``: below it for long while ``weights/<name>`` rises, the objective
+    cannot be had with the others.
+
     Args:
         targets: least covariance of each objective, in its units (times one standard deviation of the
             advantage): one number for all, or by name; an objective that is not named keeps its weight. The authors'

@@ -41,6 +41,14 @@ class DynamicWeights(FirstWeights):
     of the mean squared norm; the weights move before the update that they were measured on, and not at each, which is
     cheap; the factor is on the advantages, because on the rewards it would be standardised away.
 
+    Formula: ``A = f sum_i w_i A_i``; at each look ``log w_i += eta g_i . sum_j g_j``, then ``sum_i w_i = 1``; ``f = 0.5
+    + 1.5 tanh(growth / growth_scale)``.
+    Symbols: ``eta`` is ``lr``; ``w`` starts at ``weights`` and is ``weights/<name>`` in the logs; ``f`` is
+    ``front_factor/<name>``; ``g_i`` is the gradient of objective i's surrogate where ``at`` says.
+    Missing score: adds 0 there, to the gradient as well.
+    Watch: ``weights/<name>``: an objective that is learnt gives weight away; one at 0 for long has been given up, so
+    lower ``lr``.
+
     Args:
         lr: step of the logarithm of the weights at each look; 0 keeps the weights.
         weights: first weight of each objective by name, non-negative, not all 0; divided by their sum. ``None``

@@ -25,6 +25,14 @@ class GAPO(MinNorm):
     the representation unless ``at`` says otherwise; the weights are divided by their sum; an objective without
     gradient is left out.
 
+    Formula: ``A = sum_i a_i A_i / sum_i a_i`` with ``a_i = c_i / |g_i|^p`` and ``c = argmin c'Gc`` over the simplex,
+    ``G_ij = g_i . g_j / (|g_i| |g_j|)^p``.
+    Symbols: ``p`` is ``power``; ``a``, divided by its sum, is ``weights/<name>`` in the logs; ``g_i`` is the gradient
+    of objective i's surrogate where ``at`` says.
+    Missing score: adds 0 there, to the gradient as well; without any score in a minibatch its weight is 0.
+    Watch: ``weights/<name>``: they follow the gradients' lengths, not their importance; one near 0 for long is an
+    objective whose gradient is long, or one that others already improve.
+
     Args:
         power: of the norm that each gradient is divided by.
         at: where gradients are taken: ``representation``, ``last_layer`` or all trained ``parameters``.

@@ -35,6 +35,13 @@ class GDPO(ScoreCombiner):
     Deviations: no constant is added to the standard deviations, and an objective that all responses to a prompt share
     adds 0; one that could not score a response adds 0 there.
 
+    Formula: ``A = sum_i w_i Z_i`` with ``Z_i = (s_i - mean_i) / std_i`` over the responses to the prompt; then divided
+    by its standard deviation over the batch.
+    Symbols: ``w`` is ``weights``; ``s_i`` is ``scores_BN[:, i]``.
+    Missing score: adds 0 there (``Z_i = 0``); mean and deviation are those of the prompt's others.
+    Watch: ``rewards/<name>/std``: at 0, all responses to a prompt score alike and the objective adds nothing; raise
+    ``num_generations`` or the temperature.
+
     Args:
         weights: weight of each objective by name, non-negative, not all 0; divided by their sum. ``None`` takes
             the ``weight`` of each objective.

@@ -44,6 +44,13 @@ class Gramian(GradientCombiner):
     objective without gradient is left out of the problem; random orders (PCGrad) are drawn anew for each collected
     batch, alike on every process.
 
+    Formula: ``A = sum_i c_i A_i / sum_i |c_i|`` with ``c = weighting(G)``, ``G_ij = g_i . g_j / (|g_i| |g_j|)^p``.
+    Symbols: ``c`` is ``weights/<name>`` in the logs; ``p`` is ``norm_power``; ``g_i`` is the gradient of objective i's
+    surrogate where ``at`` says; ``G`` is ``signals.gramian``.
+    Missing score: adds 0 there, to the gradient as well; without any score in a minibatch its weight is 0.
+    Watch: ``weights/<name>``: a weighting such as PCGrad may give weights that swing from batch to batch; more prompts
+    in a batch calm them.
+
     Args:
         weighting: from the Gram matrix, its largest diagonal element 1, to the weights.
         at: where gradients are taken: at the last hidden state (``representation``, MGDA-UB's choice, one

@@ -43,6 +43,13 @@ class Lagrangian(Combiner):
     Deviations: any number of constraints; an objective that could not score a response adds 0 there; the multipliers
     move by ``LogPID`` on the last batch. The paper's are ``Exponential`` on the whole window (``dual_window: 8``).
 
+    Formula: ``A = (A_1 + sum_j lambda_j A_j) / (1 + sum_j lambda_j)``; ``lambda_j`` moves with ``b_j - J_j``.
+    Symbols: ``lambda`` is ``duals/<name>`` in the logs; ``b`` is ``thresholds``; ``J`` is ``values/<name>``, the mean
+    over the last batches; the index 1 is ``primary``.
+    Missing score: adds 0 there; ``J`` is the mean over the responses that have one.
+    Watch: ``values/<name>`` against ``thresholds/<name>``, and ``duals/<name>``: at its largest for long, the threshold
+    cannot be met; circling, lower the dual step's gains. ``thresholds_held/<name>`` sums it up.
+
     Args:
         thresholds: least mean value by name, in the objective's own units (after its transform, without penalties and
             KL); objectives not named are only watched. ``None`` asks of each what it had in the first ``window``.

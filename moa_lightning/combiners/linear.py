@@ -26,6 +26,11 @@ class Linear(Weighted):
     Source: MORLHF as in Bai et al. 2022, arXiv 2204.05862, and the baselines of PAMA (arXiv 2508.07768).
     Deviation: an objective that could not score a response adds 0 there; the other weights stay as they are.
 
+    Formula: ``A = sum_i w_i A_i`` for each token, with ``sum_i w_i = 1``.
+    Symbols: ``w`` is ``weights``; ``A_i`` is ``advantages_BTN[..., i]``.
+    Missing score: adds 0 there; the other weights stay as they are.
+    Watch: ``val/rewards/<name>/mean``: an objective that falls pays for the others, so raise its weight.
+
     Args:
         weights: weight of each objective by name, non-negative, not all 0; divided by their sum. ``None`` takes
             the ``weight`` of each objective.

@@ -26,6 +26,13 @@ class MGDAUB(MinNorm):
     objectives, not one each (see ``functional.representation_gramian``; the result is the same); an objective
     without gradient is left out, because it would be the min-norm point by itself and stop the others.
 
+    Formula: ``A = sum_i c_i A_i`` with ``c = argmin c'Gc`` over the simplex, ``G_ij = g_i . g_j``.
+    Symbols: ``c`` is ``weights/<name>`` in the logs; ``g_i`` is the gradient of objective i's surrogate at the last
+    hidden state; ``G`` is ``signals.gramian``.
+    Missing score: adds 0 there, to the gradient as well; without any score in a minibatch its weight is 0.
+    Watch: ``weights/<name>``: the shortest gradient gets the most weight; where one objective keeps nearly all of it,
+    try ``normalize``.
+
     Args:
         normalize: divide each gradient by its norm first, so that an objective of large scale is not ignored
             (the norm's minimum goes to the shortest gradients).

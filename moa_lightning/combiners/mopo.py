@@ -60,6 +60,15 @@ class MOPO(Combiner):
     adaptive thresholds leave. A prompt counts in the values of an objective if all of its responses have a label; in
     the ratio a missing one is the mean of the others, and an objective without any label there has no term.
 
+    Formula: ``rho = exp((p + lambda . q) / tau) / E_ref exp((p + lambda . q) / tau)``; ``lambda <- [lambda + lr (b -
+    G)]+``.
+    Symbols: ``p`` and ``q`` are ``wins_BN`` of the primary objective and the others; ``lambda`` is ``duals/<name>`` in
+    the logs; ``b`` is ``thresholds``; ``G`` is ``values/<name>``; ``t0`` is ``refresh_interval``; epsilon is
+    ``radius``.
+    Missing score: takes the mean of the prompt's others in ``rho``; the prompt is left out of that objective's values.
+    Watch: ``values/<name>`` against ``thresholds/<name>``; ``believed/<name>`` far above ``held_out/<name>`` means that
+    the labels do not carry over to other prompts; ``ess`` near 1 response a prompt means that ``tau`` is small.
+
     Args:
         primary: name of the primary objective; ``None`` is the first.
         thresholds: least mean win probability of each secondary objective by name, in (0, 1); an objective that is

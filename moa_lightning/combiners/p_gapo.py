@@ -28,6 +28,12 @@ class PGAPO(Weighted, GradientCombiner):
     Source: Li et al., "Gradient-Adaptive Policy Optimization", ACL 2025, arXiv 2507.01915 (P-GAPO). Deviations: as
     with ``GAPO``.
 
+    Formula: ``A = sum_i a_i A_i / sum_i a_i`` with ``a_i = w_i / |g_i|^p``.
+    Symbols: ``w`` is ``weights``; ``p`` is ``power``; ``a``, divided by its sum, is ``weights/<name>`` in the logs;
+    ``g_i`` is the gradient of objective i's surrogate where ``at`` says.
+    Missing score: adds 0 there, to the gradient as well; without any score in a minibatch its weight is 0.
+    Watch: ``weights/<name>`` against the weights that you set: their ratio says how unequal the gradients are.
+
     Args:
         power: of the norm that each gradient is divided by.
         weights: weight of each objective by name, non-negative, not all 0; divided by their sum. ``None`` takes

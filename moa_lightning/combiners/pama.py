@@ -63,6 +63,15 @@ class PAMA(Combiner):
     Known limit: with Noon and weights per token or sequence, a token counts only where it is better than average for
     *every* objective, so a policy that would have to mix specialists stalls. Without Noon it does not.
 
+    Formula: ``A = sum_i c_i A_i`` with ``c = argmin (sum_i c_i I(A_i))^2`` over the simplex. In closed form (Theorem
+    1): all ``I(A_i)`` above 0, c is 1 at the smallest; all below 0, c is 1 at the largest; otherwise the largest M and
+    the smallest m share, ``c_m = M / (M - m)`` and ``c_M = -m / (M - m)``. Ties share equally.
+    Symbols: ``c`` is ``weights/<name>`` in the logs; ``I(A)`` is ``Signals.unclipped``, the advantage where the
+    surrogate is not clipped and 0 elsewhere; Noon's ``max(A, 0)`` is ``noon``.
+    Missing score: is left out of the problem there, so the others share its weight.
+    Watch: ``score/mean`` near 0 with Noon: hardly any token is better than average for every objective, so try ``noon:
+    false``. ``weights/<name>`` at 1 for one objective with ``granularity: batch``: the run drifts to it.
+
     Args:
         granularity: what shares one set of weights: each ``token`` (the paper's bound, read literally), each
             ``sequence`` (on the mean over its tokens) or the ``batch`` (on the mean over all tokens of all processes,

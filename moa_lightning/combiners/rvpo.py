@@ -37,6 +37,13 @@ class RVPO(ScoreCombiner):
     the weights are equal. Deviations: weights; no constant is added to the standard deviations; an objective that could
     not score a response has Z = 0 there, and one that scored no response to a prompt is left out of all of them.
 
+    Formula: ``A = -(1/k) log sum_i w_i exp(-k Z_i)`` with ``Z_i = (s_i - mean_i) / std_i`` over the responses to the
+    prompt, less its mean there, in standard deviations of the batch.
+    Symbols: ``k`` is ``k``; ``w`` is ``weights``, equal in the paper; ``s_i`` is ``scores_BN[:, i]``.
+    Missing score: has ``Z_i = 0`` there; is left out of prompts without any.
+    Watch: ``val/rewards/<name>/mean`` of the weakest objective: if it does not move, raise ``k``; if all move slowly,
+    lower it.
+
     Args:
         k: aversion to unequal objectives, above 0.
         weights: weight of each objective by name, non-negative, not all 0; divided by their sum. ``None`` takes

@@ -36,6 +36,13 @@ class SmoothTchebycheff(DistanceToIdeal):
     Source: Lin et al. 2024, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", arXiv 2402.19078.
     Deviations: those of ``Tchebycheff`` where scores are missing.
 
+    Formula: ``A = -mu log sum_i exp(w_i (z_i - s_i) / mu)``, less its mean over the responses to the prompt, in
+    standard deviations.
+    Symbols: ``mu`` is ``mu``; ``w`` is ``weights``; ``z`` is ``ideal``; ``s_i`` is ``scores_BN[:, i]``.
+    Missing score: takes the mean of the prompt's others; is left out of prompts without any.
+    Watch: ``weights/<name>``: all equal, ``mu`` is large and this is nearly a plain mean; one at 1, it is
+    ``Tchebycheff``.
+
     Args:
         mu: how far behind the worst objective another one still counts, in units of the weighted distance, above 0.
         weights: weight of each objective by name, non-negative, not all 0; divided by their sum. ``None`` takes

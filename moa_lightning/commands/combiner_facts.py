@@ -15,7 +15,17 @@ from moa_lightning.signals import GradientPlace, Signal
 from moa_lightning.types import State
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs" / "combiner"
-SECTIONS = ("Choose it when", "Cost", "Convergence", "Source", "Deviations")
+SECTIONS = (
+    "Formula",
+    "Symbols",
+    "Choose it when",
+    "Cost",
+    "Convergence",
+    "Source",
+    "Deviations",
+    "Missing score",
+    "Watch",
+)
 FAMILIES = {
     "Scores and advantages": "fixed weights, or none",
     "Gradients": "weights from the inner products of the objectives' gradients",
@@ -53,6 +63,20 @@ class Facts:
     needs: tuple[Signal, ...]
     combiner: Combiner | None  # with its default settings; None where it has settings without a default
     preset: str  # YAML
+    module: str  # dotted path of the file
+
+    @property
+    def test(self) -> str:
+        """Path of its tests; empty for a combiner of the user's own."""
+        stem = self.module.rpartition(".")[2]
+        return f"tests/combiners/test_{stem}.py" if self.module.startswith(f"{package.__name__}.") else ""
+
+    @property
+    def kl_charge(self) -> str:
+        """Where a KL penalty in the reward reaches what is trained on."""
+        if Signal.ADVANTAGES in self.needs:
+            return "in each advantage"
+        return "off the combined score" if self.combiner is None or self.combiner.charged_kl else "not at all"
 
     @property
     def state(self) -> State:
@@ -116,6 +140,7 @@ def facts(combiner: type[Combiner], class_path: str) -> Facts:
         needs=tuple(sorted(combiner.needs)),
         combiner=_by_default(combiner),
         preset=_preset(class_path),
+        module=combiner.__module__,
     )
 
 

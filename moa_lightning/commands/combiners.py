@@ -123,16 +123,19 @@ def index(known: Sequence[Facts]) -> str:
 
 
 def page(one: Facts) -> str:
-    """A combiner's page, as Markdown."""
-    lines = [f"# {one.name}", "", one.summary, ""]
-    for paragraph in one.body:
-        lines += [paragraph, ""]
-    for title, text in one.sections.items():
-        lines += [f"**{title}**{':' * (title != 'Choose it when')} {text}", ""]
-    lines += ["## What it reads and remembers", ""]
-    lines += [f"* reads **{need}**: {SIGNALS[need]}" for need in one.needs]
-    lines += [f"* remembers: {', '.join(one.remembered) or 'nothing'}"] if one.combiner else []
-    lines += [f"* extra backward passes: {one.extra_passes}", ""]
+    """A combiner's page, as Markdown: the same headings in the same order for each."""
+    told = {label: _sentence(text) for label, text in one.sections.items()}
+    symbols = one.sections.get("Symbols", "").removesuffix(".")
+    missing, deviations = one.sections.get("Missing score"), one.sections.get("Deviations")
+    lines = [f"# {one.name}", "", one.summary, "", *(text for paragraph in one.body for text in (paragraph, ""))]
+    lines += _section("Formula", told.get("Formula"))
+    lines += _section("Symbols", "\n".join(f"* {symbol}" for symbol in symbols.split("; ") if symbol))
+    lines += _section("When", told.get("Choose it when"))
+    lines += _section("Cost", told.get("Cost"))
+    lines += _section("What it reads and remembers", "\n".join(_memory(one)))
+    lines += _section("A response without a score", missing and f"The objective {missing}")
+    lines += _section("KL", f"The charge of `RewardKL` counts {one.kl_charge}.")
+    lines += _section("Convergence", told.get("Convergence"))
     if claimed := _claims(one):
         lines += ["## What it claims", "", "With its default settings; tested on every input of the contract.", ""]
         lines += [*(f"* **{claim}**: {MEANINGS[Claim(claim)]}" for claim in claimed), ""]
@@ -140,7 +143,27 @@ def page(one: Facts) -> str:
         lines += ["## Settings", "", "| setting | default | meaning |", "| --- | --- | --- |"]
         lines += [f"| `{s.name}` | `{s.default}` | {s.meaning} |" for s in one.settings]
         lines.append("")
-    return "\n".join([*lines, "## YAML", "", "```yaml", one.preset.rstrip(), "```", ""])
+    lines += ["## YAML", "", "```yaml", one.preset.rstrip(), "```", ""]
+    lines += _section("What to watch in the logs", told.get("Watch"))
+    lines += _section("Source", told.get("Source"), deviations and f"Deviations: {deviations}")
+    lines += _section("Code and test", f"Code: `{one.module}`", one.test and f"Test: `{one.test}`")
+    return "\n".join(lines)
+
+
+def _section(title: str, *paragraphs: str | None) -> list[str]:
+    """A heading and what is below it; nothing without text."""
+    shown = [text for text in paragraphs if text]
+    return [line for text in (f"## {title}", *shown) for line in (text, "")] if shown else []
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _memory(one: Facts) -> list[str]:
+    lines = [f"* reads **{need}**: {SIGNALS[need]}" for need in one.needs]
+    lines += [f"* remembers: {', '.join(one.remembered) or 'nothing'}"] if one.combiner else []
+    return [*lines, f"* extra backward passes: {one.extra_passes}"]
 
 
 def _claims(one: Facts) -> list[Claim]:

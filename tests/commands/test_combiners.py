@@ -13,7 +13,24 @@ from moa_lightning.signals import MEANINGS as SIGNALS
 from moa_lightning.signals import Signal
 from tests.cli.task import complaint, moa
 
+ROOT = Path(__file__).resolve().parents[2]
 KNOWN = every_combiner()
+HEADINGS = [  # of every page, in this order
+    "Formula",
+    "Symbols",
+    "When",
+    "Cost",
+    "What it reads and remembers",
+    "A response without a score",
+    "KL",
+    "Convergence",
+    "What it claims",
+    "Settings",
+    "YAML",
+    "What to watch in the logs",
+    "Source",
+    "Code and test",
+]
 OWN = '''
 from dataclasses import dataclass
 from moa_lightning.combiners import Linear
@@ -44,8 +61,14 @@ def test_a_page_has_every_section_and_its_yaml_names_the_combiner(one: Facts) ->
     required = set(SECTIONS) - {"Deviations"}  # some have none
     assert required <= set(one.sections)
     assert all(text.endswith(".") and len(text) > 5 for text in one.sections.values())
-    for title in one.sections:
-        assert f"**{title}**" in printed
+    assert re.findall(r"^## (.*)$", printed, re.MULTILINE) == HEADINGS
+    for title in one.sections.keys() - {"Symbols"}:
+        text = one.sections[title]
+        assert text in printed or text[0].upper() + text[1:] in printed
+    for symbol in one.sections["Symbols"].removesuffix(".").split("; "):
+        assert f"\n* {symbol}\n" in printed
+    assert one.test in printed
+    assert (ROOT / one.test).is_file()
     assert all(setting.meaning for setting in one.settings)
     assert "``" not in printed.replace("```", "")
     blocks = re.findall(r"```yaml\n(.*?)```", printed, re.DOTALL)
@@ -96,7 +119,7 @@ def test_a_page_of_your_own(
     monkeypatch.chdir(tmp_path)
     moa("combiners", "--name=my_combiner_of_the_test.Halved")
     printed = capsys.readouterr().out
-    assert printed.startswith("# Halved\n\nHalf of it.\n\n**Choose it when** never.")
+    assert printed.startswith("# Halved\n\nHalf of it.\n\n## When\n\nNever.\n")
     assert "| `share` | `0.5` | of what it would be. |" in printed
     assert "class_path: my_combiner_of_the_test.Halved" in printed
     for other in ("Bare", "Needing"):
