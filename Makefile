@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo '[2/3] installing $(TORCH)'
 	@$(PIP) '$(TORCH)'
 	@echo '[3/3] installing moa-lightning and its tools'
-	@$(PIP) -e '.[test,dev]'
+	@$(PIP) -e '.[test,dev,docs]'
 	@touch $@
 
 demo: install  ## Warm-start a small policy, align it with PAMA, print before and after.
@@ -59,8 +59,8 @@ bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes
 	@$(BIN)/python -m bench.sharding
 	@$(BIN)/python -m bench.generation
 
-docs: install  ## Write a page for each combiner and a table of all to docs/.
-	@$(BIN)/moa combiners --output=docs
+docs: install  ## Build the documentation site in site/; a warning is an error.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build
 
 # In an environment of its own, since its dependencies are not pinned here. Strict: what cannot be looked up is a failure.
 audit:  ## Look the pinned versions up among published advisories (needs a network).
@@ -69,4 +69,4 @@ audit:  ## Look the pinned versions up among published advisories (needs a netwo
 	@.cache/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:  ## Remove the environment, the caches and what was built (runs/ stays).
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

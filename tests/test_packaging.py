@@ -132,7 +132,7 @@ def test_image_installs_what_make_installs() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert "TORCH  := $(shell grep '^torch==' constraints.txt)" in makefile
     assert re.search(r"pip install .*-c constraints\.txt", makefile)
-    assert makefile.index("'$(TORCH)'\n") < makefile.index("-e '.[test,dev]'")
+    assert makefile.index("'$(TORCH)'\n") < makefile.index("-e '.[test,dev,docs]'")
 
 
 def test_image_copies_what_exists_and_runs_moa_without_privileges() -> None:

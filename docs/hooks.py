@@ -1,0 +1,94 @@
+"""Pages of the documentation site that are generated while it is built, so that nothing is written down twice.
+
+MkDocs calls the two functions that begin with ``on_``; :func:`generated` needs no MkDocs.
+"""
+
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Files of the repository that are pages as well, and those that they link to.
+PAGES = {
+    "PAPERS.md": "papers.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
+TABLE = re.compile("<!-- generated: (.*) -->")  # a table takes the place of this line
+
+
+def generated() -> dict[str, str]:
+    """Markdown of every generated page, by its path in the site."""
+    from moa_lightning.cli import COMMANDS
+    from moa_lightning.commands.combiner_facts import every_combiner
+    from moa_lightning.commands.combiners import index, page
+
+    known = every_combiner()
+    pages = {f"combiners/{one.name}.md": page(one) for one in known}
+    pages["combiners/index.md"] = index(known)
+    pages |= {f"reference/{command}.md": help_page(command) for command in COMMANDS}
+    return pages | {page: linked((ROOT / file).read_text(encoding="utf-8")) for file, page in PAGES.items()}
+
+
+def help_page(command: str) -> str:
+    """What ``moa COMMAND --help`` prints."""
+    from moa_lightning.cli import main
+
+    os.environ["COLUMNS"] = "100"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return f"# moa {command}\n\n```text\n{printed.getvalue().strip()}\n```\n"
+
+
+def linked(text: str) -> str:
+    """A file of the repository's top folder with its links as the site has them."""
+    for file, page in PAGES.items():
+        text = text.replace(f"]({file})", f"]({page})")
+    return text.replace("](README.md)", "](index.md)").replace("](docs/", "](")
+
+
+def tables() -> dict[str, str]:
+    """Tables inside written pages, by name."""
+    from moa_lightning.commands.combiner_facts import every_combiner
+
+    known = sorted(every_combiner(), key=lambda one: one.name.lower())
+    kl = {one.name: one.kl_charge for one in known}
+    missing = {one.name: one.sections["Missing score"] for one in known}
+    return {
+        "kl": _by_combiner("where the charge counts", kl),
+        "missing": _by_combiner("an objective without a score for a response", missing),
+    }
+
+
+def _by_combiner(title: str, texts: dict[str, str]) -> str:
+    rows = [f"| [`{name}`](combiners/{name}.md) | {text} |" for name, text in texts.items()]
+    return "\n".join([f"| combiner | {title} |", "| --- | --- |", *rows])
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables where the pages ask for them."""
+    return TABLE.sub(lambda found: tables()[found[1]], markdown)
+
+
+def on_config(config: Any) -> Any:
+    """Add the generated pages to the navigation."""
+    sections = {title: pages for section in config.nav for title, pages in section.items()}
+    names = list(generated())
+    sections["Combiners"] += [name for name in names if re.fullmatch(r"combiners/[A-Z]\w*\.md", name)]
+    commands = [name for name in names if name.startswith("reference/")]
+    sections["Reference"].insert(1, {"Options of each command": commands})
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages to the site."""
+    from mkdocs.structure.files import File
+
+    for name, text in generated().items():
+        files.append(File.generated(config, name, content=text))
+    return files
