@@ -25,6 +25,7 @@ META = "meta.pt"
 
 
 _UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError)
+_WEIGHTS = "state_dict."  # what the names of weights in a sharded checkpoint begin with
 _FORMER = "former"  # of a checkpoint that was put aside for the one that replaces it
 
 
@@ -216,7 +217,7 @@ def require_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
 def problem(path: Path) -> str | None:
     """Why a checkpoint is not valid; ``None`` if it is. Reads all of it.
 
-    The check sums that torch wrote must hold, and the weights must be finite (where it is a file).
+    The check sums that torch wrote must hold, and the weights must be finite.
     """
     try:
         found = [file.stat() for file in ([path, *path.iterdir()] if path.is_dir() else [path])]
@@ -228,9 +229,12 @@ def problem(path: Path) -> str | None:
 @lru_cache
 def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str | None:
     """Read once, as long as the files stay as they are."""
+    bad: list[str] = []
     try:
         if path.is_dir():
-            broken = _damaged(path / META) or _damaged_piece(path)
+            broken = _damaged(path / META)
+            if broken is None:
+                broken, bad = _check_shards(path)
         else:
             broken = _damaged(path)
     except ForeignContentError as error:
@@ -245,7 +249,7 @@ def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str 
         return f"it could run code, so it was not opened: {error}"
     except _UNREADABLE:
         return "it was not written by Lightning's Trainer"
-    if bad := [] if path.is_dir() else _non_finite(path):
+    if bad := bad or ([] if path.is_dir() else _non_finite(path)):
         return f"its weights are not finite ({some(bad)})"
     return None
 
@@ -262,13 +266,27 @@ def _damaged(file: Any) -> str | None:
         return archive.testzip()
 
 
-def _damaged_piece(folder: Path) -> str | None:
-    for name, offset, length in pieces_on_disk(folder):
-        with (folder / name).open("rb") as file:
+def _check_shards(folder: Path) -> tuple[str | None, list[str]]:
+    """The first file with a damaged shard, and the weights that are NaN or infinite. Each shard is read once.
+
+    Raises:
+        ForeignContentError: a weight's shard holds something else.
+    """
+    bad = []
+    for name, file_name, offset, length in pieces_on_disk(folder):
+        with (folder / file_name).open("rb") as file:
             file.seek(offset)
-            if _damaged(BytesIO(file.read(length))) is not None:
-                return name
-    return None
+            content = BytesIO(file.read(length))
+        if _damaged(content) is not None:
+            return file_name, []
+        if name.startswith(_WEIGHTS):
+            content.seek(0)
+            try:
+                shard = torch.load(content, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise ForeignContentError(f"'{name}' is more than a tensor") from error
+            bad += names_of_non_finite({name.removeprefix(_WEIGHTS): shard}) if isinstance(shard, torch.Tensor) else []
+    return None, list(dict.fromkeys(bad))
 
 
 def steps_of(path: Path) -> int | None:

@@ -269,10 +269,10 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(other)
 
 
-def pieces_on_disk(folder: Path) -> list[tuple[str, int, int]]:
-    """File, offset and length of each piece of a checkpoint that PyTorch's distributed checkpoints wrote."""
+def pieces_on_disk(folder: Path) -> list[tuple[str, str, int, int]]:
+    """Name, file, offset and length of each shard of a checkpoint that PyTorch's distributed checkpoints wrote."""
     stored = ShardReader(folder).read_metadata().storage_data
-    return [(piece.relative_path, piece.offset, piece.length) for piece in stored.values()]
+    return [(index.fqn, piece.relative_path, piece.offset, piece.length) for index, piece in stored.items()]
 
 
 def shapes_on_disk(folder: Path, part: str) -> dict[str, torch.Size]:

@@ -20,6 +20,7 @@ from moa_lightning.non_finite import NonFiniteError, names_of_non_finite
 from moa_lightning.rewards import Length, Objective
 from moa_lightning.sources import GAE, Rollout
 from tests.test_module import folder, module, objectives, run  # noqa: F401  # folder is a fixture
+from tests.test_payloads import written
 
 
 class Break(Callback):
@@ -173,6 +174,20 @@ def test_what_an_earlier_version_wrote_is_left_out(tmp_path):
         torch.save(content, tmp_path / f"{step}.ckpt")
     with pytest.warns(UserWarning, match=r"2.ckpt is left out: its weights are not finite \(weight\)"):
         assert newest_whole(tmp_path) == tmp_path / "1.ckpt"
+
+
+def test_a_sharded_one_is_left_out_too(tmp_path):
+    """Its shards are looked at one by one. The optimiser's are not: from those a run recovers, or stops by itself."""
+    for step, value in ((1, 0.0), (2, math.nan), (3, math.inf)):
+        content = {
+            "state_dict": {"policy.a": torch.ones(3, dtype=torch.bfloat16), "policy.b": torch.tensor([1.0, value])},
+            "optimizer_0": {"state": {"policy.a": {"exp_avg": torch.full((3,), math.nan)}}},
+        }
+        written(tmp_path / f"{step}.ckpt", content)
+        torch.save({"global_step": step}, tmp_path / f"{step}.ckpt" / "meta.pt")
+    with pytest.warns(UserWarning, match=r"ckpt is left out: its weights are not finite \(policy.b\)") as told:
+        assert newest_whole(tmp_path) == tmp_path / "1.ckpt"
+    assert len(told) == 2
 
 
 def test_a_policy_that_is_not_finite_is_not_exported(tmp_path, folder):  # noqa: F811
