@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, log_everywhere, step_of
 from moa_lightning.callbacks.rewards import combiner_report
@@ -34,7 +35,9 @@ class Constraints(EvaluationCallback):
     A mean that reaches its threshold is no proof: the best of many evaluations lies too high. The closing table says
     ``met`` only where the whole 95 % interval lies above. Where thresholds have changed since (adaptive ones, or a run
     resumed with others), its means are judged again by the present thresholds before the comparison. An evaluation
-    that was not kept stays lost.
+    that was not kept stays lost. Shares count from the resume on where the run is resumed with other thresholds. Where
+    values follow from raw scores in another way than in the checkpoint (scale, shift or clip), shares and the best
+    start afresh.
 
     Args:
         save_best: keep the best checkpoint.
@@ -47,6 +50,16 @@ class Constraints(EvaluationCallback):
         self._held: list[dict[str, Any]] = []  # by evaluation: step, and by threshold whether it held
         self._duals: list[dict[str, float]] = []  # by collected batch
         self._improved = False
+        self._transforms: dict[str, str] = {}  # how values follow from raw scores, in words; empty where they are these
+        self._resumed_from: dict[str, float] | None = None  # thresholds of the checkpoint, until they are compared
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the thresholds with those of a checkpoint, before the combiner moves its own."""
+        self._count_afresh_under_other_thresholds(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the thresholds with those of a checkpoint, before the combiner moves its own."""
+        self._count_afresh_under_other_thresholds(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Minibatch, batch_idx: int
@@ -72,6 +85,7 @@ class Constraints(EvaluationCallback):
         if scored.isdisjoint(thresholds):
             return
         step, primary = step_of(trainer, pl_module), _primary(pl_module)
+        self._use_unit({name: s.transform for name, s in statistics.items()}, {primary, *thresholds})
         self.best = _judged_again(self.best, thresholds, primary)
         held = {name: _upper(statistics[name]) >= b for name, b in thresholds.items() if name in scored}
         # The last step may be evaluated twice, inside the run and after it: that is one evaluation.
@@ -106,6 +120,23 @@ class Constraints(EvaluationCallback):
             "best": self.best,
         }
 
+    def _count_afresh_under_other_thresholds(self, pl_module: LightningModule) -> None:
+        """Shares are of one set of thresholds; those that adapt are in the checkpoint, and are no others for it."""
+        if self._resumed_from is not None and self._resumed_from != thresholds_by_unit(pl_module)[0]:
+            self._held = []
+        self._resumed_from = None
+
+    def _use_unit(self, transforms: dict[str, str], names: set[str]) -> None:
+        """Forget what was measured in another unit; ``names`` are the objectives that count."""
+        before = self._transforms
+        if any(before.get(name, words) != words for name, words in transforms.items() if name in names):
+            rank_zero_warn(
+                "values follow from raw scores in another way than in the checkpoint: its best evaluation is no longer "
+                "compared with, and shares of held thresholds count from here"
+            )
+            self.best, self._held = None, []
+        self._transforms = transforms
+
     def _rank(self, step: int, statistics: dict[str, Statistics], thresholds: dict[str, float], primary: str) -> None:
         scored = {name: s for name, s in statistics.items() if s.count}
         now = _judged(
@@ -123,13 +154,18 @@ class Constraints(EvaluationCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        return {"best": self.best, "held": self._held, "duals": self._duals}
+        return {"best": self.best, "held": self._held, "duals": self._duals, "transforms": self._transforms}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the thresholds in force."""
+        checkpoint["callbacks"][self.state_key]["thresholds"] = thresholds_by_unit(pl_module)[0]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from there."""
         self.best, self._held, self._duals = state_dict["best"], state_dict["held"], state_dict["duals"]
         if self.best is not None and "thresholds" not in self.best:  # an old checkpoint: nobody knows what judged it
             self.best = None
+        self._transforms, self._resumed_from = state_dict.get("transforms", {}), state_dict.get("thresholds")
 
 
 def _judged(entry: dict[str, Any], thresholds: dict[str, float], primary: str) -> dict[str, Any]:

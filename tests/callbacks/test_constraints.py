@@ -178,6 +178,72 @@ def test_a_run_resumed_without_thresholds_forgets_them(tmp_path):
     assert resumed.report() == {}
 
 
+def saved(folder, module, **options):
+    """A checkpoint after all of a module's evaluations."""
+    running = trainer(folder, Constraints(**options), max_steps=len(module.evaluations) - 1)
+    running.fit(module)
+    running.save_checkpoint(folder / "half.ckpt")
+    return folder / "half.ckpt"
+
+
+def continued(folder, checkpoint, module):
+    constraints, done = Constraints(), torch.load(checkpoint, weights_only=True)["global_step"]
+    del module.evaluations[0]  # a resumed run has none before its first step
+    running = trainer(folder, constraints, max_steps=done + len(module.evaluations), enable_checkpointing=True)
+    running.fit(module, ckpt_path=checkpoint, weights_only=True)
+    return constraints.report()
+
+
+def test_shares_count_afresh_under_other_thresholds(tmp_path):
+    checkpoint = saved(tmp_path, Moving())
+    more = [(1.0, 1.1), (1.0, 1.1)]
+    same = continued(tmp_path / "same", checkpoint, Moving(more))
+    assert (same["thresholds_held_of"], same["thresholds_held"]) == (4, {"short": 3 / 4})  # of eight evaluations
+    other = continued(tmp_path / "other", checkpoint, Moving(more, (torch.nan, 2.0)))
+    assert (other["thresholds_held_of"], other["thresholds_held"]) == (1, {"short": 0.0})
+    added = continued(tmp_path / "added", checkpoint, Moving(more, (0.5, 1.0)))
+    assert (added["thresholds_held_of"], added["thresholds_held"]) == (1, {"good": 1.0, "short": 1.0})
+
+
+def test_thresholds_that_adapt_do_not_start_the_shares_afresh(tmp_path):
+    """They are those of the checkpoint when a run resumes, and move before its first evaluation."""
+
+    class Adapting(Moving):
+        def remember(self, dual):
+            self.thresholds = (torch.nan, 1.0 + self.begins_at + dual / 100)
+            super().remember(dual)
+
+        begins_at = 0.0
+
+    class Resumed(Adapting):
+        begins_at = 0.05  # of the last update before
+
+    checkpoint = saved(tmp_path, Adapting())
+    report = continued(tmp_path / "resumed", checkpoint, Resumed([(1.0, 1.5), (1.0, 1.5)]))
+    assert report["thresholds_held_of"] == 4
+
+
+def scaled(scale, means=MEANS):
+    """The same raw scores with another unit of the second objective."""
+    module = Moving(means)
+    raw = [around(*point) for point in (BEFORE, *means)]
+    module.evaluations = [evaluation(raw_BN, scales=[1.0, scale]) for raw_BN in raw]
+    return module
+
+
+def test_what_was_measured_in_another_unit_is_forgotten(tmp_path):
+    checkpoint = saved(tmp_path, scaled(1.0))
+    assert torch.load(checkpoint, weights_only=True)["callbacks"]["Constraints"]["best"]["step"] == 4
+    more = [(1.5, 1.1), (1.0, 1.2)]  # feasible, and less good than what the checkpoint has
+    assert continued(tmp_path / "same", checkpoint, scaled(1.0, more))["best"]["step"] == 4
+    with pytest.warns(
+        UserWarning, match="values follow from raw scores in another way .* best evaluation is no longer"
+    ):
+        report = continued(tmp_path / "scaled", checkpoint, scaled(2.0, more))
+    assert (report["best"]["step"], report["thresholds_held_of"]) == (7, 1)
+    assert saved_step(tmp_path / "scaled") == 7
+
+
 def test_it_is_in_the_summary(tmp_path):
     found = run(tmp_path, Moving(), RunFiles(save_policy=False)).report()
     summary = json.loads((tmp_path / "summary.json").read_text())
