@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moa_lightning.console import launched_as, speaks
 from moa_lightning.errors import UserError
+from moa_lightning.utils.console import launched_as, speaks
 
 PACKAGE = Path(__file__).resolve().parent
 

@@ -13,14 +13,14 @@ from moa_lightning import combiners
 from moa_lightning.callbacks import ObjectiveMetrics
 from moa_lightning.cli import main
 from moa_lightning.combiners import GDPO, MODPO, PAMA, PGAPO, Linear, Tchebycheff
-from moa_lightning.combiners.weighted import FirstWeights, Weighted
+from moa_lightning.combiners.shared.weighted import FirstWeights, Weighted
 from moa_lightning.losses import ClippedSurrogate
-from moa_lightning.progress import ScheduledWeights
 from moa_lightning.rewards import Length, Objective, RewardPanel
 from moa_lightning.schedules import ConstantWeight, LinearWeight, PiecewiseWeight
 from moa_lightning.sources import GroupRelative, Rollout
-from tests import pairs, tiny
-from tests.test_matrix import Films, FunctionReward, goodness
+from moa_lightning.training.scheduled_weights import ScheduledWeights
+from tests.end_to_end.test_matrix import Films, FunctionReward, goodness
+from tests.helpers import pairs, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FADING = LinearWeight(1.0, 0.2)

@@ -4,15 +4,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moa_lightning.commands.closing import tell
-from moa_lightning.console import one_thread
+from moa_lightning.commands.fit.summary import tell
+from moa_lightning.utils.console import one_thread
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def demo(args: list[str]) -> None:
     """Warm-start the embedded policy, align it, print before and after; ``args`` are further options of ``moa fit``."""
-    from moa_lightning.commands.lightning import AlignmentCLI
+    from moa_lightning.commands.fit.cli import AlignmentCLI
 
     console = Console()
     console.print(

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from moa_lightning.console import one_thread
 from moa_lightning.data.base import PromptData, Row, Stage
 from moa_lightning.errors import UserError
+from moa_lightning.utils.console import one_thread
 
 _SUBJECTS = ("film", "movie", "drama", "comedy", "thriller", "western", "sequel", "documentary", "musical", "remake")
 _KINDS = ("new", "old", "french", "latest", "first", "silent", "short", "famous")
@@ -221,8 +221,8 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from moa_lightning.stages.fitting import Fitting
-    from moa_lightning.stages.folders import whole_folder
     from moa_lightning.stages.supervised import NewModel, build_model, encode, train
+    from moa_lightning.utils.atomic_folder import whole_folder
 
     rank_zero_only(print)(f"warm start: teaching a small policy to write film reviews (kept in {folder})")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))

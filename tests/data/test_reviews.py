@@ -18,7 +18,7 @@ from moa_lightning.data.reviews import (
     warm_start,
     write_review,
 )
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_module import module, trainer
 
 
