@@ -19,8 +19,8 @@ from moa_lightning.sources import GAE, Rollout
 from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_whole
 from moa_lightning.training.finite_updates import NonFiniteLossError, require_finite_gradients
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite
+from tests.end_to_end.test_payloads import written
 from tests.test_module import folder, module, objectives, run  # noqa: F401  # folder is a fixture
-from tests.test_payloads import written
 
 
 class Break(Callback):
