@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers import pairs, tiny
+from tests import pairs, tiny
 
 LABEL = {"class_path": "FromLabels"}
 

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from tests.cli import task as names
 from tests.cli.task import Task, changed, complaint, moa
 
 REWARD = f"{names.__name__}.{{}}"
-EXPORTED = {name: getattr(combiners, name) for name in combiners.__all__}
-COMBINERS = ", ".join(sorted(n for n, c in EXPORTED.items() if issubclass(c, combiners.Combiner) and not isabstract(c)))
+COMBINERS = ", ".join(
+    sorted(n for n in combiners.__all__ if issubclass(getattr(combiners, n), combiners.Combiner) and n != "Combiner")
+)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""What the combiners cost, one by one and in a whole step."""

@@ -1,1 +1,0 @@
-"""Where each combiner ends on toy problems with known fronts."""

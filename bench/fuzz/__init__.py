@@ -1,1 +1,0 @@
-"""Wrong and right input of every kind, and what becomes of it."""

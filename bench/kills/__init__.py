@@ -1,1 +1,0 @@
-"""Runs that are killed and resumed, beside ones that were not."""

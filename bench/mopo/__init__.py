@@ -1,1 +1,0 @@
-"""MOPO against exact solutions, noisy and missing labels, and its cost."""

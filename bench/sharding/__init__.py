@@ -1,1 +1,0 @@
-"""Memory and sampling of sharded policies."""

@@ -1,1 +1,0 @@
-"""The commands of LightningCLI: ``moa fit``, ``validate``, ``test`` and ``predict``."""

@@ -1,1 +1,0 @@
-"""What surrounds the training step: checks, checkpoints, resuming, strategies."""
