@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from moa_lightning.checkpoints import by_steps, steps_of
 from moa_lightning.distributed import all_objects
@@ -54,6 +55,17 @@ class RunCheckpoint(ModelCheckpoint):
                 "kth_value": best.get(worst, self.kth_value),
             }
         )
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save it, if it is among the best; if not, have Lightning write ``last.ckpt`` all the same.
+
+        Lightning writes ``last.ckpt`` only where it has just saved one of the best. With ``monitor`` it went stale, and
+        with ``save_top_k=0`` it appeared at the end alone.
+        """
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._last_global_step_saved = trainer.global_step  # what Lightning asks before it writes last.ckpt
+            self._last_checkpoint_saved = ""  # or save_last="link" would link to the one saved before
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``last.ckpt`` where a kill fell between the two files of the last step, and no step was left to do."""

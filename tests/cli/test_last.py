@@ -1,10 +1,12 @@
 """``last.ckpt`` is the last one, and one rule says which checkpoint is the newest, wherever a run lies."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moa_lightning.checkpoints import by_steps, newest_whole, steps_of
 from moa_lightning.run_checkpoint import RunCheckpoint
@@ -90,6 +92,40 @@ def test_a_kill_between_the_two_files_of_the_last_step(task: Task) -> None:
     again = torch.load(checkpoints / "last.ckpt", weights_only=True)
     torch.testing.assert_close(again["state_dict"], end["state_dict"], rtol=0, atol=0)
     torch.testing.assert_close(again["optimizer_states"], end["optimizer_states"], rtol=0, atol=0)
+
+
+class Falling(Callback):
+    """A metric that is best at the first evaluation, of step 1."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("falling", -float(trainer.global_step or 9))
+
+
+BEST_OF = {"monitor": "falling", "mode": "max"}
+SAVE_POINTS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "the best": (BEST_OF, {"step-1.ckpt"}),
+    "a link to the best": (BEST_OF | {"save_last": "link"}, {"step-1.ckpt"}),
+    "every step": (BEST_OF | {"every_n_train_steps": 1}, {"step-1.ckpt"}),
+    "none": ({"save_top_k": 0}, set()),
+}
+
+
+@pytest.mark.parametrize(("checkpoint", "others"), SAVE_POINTS.values(), ids=SAVE_POINTS)
+def test_last_follows_each_save_point(
+    task: Task, checkpoint: dict[str, Any], others: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the evaluation is not among the best, of which Lightning keeps no checkpoint."""
+    settings = task.settings()
+    settings["checkpoint"] = checkpoint
+    settings["trainer"] |= {"callbacks": [{"class_path": f"{__name__}.Falling"}], "max_steps": 3}
+    task.config.write_text(yaml.safe_dump(settings))
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(SystemExit):
+            moa("fit", "--config", task.config)
+    assert files(task.root / "checkpoints") == {"last.ckpt": 2} | dict.fromkeys(others, 1)
+    moa("fit", "--config", task.config, "--ckpt_path=last")
+    assert files(task.root / "checkpoints") == {"last.ckpt": 3} | dict.fromkeys(others, 1)
 
 
 def test_the_newest_by_steps(tmp_path: Path) -> None:
