@@ -77,13 +77,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove it at once: what is half removed is not where checkpoints are looked for."""
-        if "://" in str(path) or not Path(path).is_dir():
+        if "://" in str(path):
             super().remove_checkpoint(path)
             return
         hidden = _beside(Path(path), "removed")
         _remove(hidden)  # the half of one that a run left that was killed while it removed it
-        os.replace(path, hidden)
-        _remove(hidden)
+        if Path(path).is_dir():
+            os.replace(path, hidden)
+            _remove(hidden)
+        else:
+            super().remove_checkpoint(path)
 
 
 class Replacement:

@@ -23,12 +23,26 @@ class RunCheckpoint(ModelCheckpoint):
     Lightning compares the folder with the one that a checkpoint names, letter by letter. After a move, or under another
     spelling, it forgot the best ones and wrote ``last-v1.ckpt`` beside a ``last.ckpt`` that went stale. Here a resumed
     run knows its files by their names in the folder, and replaces what it writes again.
+
+    Lightning writes a checkpoint before it removes the one that it replaces. A kill between the two left both for good.
+    Here the new one names the other, and a run that resumes from it removes that.
     """
+
+    _written: frozenset[str] = frozenset()  # by this run, and not removed since
+    _superseded: frozenset[str] = frozenset()  # what the run that is resumed was about to remove
 
     @property
     def state_key(self) -> str:
         """Lightning's own, under which earlier checkpoints have it."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the files that will be removed once this checkpoint is on the disk."""
+        keeps_all = self.save_top_k == -1
+        return {**super().state_dict(), "superseded": [] if keeps_all else sorted(self._written - self._kept())}
+
+    def _kept(self) -> frozenset[str]:
+        return frozenset({self.best_model_path, self.last_model_path, *self.best_k_models} - {""})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore, with the paths of the present folder; files that are gone are forgotten."""
@@ -55,6 +69,29 @@ class RunCheckpoint(ModelCheckpoint):
                 "kth_value": best.get(worst, self.kth_value),
             }
         )
+        self._written = self._kept()
+        superseded = {moved(path) for path in state_dict.get("superseded", [])} - self._kept()
+        self._superseded = frozenset(path for path in superseded if Path(path).parent == now)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what the run was about to remove when it was killed; the checkpoint that it resumes from is newer."""
+        for path in sorted(self._superseded):
+            self._remove_checkpoint(trainer, path)
+        self._superseded = frozenset()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._written |= {filepath}
+        super()._save_checkpoint(trainer, filepath)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        self._written -= {filepath}
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Lightning keeps what a run resumed from; here a resumed run ends with the files of an unbroken one."""
+        if self.dirpath is None or "://" in str(self.dirpath):
+            return bool(super()._should_remove_checkpoint(trainer, previous, current))
+        return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Save it, if it is among the best; if not, have Lightning write ``last.ckpt`` all the same.
@@ -68,15 +105,17 @@ class RunCheckpoint(ModelCheckpoint):
             self._last_checkpoint_saved = ""  # or save_last="link" would link to the one saved before
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``last.ckpt`` where a kill fell between the two files of the last step, and no step was left to do."""
+        """Write what is missing where a kill fell between the files of the last step, and no step was left to do."""
         super().on_fit_end(trainer, pl_module)
-        if not self.save_last or trainer.ckpt_path is None or self.dirpath is None or "://" in str(self.dirpath):
+        if trainer.ckpt_path is None or self.dirpath is None or "://" in str(self.dirpath):
             return
         last = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        newest = next(iter(by_steps(last.parent)), last)
-        stale = steps_of(newest) == trainer.global_step and newest != last
-        stale = stale and not (last.exists() and steps_of(last) == trainer.global_step)
-        if all_objects(stale)[0]:  # what the main process found
+        there = {path for path in by_steps(last.parent) if steps_of(path) == trainer.global_step}
+        # Another callback writes its checkpoint of an evaluation just before this one's turn.
+        turn, stale = all_objects((there and not there & set(map(Path, self._kept())), there and last not in there))[0]
+        if turn:
+            super().on_validation_end(trainer, pl_module)
+        elif stale and self.save_last:
             self.last_model_path = str(last)
             self._save_checkpoint(trainer, str(last))
 

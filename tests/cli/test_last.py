@@ -1,5 +1,6 @@
 """``last.ckpt`` is the last one, and one rule says which checkpoint is the newest, wherever a run lies."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,52 @@ def test_a_kill_between_the_two_files_of_the_last_step(task: Task) -> None:
     again = torch.load(checkpoints / "last.ckpt", weights_only=True)
     torch.testing.assert_close(again["state_dict"], end["state_dict"], rtol=0, atol=0)
     torch.testing.assert_close(again["optimizer_states"], end["optimizer_states"], rtol=0, atol=0)
+
+
+class Killed(BaseException):
+    """Nothing of the run's own runs after it."""
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"monitor": "falling", "mode": "min"}], ids=["the newest", "the best"])
+def test_a_kill_between_the_new_checkpoint_and_the_removal_of_the_old_one(
+    task: Task, checkpoint: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that resumes leaves the files of an unbroken one, and a copy that the user made."""
+    settings = task.settings()
+    settings["checkpoint"] = checkpoint
+    settings["trainer"] |= {"callbacks": [{"class_path": f"{__name__}.Falling"}], "max_steps": 3}
+    task.config.write_text(yaml.safe_dump(settings))
+    checkpoints = task.root / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "_remove_checkpoint", killed)
+        with pytest.raises(Killed):
+            moa("fit", "--config", task.config)
+    assert files(checkpoints) == {"step-1.ckpt": 1, "last.ckpt": 1, "step-2.ckpt": 2}
+    shutil.copy(checkpoints / "step-1.ckpt", checkpoints / "step-1-of-mine.ckpt")
+    moa("fit", "--config", task.config, "--ckpt_path=last", "--trainer.max_steps=2")  # has no step left to do
+    assert files(checkpoints) == {"step-1-of-mine.ckpt": 1, "last.ckpt": 2, "step-2.ckpt": 2}
+    moa("fit", "--config", task.config, "--ckpt_path=last")
+    assert files(checkpoints) == {"step-1-of-mine.ckpt": 1, "last.ckpt": 3, "step-3.ckpt": 3}
+
+
+def killed(*_: Any) -> None:
+    raise Killed
+
+
+def test_a_kill_between_the_best_checkpoint_of_the_last_step_and_the_others(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = task.settings()
+    settings["model"]["combiner"] = {"class_path": "Lagrangian", "init_args": {"thresholds": {"short": -9.0}}}
+    settings["trainer"]["val_check_interval"] = 2
+    task.config.write_text(yaml.safe_dump(settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "on_validation_end", lambda self, trainer, _: trainer.global_step and killed())
+        with pytest.raises(Killed):
+            moa("fit", "--config", task.config)
+    assert files(task.root / "checkpoints") == {"best.ckpt": 2}
+    moa("fit", "--config", task.config, "--ckpt_path=last")
+    assert files(task.root / "checkpoints") == {"best.ckpt": 2, "last.ckpt": 2, "step-2.ckpt": 2}
 
 
 class Falling(Callback):
