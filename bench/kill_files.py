@@ -11,7 +11,7 @@ a checkpoint by step, ``last.ckpt``, ``best.ckpt``, ``metrics.csv``, ``samples.j
 
 * every file of ``policy/`` and ``front.csv`` are the same to the byte,
 * weights, optimiser, combiner and KL state in ``last.ckpt`` and ``best.ckpt`` are the same to the bit, and the folder
-  holds the same files (and the checkpoint that the run resumed from, which Lightning keeps),
+  holds the same files,
 * ``metrics.csv`` says for each step all that the unbroken run says (seconds and speeds aside), and ``samples.jsonl``
   has every line of it. Neither says anything else; a step may stand twice, as the run did it twice.
 
@@ -40,7 +40,6 @@ import yaml
 
 from bench.fuzz import make, preferences, rollouts
 from bench.kill_writes import TARGETS, WHEN, Death, Writes
-from moa_lightning.checkpoints import newest_whole
 
 SPEEDS = ("seconds", "per_second", "throughput/")  # in the names of metrics that no two runs share
 MOMENT = "a moment"
@@ -148,13 +147,12 @@ def operations(root: Path) -> list[str]:
     return [line.split(" ", 1)[1] for line in root.with_suffix(".writes").read_text().splitlines()]
 
 
-def differences(root: Path, whole: Path, resumed: Path | None) -> list[str]:
+def differences(root: Path, whole: Path) -> list[str]:
     """How a run's end differs from that of the one that nobody killed; empty where it does not.
 
     Args:
         root: the run.
         whole: the one that nobody killed.
-        resumed: the checkpoint that the run resumed from, which Lightning never removes.
     """
     found = []
     if _files(root / "policy") != _files(whole / "policy"):
@@ -166,8 +164,7 @@ def differences(root: Path, whole: Path, resumed: Path | None) -> list[str]:
             found.append(f"no {name}")
         elif unequal := _unequal(_state(root / "checkpoints" / name), _state(whole / "checkpoints" / name)):
             found.append(f"{name}: {len(unequal)} values, such as {', '.join(unequal[-3:])}")
-    kept = set() if resumed is None else {str(resumed.relative_to(root))}
-    if unlike := (_names(root) ^ _names(whole)) - kept:
+    if unlike := _names(root) ^ _names(whole):
         found.append(f"files {sorted(unlike)}")
     rows, expected = _metrics(root), _metrics(whole)
     found += [f"metrics.csv: lost {cell}" for cell in sorted(expected - rows)[:3]]
@@ -271,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shared.mkdir(parents=True, exist_ok=True)
         if fork(lambda: make(shared), shared / "make.log") != 0:
             raise SystemExit((shared / "make.log").read_text()[-2000:])
-        kinds, draw, wholes = [kind for kind in KINDS if options.only in str(kind)], random.Random(options.seed), {}
+        kinds, draw = [kind for kind in KINDS if options.only in str(kind)], random.Random(options.seed)
+        wholes: dict[Kind, Whole] = {}
         aims, alike = (*TARGETS, MOMENT), 0
         print(f"{'kill':>4}  {'run':<28}{'aimed at':<15}{'when':<8}ends alike", flush=True)
         for number in range(options.kills):
@@ -290,9 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 code = run(command, root, Death(place, when, draw.random()))
                 if code != -signal.SIGKILL:
                     raise SystemExit(f"the run in {root} was not killed where it should be; it ended with {code}")
-            resumed = newest_whole(root / "checkpoints")
             code = run(command, root)
-            found = differences(root, whole.root, resumed) if code == 0 else [f"exit code {code}, see {root}.log"]
+            found = differences(root, whole.root) if code == 0 else [f"exit code {code}, see {root}.log"]
             alike += not found
             print(f"{number + 1:4}  {kind!s:<28}{aim:<15}{when:<8}{'yes' if not found else 'NO'}", flush=True)
             for line in found:
