@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -e '.[test,dev,docs]'
 	@touch $@
 
-demo: install  ## Align a small policy in five ways: one table, and the picture runs/demo/front.png.
+demo: install  ## Warm-start a small policy, align it with PAMA, print before and after.
 	@$(BIN)/moa demo
 
 test: lint  ## Check style, types and imports, then run all tests.
@@ -41,13 +41,13 @@ format: install  ## Format the code and mend what ruff can mend.
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format .
 
 bench: install  ## Time the combiners: one solve of each, over N objectives and policy sizes.
-	@$(BIN)/python -m bench.combine
+	@$(BIN)/python -m bench.combiners.combine
 
 bench-constrained: install  ## Where constrained training ends beside the best fixed weight; 25 runs of about 3 minutes, kept in runs/constrained.
 	@$(BIN)/python -m bench.constrained --keep runs/constrained
 
 bench-family: install  ## Every combiner: what it adds to a step, and where it ends on toy problems with known fronts.
-	@$(BIN)/python -m bench.family
+	@$(BIN)/python -m bench.combiners.family
 	@$(BIN)/python -m bench.fronts
 
 bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; noisy and missing labels; the cost of its dual step.
@@ -57,7 +57,7 @@ bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; 
 
 bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes, without a GPU; the cost of sampling in pieces.
 	@$(BIN)/python -m bench.sharding
-	@$(BIN)/python -m bench.generation
+	@$(BIN)/python -m bench.sharding.generation
 
 docs: install  ## Build the documentation site in site/; a warning is an error.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build

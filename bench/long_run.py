@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bench.fuzz import make, rollouts
+from bench.fuzz.run import make, rollouts
 
 POINTS = 10
 

@@ -17,8 +17,8 @@ from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
 from moa_lightning.callbacks.writing import Writing
 from moa_lightning.distributed import together
-from moa_lightning.random_streams import run_seed
 from moa_lightning.types import Evaluation
+from moa_lightning.utils.random_state import run_seed
 
 Mean = dict[str, Any]
 """Of one objective in one evaluation: ``mean``, ``std_error``, ``raw_mean``, ``raw_std_error``, ``transform``.

@@ -24,8 +24,8 @@ TABLE = re.compile("<!-- generated: (.*) -->")  # a table takes the place of thi
 def generated() -> dict[str, str]:
     """Markdown of every generated page, by its path in the site."""
     from moa_lightning.cli import COMMANDS
-    from moa_lightning.commands.combiner_facts import every_combiner
     from moa_lightning.commands.combiners import index, page
+    from moa_lightning.commands.combiners.facts import every_combiner
 
     known = every_combiner()
     pages = {f"combiners/{one.name}.md": page(one) for one in known}
@@ -54,7 +54,7 @@ def linked(text: str) -> str:
 
 def tables() -> dict[str, str]:
     """Tables inside written pages, by name."""
-    from moa_lightning.commands.combiner_facts import every_combiner
+    from moa_lightning.commands.combiners.facts import every_combiner
 
     known = sorted(every_combiner(), key=lambda one: one.name.lower())
     kl = {one.name: one.kl_charge for one in known}

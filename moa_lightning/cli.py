@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moa_lightning.console import launched_as, speaks
 from moa_lightning.errors import UserError
+from moa_lightning.utils.console import launched_as, speaks
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -28,7 +28,7 @@ COMMANDS = {
     "compare": "put the objectives and thresholds of several runs side by side",
     "combiners": "compare the ways N objectives become one, or print the page of one",
     "export": "write a run's policy as a plain Hugging Face folder",
-    "demo": "the embedded task: several methods, one table, one picture",
+    "demo": "the embedded task: warm start, PAMA, before/after table",
 }
 
 _SECONDS_TO_BE_SECOND = 3

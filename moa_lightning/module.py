@@ -16,25 +16,30 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from moa_lightning import compatibility
-from moa_lightning.agreement import in_agreement
 from moa_lightning.chat import end_tokens
 from moa_lightning.combiners import PAMA, Combiner
 from moa_lightning.distributed import all_sum
 from moa_lightning.errors import UserError
-from moa_lightning.finite import require_finite, require_finite_gradients, require_finite_weights, told_with_the_step
 from moa_lightning.losses import KLPenalty, PolicyLoss, RewardKL
 from moa_lightning.losses.base import with_values_in_graph
 from moa_lightning.models import AdapterOff, Encoder, FrozenCopy, Policy, PolicyConfig, Reference, ValueHeads
 from moa_lightning.models.loading import load_config, load_tokenizer
-from moa_lightning.progress import ScheduledWeights
-from moa_lightning.random_streams import run_seed
-from moa_lightning.resumption import OptimizerSettings, ResumedModule
 from moa_lightning.rewards import Objective, RewardPanel
 from moa_lightning.sources import Actors, ExperienceLoader, Rollout, Source
 from moa_lightning.sources.prompt_loader import PromptLoader
-from moa_lightning.strategies import load, place
+from moa_lightning.training import compatibility
+from moa_lightning.training.agreement import in_agreement
+from moa_lightning.training.finite_updates import (
+    require_finite,
+    require_finite_gradients,
+    require_finite_weights,
+    told_with_the_step,
+)
+from moa_lightning.training.resumption import OptimizerSettings, ResumedModule
+from moa_lightning.training.scheduled_weights import ScheduledWeights
+from moa_lightning.training.strategies import load, place
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
+from moa_lightning.utils.random_state import run_seed
 
 Row = dict[str, Any]
 

@@ -7,10 +7,10 @@ from transformers import GenerationConfig
 
 from bench.peers.chat_dpo import TEMPLATES, chat_tokenizer
 from moa_lightning.chat import TemplateError, answer_turn, closed_answer, end_tokens, render
-from moa_lightning.commands.exporting import write_generation
+from moa_lightning.commands.export.policy_folder import write_generation
 from moa_lightning.models import Encoder
 from moa_lightning.stages.supervised import encode
-from tests import tiny
+from tests.helpers import tiny
 
 ASKED = [{"role": "user", "content": "the film was"}]
 WITHOUT_END = {

@@ -43,7 +43,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_a_defect_keeps_its_traceback_and_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moa_lightning.commands.combiners.combiners", 3)  # so that our own code fails
+    monkeypatch.setattr("moa_lightning.commands.combiners.pages.combiners", 3)  # so that our own code fails
     with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is, it is no exit
         main(["combiners"])
     assert not isinstance(caught.value, UserError)

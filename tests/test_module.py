@@ -10,13 +10,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from moa_lightning.combiners import CAID, MGDAUB, PAMA, Lagrangian, Linear
 from moa_lightning.data.base import PromptData, Stage
-from moa_lightning.finite import NonFiniteLossError
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.models import AdapterOff, FrozenCopy, LoRA, PolicyConfig
 from moa_lightning.module import AlignmentModule
 from moa_lightning.rewards import FunctionReward, Length, Objective
 from moa_lightning.sources import GAE, GroupRelative, Rollout
-from tests import tiny
+from moa_lightning.training.finite_updates import NonFiniteLossError
+from tests.helpers import tiny
 
 
 def goodness(prompts: list[str], completions: list[str], **columns: object) -> list[float | None]:

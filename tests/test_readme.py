@@ -2,7 +2,7 @@
 
 The blocks of one section share a working folder that holds ``configs/``, as a clone does. To keep the runs short, the
 ``moa`` that they find ends each training after two steps and evaluates one batch, and a loop takes its first and last
-value; nothing else is changed. It is a fork of a process that has imported everything (``tests/preloaded.py``).
+value; nothing else is changed. It is a fork of a process that has imported everything (``tests/helpers/preloaded.py``).
 """
 
 import gzip
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.preloaded import preloaded_moa
+from tests.helpers.preloaded import preloaded_moa
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = "<!-- not run by the tests: "

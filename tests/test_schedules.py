@@ -13,14 +13,14 @@ from moa_lightning import combiners
 from moa_lightning.callbacks import ObjectiveMetrics
 from moa_lightning.cli import main
 from moa_lightning.combiners import GDPO, MODPO, PAMA, PGAPO, Linear, Tchebycheff
-from moa_lightning.combiners.weighted import FirstWeights, Weighted
+from moa_lightning.combiners.shared.weighted import FirstWeights, Weighted
 from moa_lightning.losses import ClippedSurrogate
-from moa_lightning.progress import ScheduledWeights
 from moa_lightning.rewards import Length, Objective, RewardPanel
 from moa_lightning.schedules import ConstantWeight, LinearWeight, PiecewiseWeight
 from moa_lightning.sources import GroupRelative, Rollout
-from tests import pairs, tiny
-from tests.test_matrix import Films, FunctionReward, goodness
+from moa_lightning.training.scheduled_weights import ScheduledWeights
+from tests.end_to_end.test_matrix import Films, FunctionReward, goodness
+from tests.helpers import pairs, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 FADING = LinearWeight(1.0, 0.2)
@@ -198,8 +198,8 @@ def test_flags_and_the_printed_config_say_the_same(tmp_path, capsys, flags):
             main(["fit", *arguments, "--print_config"])
         return capsys.readouterr().out
 
-    given = printed(f"--config={ROOT}/configs/demo.yaml", *(f"--model.objectives.informative.{flag}" for flag in flags))
-    weight = yaml.safe_load(given)["model"]["objectives"]["informative"]["weight"]
+    given = printed(f"--config={ROOT}/configs/demo.yaml", *(f"--model.objectives.length.{flag}" for flag in flags))
+    weight = yaml.safe_load(given)["model"]["objectives"]["length"]["weight"]
     assert weight["class_path"] == "moa_lightning.schedules.LinearWeight"
     assert LinearWeight(**weight["init_args"]) == FADING
     (tmp_path / "again.yaml").write_text(given)
@@ -215,5 +215,5 @@ def test_the_example_of_the_readme(capsys, tmp_path):
     resolved = yaml.safe_load(capsys.readouterr().out)["model"]["combiner"]["init_args"]["weights"]
     assert {name: weight["class_path"].rpartition(".")[2] for name, weight in resolved.items()} == {
         "sentiment": "LinearWeight",
-        "informative": "PiecewiseWeight",
+        "length": "PiecewiseWeight",
     }

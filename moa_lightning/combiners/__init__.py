@@ -20,6 +20,7 @@ from moa_lightning.combiners.mopo import MOPO
 from moa_lightning.combiners.p_gapo import PGAPO
 from moa_lightning.combiners.pama import PAMA
 from moa_lightning.combiners.rvpo import RVPO
+from moa_lightning.combiners.shared.scores import ScoreCombiner
 from moa_lightning.combiners.smooth_tchebycheff import SmoothTchebycheff
 from moa_lightning.combiners.tchebycheff import Tchebycheff
 
@@ -47,6 +48,7 @@ __all__ = [
     "LogPID",
     "Optimistic",
     "Projected",
+    "ScoreCombiner",
     "SmoothTchebycheff",
     "Tchebycheff",
 ]

@@ -13,10 +13,10 @@ from torch import Tensor
 from moa_lightning.combiners.caid_multipliers import solved, stepped
 from moa_lightning.combiners.caid_samples import with_responses
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import constrained, curves, spread, under_present_names, windowed
 from moa_lightning.combiners.duals import DualUpdate, LogPID
-from moa_lightning.combiners.responses import ScoredResponses
-from moa_lightning.combiners.scores import ResponseCombiner
+from moa_lightning.combiners.shared.constraints import constrained, curves, spread, under_present_names, windowed
+from moa_lightning.combiners.shared.responses import ScoredResponses
+from moa_lightning.combiners.shared.scores import ResponseCombiner
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal
 from moa_lightning.types import Experience, State

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.caid_samples import ReferenceSamples
-from moa_lightning.combiners.constraints import at_its_largest, watched
 from moa_lightning.combiners.duals import DualUpdate
+from moa_lightning.combiners.shared.constraints import at_its_largest, watched
 from moa_lightning.functional.dual import one_shot_dual
 from moa_lightning.functional.preference import group_max
 from moa_lightning.types import State

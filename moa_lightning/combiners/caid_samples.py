@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from moa_lightning.combiners.responses import ScoredResponses
+from moa_lightning.combiners.shared.responses import ScoredResponses
 from moa_lightning.distributed import all_rows, rank
 from moa_lightning.functional.dual import without_prompt_effects
 from moa_lightning.functional.preference import group_softmax, group_sum

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.responses import ScoredResponses, collected_responses
-from moa_lightning.combiners.scores import ScoreCombiner
-from moa_lightning.combiners.weighted import FirstWeights
+from moa_lightning.combiners.shared.responses import ScoredResponses, collected_responses
+from moa_lightning.combiners.shared.scores import ScoreCombiner
+from moa_lightning.combiners.shared.weighted import FirstWeights
 from moa_lightning.distributed import all_sum
 from moa_lightning.errors import UserError
 from moa_lightning.functional.scalarize import group_covariance, weighted_sum

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.gradients import Place, surrogate_gramian
-from moa_lightning.combiners.weighted import FirstWeights
-from moa_lightning.combiners.weights import named_point, named_weights
+from moa_lightning.combiners.shared.gradients import Place, surrogate_gramian
+from moa_lightning.combiners.shared.named import named_point, named_weights
+from moa_lightning.combiners.shared.weighted import FirstWeights
 from moa_lightning.errors import UserError
 from moa_lightning.functional.dynamic import front_factor, grow_front, influence, mirror_step
 from moa_lightning.schedules import Weight

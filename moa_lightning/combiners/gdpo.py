@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.responses import ScoredResponses
-from moa_lightning.combiners.scores import ScoreCombiner
+from moa_lightning.combiners.shared.responses import ScoredResponses
+from moa_lightning.combiners.shared.scores import ScoreCombiner
 from moa_lightning.functional.scalarize import group_standardize, weighted_sum
 from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal

@@ -14,10 +14,10 @@ from torchjd.aggregation import DualProjWeighting, MGDAWeighting, UPGradWeightin
 from torchjd.linalg import Matrix
 
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.gradients import GradientCombiner, Place
+from moa_lightning.combiners.shared.gradients import GradientCombiner, Place
 from moa_lightning.errors import UserError
-from moa_lightning.random_streams import run_seed
 from moa_lightning.types import Experience, State
+from moa_lightning.utils.random_state import run_seed
 
 _NO_CONFLICT = CONVEX | {Claim.ONE_OBJECTIVE, Claim.NON_CONFLICT}
 _BY_WEIGHTING: dict[type, frozenset[Claim]] = {  # by their theorems; nothing is claimed of others

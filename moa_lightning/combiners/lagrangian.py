@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import (
+from moa_lightning.combiners.duals import DualUpdate, LogPID
+from moa_lightning.combiners.shared.constraints import (
     at_its_largest,
     constrained,
     curves,
@@ -21,7 +22,6 @@ from moa_lightning.combiners.constraints import (
     watched,
     windowed,
 )
-from moa_lightning.combiners.duals import DualUpdate, LogPID
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State

@@ -10,7 +10,7 @@ import torch
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.weighted import Weighted
+from moa_lightning.combiners.shared.weighted import Weighted
 from moa_lightning.schedules import Weight
 from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import State

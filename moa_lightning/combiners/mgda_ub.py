@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.gradients import MinNorm, Place
+from moa_lightning.combiners.shared.gradients import MinNorm, Place
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.combiners.claims import Claim
-from moa_lightning.combiners.weighted import Weighted
+from moa_lightning.combiners.shared.weighted import Weighted
 from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import group_sum
 from moa_lightning.schedules import Weight

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.constraints import constrained, curves, spread, under_present_names
 from moa_lightning.combiners.duals import DualUpdate, Projected
 from moa_lightning.combiners.mopo_thresholds import (
     adapted,
@@ -27,6 +26,7 @@ from moa_lightning.combiners.mopo_thresholds import (
     warn_of_votes,
 )
 from moa_lightning.combiners.mopo_values import Judged, has_own_values, judged_responses, own_responses
+from moa_lightning.combiners.shared.constraints import constrained, curves, spread, under_present_names
 from moa_lightning.distributed import all_sum
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals

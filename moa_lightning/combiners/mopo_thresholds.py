@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moa_lightning.combiners.constraints import running_mean, watched
 from moa_lightning.combiners.duals import DualUpdate
 from moa_lightning.combiners.mopo_values import Judged
+from moa_lightning.combiners.shared.constraints import running_mean, watched
 from moa_lightning.errors import UserError
 from moa_lightning.types import State
 

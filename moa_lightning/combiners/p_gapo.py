@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.gradients import GradientCombiner, Place
-from moa_lightning.combiners.weighted import Weighted
+from moa_lightning.combiners.shared.gradients import GradientCombiner, Place
+from moa_lightning.combiners.shared.weighted import Weighted
 from moa_lightning.schedules import Weight
 from moa_lightning.types import State
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.ideal import DistanceToIdeal
-from moa_lightning.combiners.responses import ScoredResponses
+from moa_lightning.combiners.shared.ideal import DistanceToIdeal
+from moa_lightning.combiners.shared.responses import ScoredResponses
 from moa_lightning.errors import UserError
 from moa_lightning.functional.scalarize import smooth_tchebycheff
 from moa_lightning.schedules import Weight

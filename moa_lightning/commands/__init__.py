@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 def run(command: str, args: list[str]) -> None:
     """Run one command; ``args`` starts with its name."""
-    from moa_lightning.console import quiet_libraries
+    from moa_lightning.utils.console import quiet_libraries
 
     quiet_libraries()
     if str(Path.cwd()) not in sys.path:  # classes of your own, beside which you run moa; last, so as to hide nothing
         sys.path.append(str(Path.cwd()))
     if command in {"fit", "validate", "test", "predict"}:
-        from moa_lightning.commands.lightning import AlignmentCLI
+        from moa_lightning.commands.fit.cli import AlignmentCLI
 
         AlignmentCLI.run_command(args)
     elif command == "demo":
-        from moa_lightning.commands.demo.command import demo
+        from moa_lightning.commands.demo import demo
 
-        _call(demo, args)
+        demo(args[1:])
     elif command == "sft":
         from moa_lightning.stages.supervised import supervised
 
@@ -33,7 +33,7 @@ def run(command: str, args: list[str]) -> None:
 
         _call(reward_model, args)
     elif command == "label":
-        from moa_lightning.commands.label import LabelParser, label
+        from moa_lightning.commands.label.command import LabelParser, label
 
         _call(label, args, LabelParser)
     elif command == "compare":
@@ -41,11 +41,11 @@ def run(command: str, args: list[str]) -> None:
 
         _call(compare, args)
     elif command == "combiners":
-        from moa_lightning.commands.combiners import combiners
+        from moa_lightning.commands.combiners.pages import combiners
 
         _call(combiners, args)
     else:
-        from moa_lightning.commands.export import export
+        from moa_lightning.commands.export.command import export
 
         _call(export, _named(args, "run", "output"))
 

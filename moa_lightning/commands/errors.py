@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from moa_lightning.dotted import import_dotted
 from moa_lightning.errors import UserError
+from moa_lightning.utils.import_path import import_dotted
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _GIVEN = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)

@@ -84,8 +84,8 @@ def _times(factor: float, number: float | None) -> float | None:
 
 def _unit(settings: Mapping[str, Any], name: str) -> tuple[float, float, Sequence[float] | None] | None:
     """Scale, shift and clip between the recorded means of an objective and its values; None where nobody knows."""
-    from moa_lightning.dotted import import_dotted
     from moa_lightning.sources import PreferenceRows, Rollout
+    from moa_lightning.utils.import_path import import_dotted
 
     model = settings.get("model") or {}
     if name not in model.get("objectives", {}):

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from moa_lightning.checkpoints import META, newest_whole, settings_in, steps_of
 from moa_lightning.errors import UserError
-from moa_lightning.run_checkpoint import checkpoint_folder
-from moa_lightning.run_lock import holder_of
+from moa_lightning.training.checkpoints import META, newest_whole, settings_in, steps_of
+from moa_lightning.training.run_checkpoint import checkpoint_folder
+from moa_lightning.training.run_lock import holder_of
 
 _RECORD = "config.yaml"
 _HEADER = "# lightning.pytorch=="  # the first line of what Lightning's CLI saves

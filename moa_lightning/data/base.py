@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from moa_lightning.distributed import is_distributed
 from moa_lightning.errors import UserError
-from moa_lightning.random_streams import run_seed
+from moa_lightning.utils.random_state import run_seed
 
 
 class Stage(StrEnum):

@@ -18,7 +18,7 @@ from moa_lightning.data.preference_formats import (
 )
 from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import mean_wins
-from moa_lightning.rows import load_rows, place
+from moa_lightning.utils.load_rows import load_rows, place
 
 WINS = "wins/"
 """Prefix of the columns with each candidate's mean win probability, such as ``wins/harmless``."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from moa_lightning.data.base import PromptData, Row, Stage
-from moa_lightning.dotted import import_dotted
 from moa_lightning.errors import UserError
-from moa_lightning.rows import load_rows, require_columns
+from moa_lightning.utils.import_path import import_dotted
+from moa_lightning.utils.load_rows import load_rows, require_columns
 
 _RESERVED = ("prompts", "completions")  # the arguments of every reward function
 

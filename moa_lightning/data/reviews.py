@@ -1,9 +1,8 @@
 """The embedded task: short film reviews from a seeded grammar, and a small policy that writes them.
 
-Two objectives have a price in each other: a sentence that states a fact praises nothing, so more ``informative`` is
-less ``sentiment``, and :func:`front` says exactly how much. Sentiment and length, the objectives of the IMDb
-experiment in arXiv 2508.07768, pull apart in the reviews that the policy learns from, where long ones turn critical. A
-policy can have both: a long review of praise.
+The paper's IMDb experiment (arXiv 2508.07768) in small: sentiment and length pull apart, because in this grammar
+praise is short and long reviews turn critical, sentence by sentence. Sentiment and facts cost each other more: a
+sentence that states a fact praises nothing.
 """
 
 import json
@@ -14,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
-from moa_lightning.console import one_thread
 from moa_lightning.data.base import PromptData, Row, Stage
 from moa_lightning.errors import UserError
+from moa_lightning.utils.console import one_thread
 
 _SUBJECTS = ("film", "movie", "drama", "comedy", "thriller", "western", "sequel", "documentary", "musical", "remake")
 _KINDS = ("new", "old", "french", "latest", "first", "silent", "short", "famous")
@@ -81,27 +79,6 @@ def _informative(text: str) -> float:
     if not sentences:
         return 0.0
     return math.sqrt(sum(f"{sentence} ." in _FACTS for sentence in sentences) / len(sentences))
-
-
-def front(informative: float) -> float:
-    """The exact Pareto front: the highest mean :func:`sentiment` of any policy with this mean :func:`informative`.
-
-    A response with a share x of facts has at most ``(1 - x, sqrt(x))``, which lies on ``1 - informative^2``. The curve
-    is concave, so no mixture of responses lies above it.
-    """
-    return 1.0 - informative**2
-
-
-def distance_to_front(sentiment: float, informative: float) -> float:
-    """Euclidean distance of two means from the curve :func:`front`, from informative 0 to 1."""
-
-    def distance(f: float) -> float:
-        return math.hypot(front(f) - sentiment, f - informative)
-
-    # Where the derivative of the squared distance is 0: 2 f^3 + (2 s - 1) f = informative.
-    roots = np.roots([2.0, 0.0, 2.0 * sentiment - 1.0, -informative])
-    inside = [float(root.real) for root in roots if abs(root.imag) < 1e-9 and 0 <= root.real <= 1]
-    return min(map(distance, [0.0, 1.0, *inside]))
 
 
 def is_grammatical(completion: str) -> bool:
@@ -244,8 +221,8 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from moa_lightning.stages.fitting import Fitting
-    from moa_lightning.stages.folders import whole_folder
     from moa_lightning.stages.supervised import NewModel, build_model, encode, train
+    from moa_lightning.utils.atomic_folder import whole_folder
 
     rank_zero_only(print)(f"warm start: teaching a small policy to write film reviews (kept in {folder})")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))

@@ -19,7 +19,7 @@ from transformers import (
 from moa_lightning.errors import UserError
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.skeleton import Skeleton, UnsuitedError, skeleton
-from moa_lightning.pretrained import open_pretrained, open_tokenizer
+from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
 
 def load_config(policy: PolicyConfig) -> PretrainedConfig:

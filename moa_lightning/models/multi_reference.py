@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa_lightning.distributed import in_pieces
+from moa_lightning.distributed.shards import in_pieces
 from moa_lightning.errors import UserError
 from moa_lightning.functional.pairwise import clip_around_first, confidence_weights, virtual_reference
 from moa_lightning.models.loading import disable_dropout
 from moa_lightning.models.policy import Policy, PolicyOutput
 from moa_lightning.models.reference import AdapterOff, FrozenCopy, Reference
-from moa_lightning.pretrained import open_pretrained, open_tokenizer
+from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
 
 @dataclass

@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from moa_lightning.chat import end_tokens
-from moa_lightning.distributed import any_rank, rank, whole_state
+from moa_lightning.distributed import any_rank, rank
+from moa_lightning.distributed.shards import whole_state
 from moa_lightning.errors import UserError
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
-from moa_lightning.non_finite import NonFiniteError, names_of_non_finite, some
 from moa_lightning.signals import GradientPlace
-from moa_lightning.stages.folders import whole_folder
+from moa_lightning.utils.atomic_folder import whole_folder
+from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite, some
 
 RECORD = "moa.json"
 """What a folder with a policy says of it, for programs."""

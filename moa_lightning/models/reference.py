@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_lightning.distributed import in_pieces, like, whole_on_first
+from moa_lightning.distributed.shards import in_pieces, like, whole_on_first
 from moa_lightning.errors import UserError
 from moa_lightning.models.policy import Policy, PolicyOutput
 from moa_lightning.models.sharding import copy_pieces

@@ -15,9 +15,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_file
 
-from moa_lightning.console import progress
-from moa_lightning.distributed import fill_piece
+from moa_lightning.distributed.shards import fill_piece
 from moa_lightning.errors import UserError
+from moa_lightning.utils.console import progress
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

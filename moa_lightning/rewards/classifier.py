@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moa_lightning.errors import UserError
-from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
 from moa_lightning.rewards.with_model import RewardWithModel
+from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
 _LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit say 10**30
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from moa_lightning.dotted import import_dotted
 from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward
+from moa_lightning.utils.import_path import import_dotted
 
 # What TRL's trainers pass beside the data's columns, and this package does not have.
 _ONLY_TRL_PASSES = frozenset(

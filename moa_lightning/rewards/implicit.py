@@ -14,8 +14,8 @@ from torch import nn
 
 from moa_lightning.chat import Turn, answer_tokens, answer_turn
 from moa_lightning.errors import UserError
-from moa_lightning.pretrained import open_pretrained, open_tokenizer
 from moa_lightning.rewards.with_model import RewardWithModel
+from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from moa_lightning.errors import UserError
-from moa_lightning.pretrained import open_tokenizer
 from moa_lightning.rewards.base import Reward
+from moa_lightning.utils.pretrained import open_tokenizer
 
 
 class LengthUnit(ABC):

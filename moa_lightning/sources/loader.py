@@ -8,9 +8,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import all_objects, rank, world_size
 from moa_lightning.errors import UserError
-from moa_lightning.random_streams import random_state, restore_random_state
 from moa_lightning.sources.in_flight import InFlight, shared_anew
 from moa_lightning.types import Experience, Minibatch
+from moa_lightning.utils.random_state import random_state, restore_random_state
 
 Row = dict[str, Any]
 

@@ -18,12 +18,12 @@ from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import bradley_terry_wins
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
-from moa_lightning.non_finite import NonFiniteError
 from moa_lightning.rewards.panel import RewardPanel
 from moa_lightning.signals import Signal
 from moa_lightning.sources.advantages import GAE, AdvantageEstimator
 from moa_lightning.sources.base import Actors, Source, check_prompt_length
 from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
+from moa_lightning.utils.non_finite import NonFiniteError
 
 
 @dataclass

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from moa_lightning.chat import Prompt, TemplateError, answer_turn, closed_answer, is_chat, render
-from moa_lightning.console import library_bars, progress, shows_progress
 from moa_lightning.errors import UserError
-from moa_lightning.pretrained import open_pretrained, open_tokenizer
-from moa_lightning.rows import load_rows, place, require_columns
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
-from moa_lightning.stages.folders import refuse_used, whole_folder
+from moa_lightning.utils.atomic_folder import refuse_used, whole_folder
+from moa_lightning.utils.console import library_bars, progress, shows_progress
+from moa_lightning.utils.load_rows import load_rows, place, require_columns
+from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from bench import combine
-from bench.combine_report import Row, summarise, table_line
+from bench.combiners import combine
+from bench.combiners.combine_report import Row, summarise, table_line
 from moa_lightning.functional.surrogate import clipped_surrogate
 
 

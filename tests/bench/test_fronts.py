@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from bench import fronts
-from bench.fronts_learned import NAMES, Recipe, experience_of, learn, signals_of
-from bench.fronts_problems import PROBLEMS, TwoHills
-from bench.fronts_report import Ends
-from bench.roster import exported
+from bench.combiners.roster import exported
+from bench.fronts import run as fronts
+from bench.fronts.learned import NAMES, Recipe, experience_of, learn, signals_of
+from bench.fronts.problems import PROBLEMS, TwoHills
+from bench.fronts.report import Ends
 from moa_lightning.losses import RewardKL
 
 BANDITS, HILLS = PROBLEMS[:2], PROBLEMS[2]

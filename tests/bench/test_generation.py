@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.generation import Case, on_two_processes, report
+from bench.sharding.generation import Case, on_two_processes, report
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import mopo, mopo_cost
-from bench.mopo_ablation import Setting, ablate
-from bench.mopo_learned import Learned, Recipe
-from bench.mopo_report import Entry
-from bench.mopo_structures import (
+from bench.mopo import cost as mopo_cost
+from bench.mopo import run as mopo
+from bench.mopo.ablation import Setting, ablate
+from bench.mopo.learned import Learned, Recipe
+from bench.mopo.report import Entry
+from bench.mopo.structures import (
     STRUCTURES,
     condorcet_cycle,
     evaluate,

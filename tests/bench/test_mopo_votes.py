@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import mopo
-from bench.mopo_votes import PATTERNS, PRECISE, Problem, Settings, Table, World, train, win_matrices
+from bench.mopo import run as mopo
+from bench.mopo.votes import PATTERNS, PRECISE, Problem, Settings, Table, World, train, win_matrices
 
 pytestmark = pytest.mark.filterwarnings("ignore:MOPO's labels")
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from bench import sharding
-from bench.sharding_closed import Work, closed_form
-from bench.sharding_measured import Layout, activations, fake_processes, measure
-from bench.sharding_real import on_two_processes
+from bench.sharding import run as sharding
+from bench.sharding.closed_form import Work, closed_form
+from bench.sharding.measured import Layout, activations, fake_processes, measure
+from bench.sharding.real import on_two_processes
 
 # Odd numbers: hardly a dimension divides by the number of processes.
 MODELS = {

@@ -18,7 +18,7 @@ from moa_lightning.callbacks import (
     SampleTable,
     Throughput,
 )
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_module import FilmPrompts, module, trainer
 
 

@@ -25,7 +25,7 @@ def no_weights(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("moa_lightning.strategies.load_model", refuse)
+    monkeypatch.setattr("moa_lightning.training.strategies.load_model", refuse)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", refuse)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tests import pairs, tiny
+from tests.helpers import pairs, tiny
 
 LABEL = {"class_path": "FromLabels"}
 

@@ -12,7 +12,7 @@ import yaml
 from moa_lightning.cli import main
 from moa_lightning.signals import Signal
 from moa_lightning.sources import Rollout
-from tests import tiny
+from tests.helpers import tiny
 
 PROMPTS = ["the film was", "the plot was very", "good film and", "bad plot and the", "dull"]
 

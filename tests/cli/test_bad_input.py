@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from tests.cli import task as names
 from tests.cli.task import Task, changed, complaint, moa
 
 REWARD = f"{names.__name__}.{{}}"
-COMBINERS = ", ".join(
-    sorted(n for n in combiners.__all__ if issubclass(getattr(combiners, n), combiners.Combiner) and n != "Combiner")
-)
+EXPORTED = {name: getattr(combiners, name) for name in combiners.__all__}
+COMBINERS = ", ".join(sorted(n for n, c in EXPORTED.items() if issubclass(c, combiners.Combiner) and not isabstract(c)))
 
 
 @dataclass(frozen=True)

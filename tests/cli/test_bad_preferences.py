@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests import pairs
 from tests.cli.preference_task import changed, make
 from tests.cli.task import complaint, moa
+from tests.helpers import pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score", "ignore:MOPO's labels")
 
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 def test_one_line_and_nothing_left_behind(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], says: str
 ) -> None:
-    monkeypatch.setattr("moa_lightning.strategies.load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("moa_lightning.training.strategies.load_model", lambda *a: pytest.fail("a model was loaded"))
     assert says in complaint(capsys, "fit", "--config", folder / "run.yaml", *flags)
     assert not (folder / "run").exists()
 

@@ -7,7 +7,7 @@ import pytest
 from jsonargparse import Namespace
 
 from moa_lightning.commands.errors import check_config_files
-from moa_lightning.commands.settings import check_settings
+from moa_lightning.commands.fit.settings import check_settings
 from moa_lightning.errors import UserError
 from tests.cli.task import Task, changed, complaint
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moa_lightning.commands.closing import thresholds_held
+from moa_lightning.commands.fit.summary import thresholds_held
 from tests.cli.task import complaint, make, moa
 
 

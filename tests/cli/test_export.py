@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_lightning.models import ValueHeads
-from tests import tiny
 from tests.cli.task import Task, complaint, make, moa
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])

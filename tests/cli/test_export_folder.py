@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from moa_lightning.commands.exporting import merged, shareable
-from moa_lightning.commands.model_card import Exported, card, vllm_refuses
-from tests import tiny
+from moa_lightning.commands.export.model_card import Exported, card, vllm_refuses
+from moa_lightning.commands.export.policy_folder import merged, shareable
 from tests.cli.task import Task, complaint, make, moa
+from tests.helpers import tiny
 from tests.stages.test_folders import limited
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"

@@ -9,8 +9,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moa_lightning.checkpoints import by_steps, newest_whole, steps_of
-from moa_lightning.run_checkpoint import RunCheckpoint
+from moa_lightning.training.checkpoints import by_steps, newest_whole, steps_of
+from moa_lightning.training.run_checkpoint import RunCheckpoint
 from tests.cli.task import Task, complaint, moa
 from tests.cli.test_told import interrupt_at
 

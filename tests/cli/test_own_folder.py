@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from moa_lightning.checkpoints import AtomicCheckpointIO, by_steps, newest_whole
-from moa_lightning.commands.lightning import AlignmentCLI
+from moa_lightning.commands.fit.cli import AlignmentCLI
 from moa_lightning.commands.start_folder import refuse_other_run
 from moa_lightning.errors import UserError
-from moa_lightning.run_lock import NAME, Holder, RunLock
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, by_steps, newest_whole
+from moa_lightning.training.run_lock import NAME, Holder, RunLock
 from tests.cli.task import Task, complaint, moa
 
 
@@ -65,7 +65,7 @@ def test_two_starts_do_not_share_a_folder(
     lock.write_text(json.dumps(asdict(other)))
     assert complaint(capsys, *start, "--ckpt_path=last").startswith(refused)
     with monkeypatch.context() as patch:  # the other one began after this one had looked
-        patch.setattr("moa_lightning.commands.lightning.refuse_if_held", lambda folder: None)
+        patch.setattr("moa_lightning.commands.fit.cli.refuse_if_held", lambda folder: None)
         assert complaint(capsys, *start, "--ckpt_path=last").startswith(refused)
     assert {path.name for path in task.root.iterdir()} == {NAME}
 
@@ -139,11 +139,13 @@ def test_a_checkpoint_that_a_run_replaces_meanwhile(task: Task, monkeypatch: pyt
     moa("fit", "--config", task.config, "--trainer.max_steps=1")
     folder = task.root / "checkpoints"
     gone = folder / "step-0.ckpt"
-    monkeypatch.setattr("moa_lightning.checkpoints._files_of", lambda folder: [gone, folder / "last.ckpt"])
+    monkeypatch.setattr("moa_lightning.training.checkpoints._files_of", lambda folder: [gone, folder / "last.ckpt"])
     assert by_steps(folder) == [folder / "last.ckpt"]
-    monkeypatch.setattr("moa_lightning.checkpoints.steps_of", lambda path: 9 if path == gone else 1)
+    monkeypatch.setattr("moa_lightning.training.checkpoints.steps_of", lambda path: 9 if path == gone else 1)
     with monkeypatch.context() as patch:
-        patch.setattr("moa_lightning.checkpoints.by_steps", lambda folder, before: [gone, folder / "last.ckpt"])
+        patch.setattr(
+            "moa_lightning.training.checkpoints.by_steps", lambda folder, before: [gone, folder / "last.ckpt"]
+        )
         with pytest.warns(UserWarning, match=r"step-0.ckpt is left out: there is no such file \(a run in progress"):
             assert newest_whole(folder) == folder / "last.ckpt"
     with pytest.raises(UserError, match=r"step-0.ckpt cannot be used: there is no such file .* is .*last.ckpt"):

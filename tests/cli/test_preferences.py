@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from tests import pairs
 from tests.cli.preference_task import changed, make
 from tests.cli.task import moa
+from tests.helpers import pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:objective 'kind' did not score", "ignore:MOPO's labels")
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from moa_lightning.agreement import flat
-from moa_lightning.checkpoints import by_steps, settings_in
-from moa_lightning.commands.lightning import AlignmentCLI
-from moa_lightning.commands.resume_settings import RULES, Verdict, changes, rule_of, table
+from moa_lightning.commands.fit.cli import AlignmentCLI
+from moa_lightning.commands.fit.resume_settings import RULES, Verdict, changes, rule_of, table
+from moa_lightning.training.agreement import flat
+from moa_lightning.training.checkpoints import by_steps, settings_in
 from tests.cli.task import Task, complaint, moa
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moa_lightning.masking import MASK, masked, masked_arguments, masked_settings
+from moa_lightning.utils.masking import MASK, masked, masked_arguments, masked_settings
 from tests.cli.task import Task, complaint, moa
 
 TOKEN = "hf_" + "aB3" * 8

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moa_lightning.data import Prompts
-from moa_lightning.random_streams import run_seed
+from moa_lightning.utils.random_state import run_seed
 from tests.cli.task import Task, complaint, moa
 
 
@@ -74,7 +74,7 @@ def test_two_seeds_differ_one_repeats_and_a_seed_by_hand_wins(task: Task) -> Non
 
 def test_a_drawn_seed_is_recorded_repeated_and_kept(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter([4_000_000_001, 5])
-    monkeypatch.setattr("moa_lightning.commands.seeds.secrets.randbelow", lambda below: next(drawn))
+    monkeypatch.setattr("moa_lightning.commands.fit.seeds.secrets.randbelow", lambda below: next(drawn))
     first = fit(task, "first", "--seed_everything=true")
     seeds = recorded(first)
     assert seeds == (4_000_000_001,) * 3

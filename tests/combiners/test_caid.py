@@ -9,10 +9,10 @@ import torch
 from scipy.optimize import root
 
 from moa_lightning.combiners import CAID, PAMA, PID, Optimistic, Projected
-from moa_lightning.compatibility import check_pieces
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.rewards import Length, Objective, RewardPanel
 from moa_lightning.sources import Rollout
+from moa_lightning.training.compatibility import check_pieces
 from tests.combiners import scored
 
 BETA = 0.2

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import moa_lightning.combiners.constraints as module
+import moa_lightning.combiners.shared.constraints as module
 from moa_lightning.combiners import PID, Exponential, Lagrangian, LogPID, Optimistic, Projected
 from moa_lightning.signals import Signals
 from moa_lightning.sources import GAE, GroupRelative

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moa_lightning.combiners import PAMA
-from moa_lightning.combiners.responses import scored_responses
-from moa_lightning.commands.combiner_facts import every_combiner
+from moa_lightning.combiners.shared.responses import scored_responses
+from moa_lightning.commands.combiners.facts import every_combiner
 from tests.combiners.inputs import DEFAULTS, begin, changed, collected, picked, signals, without
 
 ROW, OBJECTIVE = 1, 1

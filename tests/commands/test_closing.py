@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_lightning.commands.closing import tell
+from moa_lightning.commands.fit.summary import tell
 
 SUMMARY = {
     "combiner": "MOPO",

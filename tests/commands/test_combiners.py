@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from moa_lightning.combiners.claims import MEANINGS, Claim
-from moa_lightning.commands.combiner_facts import FAMILIES, SECTIONS, Facts, every_combiner
-from moa_lightning.commands.combiners import page, table
+from moa_lightning.commands.combiners.facts import FAMILIES, SECTIONS, Facts, every_combiner
+from moa_lightning.commands.combiners.pages import page, table
 from moa_lightning.signals import MEANINGS as SIGNALS
 from moa_lightning.signals import Signal
 from tests.cli.task import complaint, moa

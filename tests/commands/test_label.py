@@ -10,14 +10,14 @@ import datasets
 import pytest
 import torch
 
-from moa_lightning.commands.label import label
+from moa_lightning.commands.label.command import label
+from moa_lightning.commands.label.comparisons import Comparisons
 from moa_lightning.data import Candidates, ChosenRejected, Preferences, Ratings, SafeRLHF, Stage
-from moa_lightning.data.preference_table import Comparisons
 from moa_lightning.errors import RewardError
 from moa_lightning.functional.preference import bradley_terry_wins
 from moa_lightning.rewards import FromLabels, FunctionReward, Length, Objective
-from tests import tiny
 from tests.cli.task import write_prompts
+from tests.helpers import tiny
 
 WORDS = ["good", "bad film", "a dull plot", "fine", "é ü", "very very long", "short"]
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moa_lightning.data.preference_file import to_record
+from moa_lightning.commands.label.output_file import to_record
 from moa_lightning.data.preference_formats import BadRowError, Candidates, ChosenRejected, PreferenceFormat, Ratings
 from moa_lightning.data.preferences import Preferences, to_row
 from moa_lightning.rewards import FromScores

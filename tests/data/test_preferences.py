@@ -11,7 +11,7 @@ from tokenizers import normalizers
 
 from moa_lightning.data import ChosenRejected, Preferences, Stage
 from moa_lightning.models import Encoder
-from tests import tiny
+from tests.helpers import tiny
 
 
 def row(number, good=True):

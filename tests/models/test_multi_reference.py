@@ -6,7 +6,7 @@ import torch
 from moa_lightning.functional import clip_around_first, confidence_weights, virtual_reference
 from moa_lightning.models import LoRA, MultiReference, Policy, PolicyConfig
 from moa_lightning.models.loading import load_model, load_tokenizer
-from tests import tiny
+from tests.helpers import tiny
 
 GROUP_B = torch.tensor([0, 0, 1, 1])
 

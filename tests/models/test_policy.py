@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Generat
 
 from moa_lightning.models import LoRA, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_tokenizer
-from tests import tiny
+from tests.helpers import tiny
 
 ARCHITECTURES = {
     "gpt2": tiny.gpt2_config(),

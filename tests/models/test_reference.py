@@ -7,7 +7,7 @@ import torch
 
 from moa_lightning.models import FrozenCopy, LaggedCopy, LoRA, Policy, PolicyConfig
 from moa_lightning.models.loading import load_model, load_tokenizer
-from tests import tiny
+from tests.helpers import tiny
 
 INPUTS = (*tiny.padded_batch(), 1.0)
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from moa_lightning.models.sharding import ShardingPlan
-from moa_lightning.strategies import FSDP2Strategy
+from moa_lightning.training.strategies import FSDP2Strategy
 
 
 class Blocks(nn.Module):

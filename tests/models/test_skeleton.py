@@ -15,16 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
-from bench.memory import MemoryTracker
-from moa_lightning import strategies
-from moa_lightning.distributed import in_pieces, whole_state
+from bench.combiners.memory import MemoryTracker
+from moa_lightning.distributed.shards import in_pieces, whole_state
 from moa_lightning.models import LoRA, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_skeleton, load_tokenizer
 from moa_lightning.models.sharding import ShardingPlan, copy_pieces, give_memory
 from moa_lightning.models.skeleton import UnsuitedError
 from moa_lightning.rewards import ImplicitReward, TextClassifier
-from moa_lightning.strategies import FSDP2Strategy
-from tests import tiny
+from moa_lightning.training import strategies
+from moa_lightning.training.strategies import FSDP2Strategy
+from tests.helpers import tiny
 
 DEEP = {"n_layer": 12, "n_embd": 48}
 

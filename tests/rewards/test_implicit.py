@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moa_lightning.rewards import ImplicitReward
-from tests import tiny
+from tests.helpers import tiny
 
 PROMPTS = ["the film was", "the plot", "the film was", "short and"]
 COMPLETIONS = ["good and very fine .", "dull", "bad", ""]

@@ -7,14 +7,14 @@ import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from moa_lightning.combiners import GAPO, MGDAUB, DynamicWeights, Gramian, Linear
-from moa_lightning.compatibility import check_strategy
 from moa_lightning.models import LoRA, Policy, PolicyConfig
 from moa_lightning.models.loading import load_model, load_tokenizer
 from moa_lightning.signals import ClipRange, GradientPlace
 from moa_lightning.sources import Rollout
-from moa_lightning.strategies import FSDP2Strategy
+from moa_lightning.training.compatibility import check_strategy
+from moa_lightning.training.strategies import FSDP2Strategy
 from moa_lightning.types import Experience, Responses, RewardTable
-from tests import tiny
+from tests.helpers import tiny
 
 PLACES = ["representation", "last_layer", "parameters"]
 

@@ -12,7 +12,7 @@ from moa_lightning.models import FrozenCopy, LaggedCopy, Policy, PolicyConfig
 from moa_lightning.models.loading import load_model, load_tokenizer
 from moa_lightning.rewards import FromLabels, FunctionReward, Objective, RewardPanel
 from moa_lightning.sources import Actors, PreferenceRows
-from tests import tiny
+from tests.helpers import tiny
 
 # The panel says so once, which one test looks at.
 pytestmark = pytest.mark.filterwarnings("ignore:objective '(h|seen)' did not score")

@@ -15,7 +15,7 @@ from moa_lightning.rewards import FunctionReward, Objective, PairwisePreference,
 from moa_lightning.signals import ClipRange
 from moa_lightning.sources import GAE, Actors, GroupRelative, Rollout
 from moa_lightning.sources.advantages import standardize
-from tests import tiny
+from tests.helpers import tiny
 
 
 def words(prompts, completions, **columns):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moa_lightning.stages.folders import refuse_used, whole_folder
+from moa_lightning.utils.atomic_folder import refuse_used, whole_folder
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def test_other_errors_keep_their_own_words(tmp_path):
 
 
 def test_halves_of_killed_writers_go_with_the_next_one(tmp_path):
-    program = "import os, sys; from moa_lightning.stages.folders import whole_folder\n"
+    program = "import os, sys; from moa_lightning.utils.atomic_folder import whole_folder\n"
     program += f"with whole_folder({str(tmp_path / 'policy')!r}, overwrite=True, only_writer=True) as folder:\n"
     program += "    (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)\n"
     (tmp_path / "policy").mkdir()

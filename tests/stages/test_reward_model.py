@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moa_lightning.rewards import TextClassifier
 from moa_lightning.stages.reward_model import Pair, Preferences, RewardFitting, accuracy, collate, margins, reward_model
-from tests import tiny
+from tests.helpers import tiny
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from bench.peers.chat_dpo import chat_model, chat_tokenizer
 from moa_lightning.chat import end_tokens, render
 from moa_lightning.stages.fitting import Fitting, SimilarLengths
 from moa_lightning.stages.supervised import Example, NewModel, Texts, _read, collate_examples, encode, supervised
-from tests import tiny
 from tests.cli.task import write_prompts
+from tests.helpers import tiny
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -1,0 +1,1 @@
+"""What the combiners cost, one by one and in a whole step."""

@@ -1,0 +1,1 @@
+"""Where each combiner ends on toy problems with known fronts."""

@@ -1,0 +1,1 @@
+"""Wrong and right input of every kind, and what becomes of it."""

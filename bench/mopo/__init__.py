@@ -1,0 +1,1 @@
+"""MOPO against exact solutions, noisy and missing labels, and its cost."""

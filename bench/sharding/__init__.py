@@ -1,0 +1,1 @@
+"""Memory and sampling of sharded policies."""

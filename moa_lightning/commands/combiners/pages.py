@@ -1,0 +1,170 @@
+"""``moa combiners``: which there are, how they compare, and a page of each."""
+
+import difflib
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moa_lightning.combiners import Combiner
+from moa_lightning.combiners.claims import MEANINGS, Claim
+from moa_lightning.commands.combiners.facts import FAMILIES, Facts, every_combiner, facts
+from moa_lightning.errors import UserError
+from moa_lightning.signals import MEANINGS as SIGNALS
+from moa_lightning.utils.import_path import import_dotted
+
+_HEAD = ("combiner", "reads", "remembers", "extra backward passes", "claims", "convergence")
+_WIDTHS = (17, 13, 16, 15, 17, 32)  # with two spaces between them, 120 columns
+_SHOWN = 3  # names of what is remembered; the page has all of them
+
+
+def combiners(name: str | None = None, output: str | None = None) -> None:
+    """Compare the combiners in one table, or print the page of one of them.
+
+    Args:
+        name: print this combiner's page: one of the package, or the class path of your own, such as my_combiner.Mine.
+        output: folder to write one Markdown page for each combiner to, and the table as ``index.md``.
+
+    Raises:
+        UserError: there is no such combiner.
+    """
+    known = every_combiner()
+    chosen = known if name is None else [_named(name, known)]
+    if output is not None:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in chosen:
+            (folder / f"{one.name}.md").write_text(page(one), encoding="utf-8")
+        if name is None:
+            (folder / "index.md").write_text(index(known), encoding="utf-8")
+        print(f"written to {output}: {len(chosen)} page{'s' * (len(chosen) > 1)}{', index.md' * (name is None)}")
+    elif name is None:
+        print("\n".join(table(known)))
+    else:
+        print(page(chosen[0]), end="")
+
+
+def _named(name: str, known: Sequence[Facts]) -> Facts:
+    for one in known:
+        if one.name == name:
+            return one
+    if "." not in name:
+        near = difflib.get_close_matches(name, [one.name for one in known], n=1)
+        close = f"; did you mean '{near[0]}'?" if near else ";"
+        raise UserError(
+            f"there is no combiner '{name}'{close} 'moa combiners' lists them, "
+            "and one of your own has its module before it, such as my_combiner.Mine"
+        )
+    try:
+        found = import_dotted(name)
+    except UserError as error:
+        raise UserError(str(error).replace("function", "combiner", 1)) from error
+    if not (inspect.isclass(found) and issubclass(found, Combiner)) or inspect.isabstract(found):
+        raise UserError(f"'{name}' is no combiner: subclass moa_lightning.combiners.Combiner and write combine")
+    return facts(found, name)
+
+
+def table(known: Sequence[Facts]) -> list[str]:
+    """The comparison, family by family, in 120 columns."""
+    lines = list(_wrapped(_HEAD))
+    for family, what in FAMILIES.items():
+        lines += ["", f"{family}: {what}"]
+        for one in (f for f in known if f.family == family):
+            lines += _wrapped(_row(one, _letters(one)))
+    lines += ["", *_legend("reads", {str(s): text for s, text in SIGNALS.items()})]
+    lines += ["", *_legend("claims", {_letter(c): f"{c}: {text}" for c, text in MEANINGS.items()})]
+    return [*lines, "", "A page of each: moa combiners --name=PAMA"]
+
+
+def _row(one: Facts, claims: str) -> tuple[str, ...]:
+    left = len(one.remembered) - _SHOWN
+    remembered = ", ".join(one.remembered[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
+    convergence = one.sections.get("Convergence", "not told").removesuffix(".").replace("`", "")
+    return (one.name, ", ".join(one.needs), remembered or "nothing", one.extra_passes, claims, convergence)
+
+
+def _wrapped(cells: Sequence[str]) -> Iterator[str]:
+    columns = [
+        textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(cells, _WIDTHS, strict=True)
+    ]
+    for i in range(max(len(column) for column in columns)):
+        parts = [(column[i] if i < len(column) else "").ljust(w) for column, w in zip(columns, _WIDTHS, strict=True)]
+        yield "  ".join(parts).rstrip()
+
+
+def _letter(claim: Claim) -> str:
+    return {Claim.ONE_OBJECTIVE: "1", Claim.SHIFT: "+", Claim.MIN_NORM: "K"}.get(claim, claim.value[0].upper())
+
+
+def _letters(one: Facts) -> str:
+    claimed = one.combiner.claimed if one.combiner else frozenset()
+    return " ".join(_letter(claim) if claim in claimed else "·" for claim in Claim)
+
+
+def _legend(title: str, meanings: dict[str, str]) -> Iterator[str]:
+    width = max(len(name) for name in meanings)
+    yield title
+    yield from (f"  {name:<{width}}  {text}" for name, text in meanings.items())
+
+
+def index(known: Sequence[Facts]) -> str:
+    """The comparison as Markdown."""
+    lines = ["# Combiners", ""]
+    for family, what in FAMILIES.items():
+        lines += [f"## {family}", "", f"{what[0].upper()}{what[1:]}.", ""]
+        lines += [f"| {' | '.join((*_HEAD[:1], 'choose it when', *_HEAD[1:]))} |", f"|{' --- |' * 7}"]
+        for one in (f for f in known if f.family == family):
+            name, *cells = _row(one, ", ".join(_claims(one)))
+            told = one.sections.get("Choose it when", "").removesuffix(".")
+            lines.append(f"| [{name}]({name}.md) | {' | '.join((told, *cells))} |")
+        lines.append("")
+    lines += ["## What the claims mean", "", *(f"* **{c}**: {text}." for c, text in MEANINGS.items()), ""]
+    return "\n".join(lines)
+
+
+def page(one: Facts) -> str:
+    """A combiner's page, as Markdown: the same headings in the same order for each."""
+    told = {label: _sentence(text) for label, text in one.sections.items()}
+    symbols = one.sections.get("Symbols", "").removesuffix(".")
+    missing, deviations = one.sections.get("Missing score"), one.sections.get("Deviations")
+    lines = [f"# {one.name}", "", one.summary, "", *(text for paragraph in one.body for text in (paragraph, ""))]
+    lines += _section("Formula", told.get("Formula"))
+    lines += _section("Symbols", "\n".join(f"* {symbol}" for symbol in symbols.split("; ") if symbol))
+    lines += _section("When", told.get("Choose it when"))
+    lines += _section("Cost", told.get("Cost"))
+    lines += _section("What it reads and remembers", "\n".join(_memory(one)))
+    lines += _section("A response without a score", missing and f"The objective {missing}")
+    lines += _section("KL", f"The charge of `RewardKL` counts {one.kl_charge}.")
+    lines += _section("Convergence", told.get("Convergence"))
+    if claimed := _claims(one):
+        lines += ["## What it claims", "", "With its default settings; tested on every input of the contract.", ""]
+        lines += [*(f"* **{claim}**: {MEANINGS[Claim(claim)]}" for claim in claimed), ""]
+    if one.settings:
+        lines += ["## Settings", "", "| setting | default | meaning |", "| --- | --- | --- |"]
+        lines += [f"| `{s.name}` | `{s.default}` | {s.meaning} |" for s in one.settings]
+        lines.append("")
+    lines += ["## YAML", "", "```yaml", one.preset.rstrip(), "```", ""]
+    lines += _section("What to watch in the logs", told.get("Watch"))
+    lines += _section("Source", told.get("Source"), deviations and f"Deviations: {deviations}")
+    lines += _section("Code and test", f"Code: `{one.module}`", one.test and f"Test: `{one.test}`")
+    return "\n".join(lines)
+
+
+def _section(title: str, *paragraphs: str | None) -> list[str]:
+    """A heading and what is below it; nothing without text."""
+    shown = [text for text in paragraphs if text]
+    return [line for text in (f"## {title}", *shown) for line in (text, "")] if shown else []
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _memory(one: Facts) -> list[str]:
+    lines = [f"* reads **{need}**: {SIGNALS[need]}" for need in one.needs]
+    lines += [f"* remembers: {', '.join(one.remembered) or 'nothing'}"] if one.combiner else []
+    return [*lines, f"* extra backward passes: {one.extra_passes}"]
+
+
+def _claims(one: Facts) -> list[Claim]:
+    return [claim for claim in Claim if one.combiner and claim in one.combiner.claimed]

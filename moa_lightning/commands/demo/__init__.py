@@ -1,1 +1,0 @@
-"""``moa demo``: several methods on the embedded task, in one table and one picture."""

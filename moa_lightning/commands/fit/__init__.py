@@ -1,0 +1,1 @@
+"""The commands of LightningCLI: ``moa fit``, ``validate``, ``test`` and ``predict``."""

@@ -1,0 +1,255 @@
+"""Sharded parameters, in memory and in checkpoints."""
+
+import errno
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Collection
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem as dcp_files
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim import Optimizer
+
+from moa_lightning.distributed.collectives import rank
+from moa_lightning.errors import UserError
+
+_IN_METADATA = {
+    *(
+        (dcp_metadata.__name__, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (dcp_files.__name__, "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+"""Module and name of everything that the index of a sharded checkpoint refers to, dtypes apart."""
+
+
+def in_pieces(module: nn.Module) -> bool:
+    """Whether a module's parameters are in pieces; if so none of them is whole afterwards."""
+    cut = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in cut:  # the root keeps what it gathered for a forward pass
+        part.reshard()
+    return bool(cut)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """State of a module, put together from its pieces; under sharding every process calls it and rank 0 gets it."""
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return module.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]  # they are tensors
+
+
+def whole_on_first(tensor: Tensor) -> Tensor | None:
+    """A tensor put together from its pieces, in the main memory of the first process; ``None`` on the others.
+
+    Every process calls it. A tensor that is not in pieces is returned by all as it is.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if rank() == 0 else None
+
+
+class ShardReader(FileSystemReader):
+    """Reads a sharded checkpoint without running what is pickled in it.
+
+    PyTorch's own reader unpickles the index (``.metadata``) as it comes, which executes whatever a file names.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index.
+
+        Raises:
+            ForeignContentError: it refers to something that no checkpoint holds.
+            pickle.UnpicklingError: it is damaged.
+        """
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            try:
+                found = _MetadataUnpickler(file).load()
+            except (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise pickle.UnpicklingError(f".metadata is damaged: {error}") from error
+        if not isinstance(found, Metadata):
+            raise pickle.UnpicklingError(f".metadata holds {type(found).__name__}, not the index of a checkpoint")
+        found.storage_meta = getattr(found, "storage_meta", None) or dcp_metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class ForeignContentError(pickle.UnpicklingError):
+    """A checkpoint refers to what no checkpoint holds. Nothing of it was run."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """A class of the index or a dtype; never anything else, since calling it is how a pickle runs code."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _IN_METADATA:
+            return super().find_class(module, name)
+        raise ForeignContentError(f".metadata names {module}.{name}")
+
+
+class _PlainLoadPlanner(DefaultLoadPlanner):
+    """Reads what is no tensor, such as an optimiser's learning rate, as plain data; PyTorch's own unpickles it."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Take one value in.
+
+        Raises:
+            ForeignContentError: it is more than plain data.
+        """
+        plain = BytesIO()
+        try:
+            torch.save(torch.load(value, weights_only=True), plain)
+        except pickle.UnpicklingError as error:
+            raise ForeignContentError(f"'{read_item.dest_index.fqn}' is more than plain data") from error
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+def _load(content: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
+    """Fill these tensors and values from a sharded checkpoint, each process its shards. In place.
+
+    Raises:
+        UserError: on every process: one of the shards does not hold what the index says.
+    """
+    try:
+        load(content, storage_reader=ShardReader(folder), planner=_PlainLoadPlanner(), no_dist=no_dist)
+    except CheckpointException as error:
+        first = " ".join(str(next(iter(error.failures.values()))[0]).split())[:200]
+        raise UserError(f"checkpoint {folder} cannot be used: {first}") from error
+
+
+def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a sharded checkpoint whose names start so, put together, without the prefix. In one process.
+
+    Nothing else is read: of a training checkpoint two thirds are the optimiser's.
+    """
+    known = ShardReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(found.size, dtype=found.properties.dtype)
+        for name, found in known.items()
+        if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+        _load(tensors, folder, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """The shard of this process, or the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor where and in the pieces that the other one is in."""
+    if isinstance(other, DTensor):
+        return distribute_tensor(tensor.to(other.device, other.dtype), other.device_mesh, other.placements)
+    return tensor.to(other)
+
+
+def pieces_on_disk(folder: Path) -> list[tuple[str, str, int, int]]:
+    """Name, file, offset and length of each shard of a checkpoint that PyTorch's distributed checkpoints wrote."""
+    stored = ShardReader(folder).read_metadata().storage_data
+    return [(index.fqn, piece.relative_path, piece.offset, piece.length) for index, piece in stored.items()]
+
+
+def shapes_on_disk(folder: Path, part: str) -> dict[str, torch.Size]:
+    """Names and whole shapes of the tensors in one part of such a checkpoint."""
+    stored = ShardReader(folder).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix(f"{part}."): tensor.size
+        for name, tensor in stored.items()
+        if name.startswith(f"{part}.") and isinstance(tensor, TensorStorageMetadata)
+    }
+
+
+def save_pieces(content: dict[str, Any], folder: Path) -> None:
+    """Write such a checkpoint, each process its pieces.
+
+    Raises:
+        OSError: on every process, if one of them cannot write.
+    """
+    try:
+        save(content, checkpoint_id=folder)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        # torch.save hides what the system said when a disk is full.
+        raise (first if isinstance(first, OSError) else OSError(errno.EIO, "only a part of it was taken")) from error
+
+
+def load_pieces(folder: Path, module: nn.Module, key: str, names: Collection[str]) -> None:
+    """Read weights of these names from such a checkpoint into a module, each process its pieces. In place."""
+    weights = {name: weight for name, weight in get_model_state_dict(module).items() if name in names}
+    _load({key: weights}, folder)
+    set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
+
+
+def load_optimizer_pieces(folder: Path, module: nn.Module, optimizer: Optimizer, key: str) -> None:
+    """Read the state of a module's optimiser from such a checkpoint, each process its pieces. In place."""
+    state = get_optimizer_state_dict(module, optimizer)
+    _load({key: state}, folder)
+    set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
+
+
+def rows_here(tensor: DTensor) -> tuple[int, int]:
+    """Of a tensor that is cut along its first dimension: the first row that this process has, and the one behind."""
+    first, last = 0, tensor.shape[0]
+    for i, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0
+            each = math.ceil(tensor.shape[0] / tensor.device_mesh.size(i))
+            first = min(tensor.device_mesh.get_local_rank(i) * each, last)
+            last = min(first + each, last)
+    assert last - first == tensor.to_local().shape[0], "pieces of another size than expected"
+    return first, last
+
+
+def fill_piece(tensor: Tensor, read: Callable[[int, int], Tensor], read_all: Callable[[], Tensor]) -> None:
+    """Fill a tensor, or the piece of it that is here, in place.
+
+    Args:
+        tensor: whole or in pieces.
+        read: the rows first <= i < last.
+        read_all: all of it.
+    """
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(read_all())
+        return
+    first, last = rows_here(tensor)
+    if last > first:
+        tensor.to_local().copy_(read(first, last))
