@@ -119,7 +119,7 @@ def read(folder: Path, method: str, seed: int) -> Ended:
     points = _rows(folder / "front.csv")
     half = points[1:][len(points[1:]) // 2 :]  # the first is the policy before training
     held = [float(p[BOUND]) + Z * float(p[f"{BOUND}_std_error"]) >= THRESHOLD for p in half if BOUND in p]
-    duals = [float(row[f"duals/{BOUND}"]) for row in _rows(folder / "metrics.csv") if row.get(f"duals/{BOUND}")]
+    duals = [dual for _, dual in _duals(folder)]
     quarter = duals[len(duals) * 3 // 4 :] or [math.nan]
     return Ended(
         method,
@@ -131,6 +131,12 @@ def read(folder: Path, method: str, seed: int) -> Ended:
         min(quarter),
         max(quarter),
     )
+
+
+def _duals(folder: Path) -> list[tuple[int, float]]:
+    """The multiplier by step; empty for a fixed weight."""
+    name = f"duals/{BOUND}"
+    return [(int(row["step"]), float(row[name])) for row in _rows(folder / "metrics.csv") if row.get(name)]
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
@@ -185,27 +191,30 @@ def table(runs: Sequence[Ended]) -> list[str]:
 
 
 def draw(folders: Sequence[tuple[str, int, Path]], file: Path) -> None:
-    """Held-out means and the multiplier over the steps: a row for each method, a line for each seed."""
+    """Held-out means and the multiplier, if there is one, over the steps: a row a method, a line a seed."""
     from matplotlib.figure import Figure
 
     methods = list(dict.fromkeys(method for method, _, _ in folders))
+    multiplied = {method for method, _, folder in folders if _duals(folder)}
     figure = Figure(figsize=(11, 2.4 * len(methods)), layout="constrained")
-    axes = figure.subplots(len(methods), 3, squeeze=False)
+    axes = figure.subplots(len(methods), 3 if multiplied else 2, squeeze=False)
     for method, _, folder in folders:
         row = axes[methods.index(method)]
         points = _rows(folder / "front.csv")
         for panel, name in zip(row, (PRIMARY, BOUND), strict=False):
             if name in points[0]:
                 panel.plot([int(p["step"]) for p in points], [float(p[name]) for p in points], marker=".")
-        duals = [(int(r["step"]), float(r[d])) for r in _rows(folder / "metrics.csv") if r.get(d := f"duals/{BOUND}")]
-        if duals:
+        if duals := _duals(folder):
             row[2].plot(*zip(*duals, strict=True), linewidth=0.7)
     for method, row in zip(methods, axes, strict=True):
         row[1].axhline(THRESHOLD, color="black", linewidth=0.7)
-        for panel, title in zip(row, (PRIMARY, BOUND, "multiplier"), strict=True):
+        for panel, title in zip(row, (PRIMARY, BOUND, "multiplier"), strict=False):
             panel.set_title(f"{method}: {title}", fontsize=9)
         for panel in row[:2]:
             panel.set_ylim(-0.2, 1.05)
+        if method not in multiplied:
+            for panel in row[2:]:
+                panel.remove()
     figure.savefig(file, dpi=80)
 
 

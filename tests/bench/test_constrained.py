@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from bench import constrained
 
@@ -70,6 +71,21 @@ def test_only_what_is_not_complete_is_trained(tmp_path, monkeypatch, capsys):
     assert "best fixed weight that meets 0.5: linear-0.5, sentiment 0.450" in capsys.readouterr().out
     assert len((tmp_path / "constrained.csv").read_text().splitlines()) == 5
     assert (tmp_path / "constrained.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("methods", "panels"), [(("lagrangian", "linear-0.5"), 5), (("linear-0.4", "linear-0.5"), 4)])
+def test_a_fixed_weight_has_no_panel_for_a_multiplier(tmp_path, monkeypatch, methods, panels):
+    folders = []
+    for method in methods:
+        duals = () if method.startswith(constrained.FIXED) else (1.0, 2.0)
+        folders.append((method, 0, write_run(tmp_path / method, 0.6, 0.51, duals=duals)))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: drawn.append(self))
+    constrained.draw(folders, tmp_path / "curves.png")
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert len(titles) == panels
+    assert all(axes.lines for axes in drawn[0].axes)
+    assert not any("linear" in title and "multiplier" in title for title in titles)
 
 
 def test_a_method_that_there_is_not_is_named_at_once(tmp_path):
