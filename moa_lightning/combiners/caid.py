@@ -62,7 +62,9 @@ class CAID(ResponseCombiner):
         window: batches that reported values and the warning average over, each response alike.
         dual_window: last batches of the window that a dual step follows; each older one delays it.
         dual: how the multipliers move, and the largest that one may be. There a multiplier of 1 gives an objective the
-            primary one's spread between the responses to a prompt.
+            primary one's spread between the responses to a prompt. The solved multiplier is the one that holds the
+            optimum; ``LogPID`` is above it by a factor of ``exp(kp v)`` while the policy is still ``v`` spreads below
+            the threshold, from the first step on, and comes back to it as the violation vanishes.
         patience: dual steps violated, with the multiplier at its largest, until a warning names the threshold.
     """
 

@@ -1,6 +1,7 @@
 """CAID: the exact constrained optimum, primal and dual, where all responses are known; what it keeps and tells."""
 
 import dataclasses
+import math
 
 import cvxpy as cp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from scipy.optimize import root
 
-from moa_lightning.combiners import CAID, PAMA, PID, Optimistic, Projected
+from moa_lightning.combiners import CAID, PAMA, PID, LogPID, Optimistic, Projected
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.rewards import Length, Objective, RewardPanel
 from moa_lightning.sources import Rollout
@@ -288,6 +289,21 @@ def test_dual_steps_are_taken_in_spreads():
             first = state["duals"]
     assert first[1] > 0
     torch.testing.assert_close(state["duals"] * scale, first, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_adds_to_the_solved_multiplier_what_vanishes_with_the_violation():
+    """So the first one may follow the reference's violation: the multiplier it leaves behind is the solved one."""
+    dual = LogPID(kp=1.5, ki=0.03, kd=0.0, margin=0.0)
+    combiner = CAID({"b": 0.5}, reference_batches=1, window=1, dual=dual)
+    solved = combiner.observe(batch([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.9, 0.3]]), begin(combiner))
+    first = float(solved["duals"][1])
+    assert first > 0.05
+    below = combiner.observe(batch([[1.0, 0.0], [0.5, 0.5], [0.0, 0.7], [0.9, 0.4]]), solved)
+    violation = (0.5 - 0.4) / float(below["spreads"][1])
+    assert violation > 0.3
+    assert float(below["duals"][1]) == pytest.approx(first * math.exp(1.53 * violation), rel=1e-5)
+    met = combiner.observe(batch([[0.5, 0.5], [0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]), below)
+    assert float(met["duals"][1]) == pytest.approx(first * math.exp(0.03 * violation), rel=1e-5)
 
 
 def test_iterated_a_threshold_that_stays_violated_is_named():
