@@ -26,9 +26,14 @@ CASES = {
     for offline in (False, True)
     for lora in (False, True)
 }
+TOKENS = {"cliprange": 0.002, "epsilon_high": 0.003, "delta": 1.004, "entropy_coef": 0.01, "cliprange_value": 0.01}
+RESPONSES = {"cliprange": 2e-4, "epsilon_high": 3e-4, "delta": 1.0004, "importance_sampling_level": "sequence"}
 CASES |= {
     "silent-tokens": {"combiner": PAMA, "silent": True},  # one process has no reward at all
     "silent-gradients": {"combiner": MGDAUB, "silent": True},
+    # Bounds so narrow that the second pass over a batch meets each of them.
+    "surrogate-tokens": {"combiner": Linear, "passes": 2, "steps": 4, "surrogate": TOKENS},
+    "surrogate-responses": {"combiner": Linear, "passes": 2, "steps": 4, "surrogate": RESPONSES},
     "lagged-full": {"combiner": MOPO, "offline": True, "lagged": True, "steps": 5},
     "lagged-lora": {"combiner": MOPO, "offline": True, "lora": True, "lagged": True, "steps": 5},
 }

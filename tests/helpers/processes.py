@@ -130,7 +130,7 @@ def module(case: dict[str, Any], folder: Path) -> AlignmentModule:
     return AlignmentModule(
         policy=policy,
         combiner=combiner,
-        loss=WeightedLikelihood() if likelihood else ClippedSurrogate(),
+        loss=WeightedLikelihood() if likelihood else ClippedSurrogate(**case.get("surrogate", {})),
         kl=LossKL(0.05) if likelihood or case.get("offline") else None,
         reference=LaggedCopy(2) if case.get("lagged") else None,
         optimizer=optimizer,
