@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -e '.[test,dev,docs]'
 	@touch $@
 
-demo: install  ## Warm-start a small policy, align it with PAMA, print before and after.
+demo: install  ## Align a small policy in five ways: one table, and the picture runs/demo/front.png.
 	@$(BIN)/moa demo
 
 test: lint  ## Check style, types and imports, then run all tests.

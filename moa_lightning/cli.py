@@ -28,7 +28,7 @@ COMMANDS = {
     "compare": "put the objectives and thresholds of several runs side by side",
     "combiners": "compare the ways N objectives become one, or print the page of one",
     "export": "write a run's policy as a plain Hugging Face folder",
-    "demo": "the embedded task: warm start, PAMA, before/after table",
+    "demo": "the embedded task: several methods, one table, one picture",
 }
 
 _SECONDS_TO_BE_SECOND = 3

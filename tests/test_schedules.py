@@ -198,8 +198,8 @@ def test_flags_and_the_printed_config_say_the_same(tmp_path, capsys, flags):
             main(["fit", *arguments, "--print_config"])
         return capsys.readouterr().out
 
-    given = printed(f"--config={ROOT}/configs/demo.yaml", *(f"--model.objectives.length.{flag}" for flag in flags))
-    weight = yaml.safe_load(given)["model"]["objectives"]["length"]["weight"]
+    given = printed(f"--config={ROOT}/configs/demo.yaml", *(f"--model.objectives.informative.{flag}" for flag in flags))
+    weight = yaml.safe_load(given)["model"]["objectives"]["informative"]["weight"]
     assert weight["class_path"] == "moa_lightning.schedules.LinearWeight"
     assert LinearWeight(**weight["init_args"]) == FADING
     (tmp_path / "again.yaml").write_text(given)
@@ -215,5 +215,5 @@ def test_the_example_of_the_readme(capsys, tmp_path):
     resolved = yaml.safe_load(capsys.readouterr().out)["model"]["combiner"]["init_args"]["weights"]
     assert {name: weight["class_path"].rpartition(".")[2] for name, weight in resolved.items()} == {
         "sentiment": "LinearWeight",
-        "length": "PiecewiseWeight",
+        "informative": "PiecewiseWeight",
     }

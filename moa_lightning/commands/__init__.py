@@ -21,9 +21,9 @@ def run(command: str, args: list[str]) -> None:
 
         AlignmentCLI.run_command(args)
     elif command == "demo":
-        from moa_lightning.commands.demo import demo
+        from moa_lightning.commands.demo.command import demo
 
-        demo(args[1:])
+        _call(demo, args)
     elif command == "sft":
         from moa_lightning.stages.supervised import supervised
 

@@ -72,11 +72,11 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
 
 
 def _matching(pattern: str) -> list[str]:
-    """The runs that a pattern means; other folders that it matches are passed over, one that is named is not."""
+    """The runs that a pattern means; whatever else it matches is passed over, unless it was named without a pattern."""
     matches = sorted(glob(pattern))
     if matches == [pattern]:
         return matches
-    return [m for m in matches if not Path(m).is_dir() or (Path(m) / "summary.json").is_file()] or [pattern]
+    return [m for m in matches if Path(m).suffix == ".json" or (Path(m) / "summary.json").is_file()] or [pattern]
 
 
 def _read(run: str) -> Reached:

@@ -1,8 +1,9 @@
 """The embedded task: short film reviews from a seeded grammar, and a small policy that writes them.
 
-The paper's IMDb experiment (arXiv 2508.07768) in small: sentiment and length pull apart, because in this grammar
-praise is short and long reviews turn critical, sentence by sentence. Sentiment and facts cost each other more: a
-sentence that states a fact praises nothing.
+Two objectives have a price in each other: a sentence that states a fact praises nothing, so more ``informative`` is
+less ``sentiment``, and :func:`front` says exactly how much. Sentiment and length, the objectives of the IMDb
+experiment in arXiv 2508.07768, pull apart in the reviews that the policy learns from, where long ones turn critical. A
+policy can have both: a long review of praise.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from moa_lightning.data.base import PromptData, Row, Stage
@@ -79,6 +81,27 @@ def _informative(text: str) -> float:
     if not sentences:
         return 0.0
     return math.sqrt(sum(f"{sentence} ." in _FACTS for sentence in sentences) / len(sentences))
+
+
+def front(informative: float) -> float:
+    """The exact Pareto front: the highest mean :func:`sentiment` of any policy with this mean :func:`informative`.
+
+    A response with a share x of facts has at most ``(1 - x, sqrt(x))``, which lies on ``1 - informative^2``. The curve
+    is concave, so no mixture of responses lies above it.
+    """
+    return 1.0 - informative**2
+
+
+def distance_to_front(sentiment: float, informative: float) -> float:
+    """Euclidean distance of two means from the curve :func:`front`, from informative 0 to 1."""
+
+    def distance(f: float) -> float:
+        return math.hypot(front(f) - sentiment, f - informative)
+
+    # Where the derivative of the squared distance is 0: 2 f^3 + (2 s - 1) f = informative.
+    roots = np.roots([2.0, 0.0, 2.0 * sentiment - 1.0, -informative])
+    inside = [float(root.real) for root in roots if abs(root.imag) < 1e-9 and 0 <= root.real <= 1]
+    return min(map(distance, [0.0, 1.0, *inside]))
 
 
 def is_grammatical(completion: str) -> bool:

@@ -32,7 +32,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"moa {importlib.metadata.version('moa-lightning')}\n"
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"demo"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         moa(command, "--help")
@@ -45,7 +45,7 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
         "compare": "--runs",
         "combiners": "--name",
     }
-    expected = (named | {"export": "--merge"}).get(command, "--model.combiner")
+    expected = (named | {"export": "--merge", "demo": "--steps"}).get(command, "--model.combiner")
     assert expected in printed
 
 

@@ -1,5 +1,6 @@
-"""The embedded task: its grammar, its sentiment, and the policy that is taught it once."""
+"""The embedded task: its grammar, its objectives, and the policy that is taught it once."""
 
+import itertools
 import json
 import random
 
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moa_lightning.data import Reviews, Stage, reviews
 from moa_lightning.data.reviews import (
     VOCABULARY,
+    distance_to_front,
+    front,
     informative,
     is_grammatical,
     prompts,
@@ -108,6 +111,29 @@ def test_facts_cost_sentiment_as_much_as_the_front_says():
         text = "was great . " * (4 - facts) + "it runs two hours . " * facts
         (s,), (f,) = sentiment([], [text]), informative([], [text])
         assert s == pytest.approx(1 - f**2)
+
+
+def test_the_front_is_what_the_best_reviews_reach():
+    """Over all reviews of up to five sentences, by the kinds of their sentences, and mixtures of them."""
+    kinds = ("was great .", "was dull .", "was great but dull .", "it runs two hours .", "the film runs .")
+    texts = [" ".join(text) for count in range(1, 6) for text in itertools.combinations_with_replacement(kinds, count)]
+    points = np.array([sentiment([], texts), informative([], texts)])
+    best = {f: points[0][points[1] == f].max() for f in np.unique(points[1])}
+    assert len(best) == 11  # shares k/n with n up to 5
+    assert best == pytest.approx({f: front(f) for f in best})
+    for mixed in (points, np.array([[*best.values()], [*best]])):
+        mixtures = mixed @ np.random.default_rng(0).dirichlet(np.full(mixed.shape[1], 0.1), size=2000).T
+        assert (mixtures[0] <= front(mixtures[1]) + 1e-12).all()
+    assert (mixtures[0] > front(mixtures[1]) - 0.05).any()
+
+
+def test_distance_to_the_front():
+    """By brute force, on both sides of the curve and beyond its ends."""
+    curve = np.linspace(0, 1, 200_001)
+    for s, f in itertools.product((-1.0, -0.05, 0.3, 0.5, 0.75, 1.0), (0.0, 0.12, 0.5, 1.0)):
+        nearest = np.hypot(front(curve) - s, curve - f).min()
+        assert distance_to_front(s, f) == pytest.approx(nearest, abs=1e-5)
+    assert distance_to_front(0.75, 0.5) == pytest.approx(0, abs=1e-12)
 
 
 def test_praise_is_short():

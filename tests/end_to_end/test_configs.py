@@ -14,7 +14,7 @@ from moa_lightning.combiners import Combiner
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 # These hold one part of a run; the demo gives the rest.
-PARTIAL = ("combiner/", "trainer/")
+PARTIAL = ("combiner/", "trainer/", "task/length.yaml")
 COMMANDS = {"hh/sft.yaml": "sft", "hh/reward.yaml": "reward"}  # all others are read by fit
 
 
