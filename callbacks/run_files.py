@@ -16,7 +16,7 @@ from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
 from moa_lightning.callbacks.writing import Writing
-from moa_lightning.distributed import together
+from moa_lightning.distributed import raise_on_all_ranks
 from moa_lightning.types import Evaluation
 from moa_lightning.utils.random_state import run_seed
 
@@ -84,7 +84,7 @@ class RunFiles(EvaluationCallback):
         self._seconds_before, self._started = self._seconds(), None
         if self.save_policy:  # by every process: pieces are put together
             policy: Any = pl_module.policy
-            with together():  # the first one writes, and the others go on to what they do together
+            with raise_on_all_ranks():  # the first one writes, and the others go on to what they do together
                 policy.save_pretrained(Path(trainer.default_root_dir) / "policy", _record(trainer, pl_module))
         self._write(trainer, pl_module)
 

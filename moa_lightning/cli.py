@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moa_lightning.errors import UserError
-from moa_lightning.utils.console import launched_as, speaks
+from moa_lightning.utils.console import is_main_process, launched_as
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -112,7 +112,7 @@ def _fail(message: str, shared: bool = False, cause: BaseException | None = None
         # The launcher ends the others with the first one. Where that one goes on, this process refuses alone.
         time.sleep(_SECONDS_TO_BE_SECOND)
         message = message if shared else f"rank {rank}: {message}"
-    if speaks(rank) or not shared:
+    if is_main_process(rank) or not shared:
         print(f"moa: error: {' '.join(message.splitlines())}", file=sys.stderr)
         if cause is not None:
             traceback.print_exception(cause)

@@ -30,10 +30,10 @@ from moa_lightning.sources.prompt_loader import PromptLoader
 from moa_lightning.training import compatibility
 from moa_lightning.training.agreement import in_agreement
 from moa_lightning.training.finite_updates import (
+    naming_the_step,
     require_finite,
     require_finite_gradients,
     require_finite_weights,
-    told_with_the_step,
 )
 from moa_lightning.training.resumption import OptimizerSettings, ResumedModule
 from moa_lightning.training.scheduled_weights import ScheduledWeights
@@ -108,7 +108,7 @@ class AlignmentModule(ResumedModule):
         self.strict_loading = False  # frozen weights are in no checkpoint; check_weights is as strict as that allows
 
         self.reference.check(has_adapter)
-        compatibility.check_pieces(self.combiner, self.source, self.loss, self.kl, self.panel)
+        compatibility.check_compatible(self.combiner, self.source, self.loss, self.kl, self.panel)
         # Memory of combiner and KL control: plain float32 tensors, since bf16-true would cast buffers.
         self.weights = ScheduledWeights(self.combiner, self.panel)
         self.combiner_state: State = self.weights.start()
@@ -183,7 +183,7 @@ class AlignmentModule(ResumedModule):
         """Experience from the policy as it is now; the combiner and the KL control observe it."""
         self.reference.advance(self.policy, self.global_step)
         batch = self.encoder.encode(rows).to(self.device)
-        with told_with_the_step(self.trainer), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        with naming_the_step(self.trainer), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             experience = self.source.collect(batch, self._actors(), seed)
         self._require_scores(experience)
         state = self.weights.advance(self.trainer, self.combiner_state)
@@ -328,7 +328,7 @@ class AlignmentModule(ResumedModule):
         return evaluation
 
     def _answered(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
-        with told_with_the_step(self.trainer):
+        with naming_the_step(self.trainer):
             return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
 
     def _log_mean(self, prefix: str, key: str, scores_B: Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import moa_lightning
 from moa_lightning import commands
 from moa_lightning.cli import main
-from moa_lightning.distributed import together
+from moa_lightning.distributed import raise_on_all_ranks
 from moa_lightning.errors import UserError
 from tests.cli.task import complaint
 
@@ -61,10 +61,10 @@ def test_a_value_error_of_somebody_elses_code_is_not_said_to_be_ours(monkeypatch
 
 
 def test_a_defect_is_raised_as_it_is_by_the_process_that_has_it() -> None:
-    with pytest.raises(ZeroDivisionError), together():
+    with pytest.raises(ZeroDivisionError), raise_on_all_ranks():
         1 / 0  # noqa: B018
-    with pytest.raises(UserError, match="write b"), together():
+    with pytest.raises(UserError, match="write b"), raise_on_all_ranks():
         raise UserError("write b")
-    with pytest.raises(ValueError, match="a defect") as caught, together():
+    with pytest.raises(ValueError, match="a defect") as caught, raise_on_all_ranks():
         raise ValueError("a defect")
     assert not isinstance(caught.value, UserError)

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.kills.trace import PHASES, read
-from moa_lightning.training.checkpoints import newest_whole
+from moa_lightning.training.checkpoints import newest_valid
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.003
@@ -120,7 +120,7 @@ def kill(arguments: Sequence[str], log: Path, moment: Moment) -> str:
 
 def step_of(folder: Path) -> int | None:
     """Of the newest checkpoint that is whole; ``None`` where there is none."""
-    last = newest_whole(folder / "checkpoints")
+    last = newest_valid(folder / "checkpoints")
     return None if last is None else int(torch.load(last, weights_only=True)["global_step"])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from moa_lightning.errors import UserError
-from moa_lightning.training.checkpoints import META, newest_whole, settings_in, steps_of
+from moa_lightning.training.checkpoints import META, newest_valid, settings_in, steps_of
 from moa_lightning.training.run_checkpoint import checkpoint_folder
 from moa_lightning.training.run_lock import holder_of
 
@@ -55,7 +55,7 @@ class RunPlace:
 
     def newest(self) -> Path | None:
         """The checkpoint with the most steps that is valid."""
-        return newest_whole(self.checkpoints)
+        return newest_valid(self.checkpoints)
 
 
 def settings_of(root: Path) -> dict[str, Any]:

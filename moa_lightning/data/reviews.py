@@ -245,7 +245,7 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
 
     from moa_lightning.stages.fitting import Fitting
     from moa_lightning.stages.supervised import NewModel, build_model, encode, train
-    from moa_lightning.utils.atomic_folder import whole_folder
+    from moa_lightning.utils.atomic_folder import atomic_folder
 
     rank_zero_only(print)(f"warm start: teaching a small policy to write film reviews (kept in {folder})")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
@@ -262,7 +262,7 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
         model = build_model(NewModel("gpt2", len(VOCABULARY), _SHAPE), tokenizer)
         before, after = train(model, examples[256:], examples[:256], int(tokenizer.pad_token_id or 0), fit)
     rank_zero_only(print)(f"warm start: held-out loss {before:.3f} -> {after:.3f} nats per token")
-    with whole_folder(folder) as finished:
+    with atomic_folder(folder) as finished:
         model.save_pretrained(finished)
         tokenizer.save_pretrained(finished)
         (finished / _MARK).write_text(json.dumps(recipe), encoding="utf-8")

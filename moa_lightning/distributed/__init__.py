@@ -4,27 +4,27 @@ The collectives are handed on; what shards parameters and reads sharded checkpoi
 """
 
 from moa_lightning.distributed.collectives import (
-    all_least,
-    all_most,
+    all_max,
+    all_min,
     all_objects,
     all_rows,
     all_sum,
     any_rank,
     is_distributed,
+    raise_on_all_ranks,
     rank,
-    together,
     world_size,
 )
 
 __all__ = [
-    "all_least",
-    "all_most",
+    "all_max",
+    "all_min",
     "all_objects",
     "all_rows",
     "all_sum",
     "any_rank",
     "is_distributed",
+    "raise_on_all_ranks",
     "rank",
-    "together",
     "world_size",
 ]

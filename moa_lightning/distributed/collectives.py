@@ -40,7 +40,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(all_sum(torch.tensor(float(flag), device=device)) > 0)
 
 
-def all_least(number: int, device: torch.device) -> int:
+def all_min(number: int, device: torch.device) -> int:
     """The least of the processes' numbers."""
     least = torch.tensor(number, device=device)
     if is_distributed():
@@ -48,7 +48,7 @@ def all_least(number: int, device: torch.device) -> int:
     return int(least)
 
 
-def all_most(number: int, device: torch.device) -> int:
+def all_max(number: int, device: torch.device) -> int:
     """The largest of the processes' numbers."""
     largest = torch.tensor(number, device=device)
     if is_distributed():
@@ -78,11 +78,11 @@ def all_objects(mine: Any) -> list[Any]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Within it what one process cannot do ends all of them, so that none waits for it.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Context manager: an error on any rank is raised on every rank, so that none hangs in a collective.
 
     Raises:
-        UserError: on every process, in the words of the first one that failed.
+        UserError: on every rank, with the message of the first one that failed.
     """
     failed: Exception | None = None
     try:

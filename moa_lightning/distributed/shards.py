@@ -57,26 +57,26 @@ _IN_METADATA = {
 """Module and name of everything that the index of a sharded checkpoint refers to, dtypes apart."""
 
 
-def in_pieces(module: nn.Module) -> bool:
-    """Whether a module's parameters are in pieces; if so none of them is whole afterwards."""
-    cut = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in cut:  # the root keeps what it gathered for a forward pass
+def reshard(module: nn.Module) -> bool:
+    """Reshard all FSDP modules in place. Returns whether there are any."""
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:  # the root keeps its parameters unsharded after a forward pass
         part.reshard()
-    return bool(cut)
+    return bool(sharded)
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """State of a module, put together from its pieces; under sharding every process calls it and rank 0 gets it."""
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Unsharded state dict of a module. With sharding, every rank calls it and rank 0 gets it, in main memory."""
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return module.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]  # they are tensors
 
 
-def whole_on_first(tensor: Tensor) -> Tensor | None:
-    """A tensor put together from its pieces, in the main memory of the first process; ``None`` on the others.
+def full_tensor_on_first(tensor: Tensor) -> Tensor | None:
+    """The all-gathered tensor, in the main memory of rank 0; ``None`` on the other ranks.
 
-    Every process calls it. A tensor that is not in pieces is returned by all as it is.
+    Every rank calls it. A tensor that is not sharded is returned as it is, on every rank.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -153,8 +153,8 @@ def _load(content: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
         raise UserError(f"checkpoint {folder} cannot be used: {first}") from error
 
 
-def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a sharded checkpoint whose names start so, put together, without the prefix. In one process.
+def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The unsharded tensors of a sharded checkpoint whose names start with a prefix, which is removed. In one process.
 
     Nothing else is read: of a training checkpoint two thirds are the optimiser's.
     """
@@ -170,25 +170,25 @@ def read_pieces(folder: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def part_here(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The shard of this process, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor where and in the pieces that the other one is in."""
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """An unsharded tensor on the device, with the dtype and with the sharding of another one."""
     if isinstance(other, DTensor):
         return distribute_tensor(tensor.to(other.device, other.dtype), other.device_mesh, other.placements)
     return tensor.to(other)
 
 
-def pieces_on_disk(folder: Path) -> list[tuple[str, str, int, int]]:
+def stored_shards(folder: Path) -> list[tuple[str, str, int, int]]:
     """Name, file, offset and length of each shard of a checkpoint that PyTorch's distributed checkpoints wrote."""
     stored = ShardReader(folder).read_metadata().storage_data
-    return [(index.fqn, piece.relative_path, piece.offset, piece.length) for index, piece in stored.items()]
+    return [(index.fqn, shard.relative_path, shard.offset, shard.length) for index, shard in stored.items()]
 
 
-def shapes_on_disk(folder: Path, part: str) -> dict[str, torch.Size]:
+def stored_shapes(folder: Path, part: str) -> dict[str, torch.Size]:
     """Names and whole shapes of the tensors in one part of such a checkpoint."""
     stored = ShardReader(folder).read_metadata().state_dict_metadata
     return {
@@ -198,8 +198,8 @@ def shapes_on_disk(folder: Path, part: str) -> dict[str, torch.Size]:
     }
 
 
-def save_pieces(content: dict[str, Any], folder: Path) -> None:
-    """Write such a checkpoint, each process its pieces.
+def save_shards(content: dict[str, Any], folder: Path) -> None:
+    """Write such a checkpoint, each rank its shards.
 
     Raises:
         OSError: on every process, if one of them cannot write.
@@ -212,21 +212,21 @@ def save_pieces(content: dict[str, Any], folder: Path) -> None:
         raise (first if isinstance(first, OSError) else OSError(errno.EIO, "only a part of it was taken")) from error
 
 
-def load_pieces(folder: Path, module: nn.Module, key: str, names: Collection[str]) -> None:
-    """Read weights of these names from such a checkpoint into a module, each process its pieces. In place."""
+def load_shards(folder: Path, module: nn.Module, key: str, names: Collection[str]) -> None:
+    """Read weights of these names from such a checkpoint into a module, each rank its shards. In place."""
     weights = {name: weight for name, weight in get_model_state_dict(module).items() if name in names}
     _load({key: weights}, folder)
     set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
 
 
-def load_optimizer_pieces(folder: Path, module: nn.Module, optimizer: Optimizer, key: str) -> None:
-    """Read the state of a module's optimiser from such a checkpoint, each process its pieces. In place."""
+def load_optimizer_shards(folder: Path, module: nn.Module, optimizer: Optimizer, key: str) -> None:
+    """Read the state of a module's optimiser from such a checkpoint, each rank its shards. In place."""
     state = get_optimizer_state_dict(module, optimizer)
     _load({key: state}, folder)
     set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
 
 
-def rows_here(tensor: DTensor) -> tuple[int, int]:
+def local_rows(tensor: DTensor) -> tuple[int, int]:
     """Of a tensor that is cut along its first dimension: the first row that this process has, and the one behind."""
     first, last = 0, tensor.shape[0]
     for i, placement in enumerate(tensor.placements):
@@ -235,21 +235,21 @@ def rows_here(tensor: DTensor) -> tuple[int, int]:
             each = math.ceil(tensor.shape[0] / tensor.device_mesh.size(i))
             first = min(tensor.device_mesh.get_local_rank(i) * each, last)
             last = min(first + each, last)
-    assert last - first == tensor.to_local().shape[0], "pieces of another size than expected"
+    assert last - first == tensor.to_local().shape[0], "a shard of another size than expected"
     return first, last
 
 
-def fill_piece(tensor: Tensor, read: Callable[[int, int], Tensor], read_all: Callable[[], Tensor]) -> None:
-    """Fill a tensor, or the piece of it that is here, in place.
+def fill_shard(tensor: Tensor, read: Callable[[int, int], Tensor], read_all: Callable[[], Tensor]) -> None:
+    """Fill a tensor, or its local shard, in place.
 
     Args:
-        tensor: whole or in pieces.
+        tensor: sharded or not.
         read: the rows first <= i < last.
         read_all: all of it.
     """
     if not isinstance(tensor, DTensor):
         tensor.copy_(read_all())
         return
-    first, last = rows_here(tensor)
+    first, last = local_rows(tensor)
     if last > first:
         tensor.to_local().copy_(read(first, last))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moa_lightning.distributed.shards import in_pieces
+from moa_lightning.distributed.shards import reshard
 from moa_lightning.errors import UserError
 from moa_lightning.functional.pairwise import clip_around_first, confidence_weights, virtual_reference
 from moa_lightning.models.loading import disable_dropout
@@ -113,7 +113,7 @@ class MultiReference(Reference):
             if not self._cut:
                 other.to(input_ids_BL.device)
             output: PolicyOutput = other(*inputs)
-            in_pieces(other)  # no backward pass will make the root let go of what it gathered
+            reshard(other)  # no backward pass will make the root let go of what it gathered
             sums.append(output.logprobs_BT.sum(1))
         logprobs_BK = torch.stack(sums, 1)
         if self.weights is not None:

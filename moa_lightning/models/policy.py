@@ -24,12 +24,12 @@ from transformers import (
 
 from moa_lightning.chat import end_tokens
 from moa_lightning.distributed import any_rank, rank
-from moa_lightning.distributed.shards import whole_state
+from moa_lightning.distributed.shards import full_state_dict
 from moa_lightning.errors import UserError
 from moa_lightning.functional.logprobs import token_logprobs
 from moa_lightning.models.value_heads import ValueHeads
 from moa_lightning.signals import GradientPlace
-from moa_lightning.utils.atomic_folder import whole_folder
+from moa_lightning.utils.atomic_folder import atomic_folder
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite, some
 
 RECORD = "moa.json"
@@ -255,13 +255,13 @@ class Policy(nn.Module):
                 f"the policy is not written to '{folder}': its weights are not finite "
                 f"({some(bad) if bad else 'on another process'}); moa export takes an earlier one from a checkpoint"
             )
-        model, heads = whole_state(self.backbone), whole_state(self.value_heads) if self.value_heads else {}
+        model, heads = full_state_dict(self.backbone), full_state_dict(self.value_heads) if self.value_heads else {}
         if rank() != 0:
             return
         for copied, origin in self.causal_lm.all_tied_weights_keys.items():
             if model.get(origin) is not None:  # put together from pieces, a tied weight is there twice
                 model.pop(copied, None)
-        with whole_folder(folder, overwrite=True, only_writer=True) as target:
+        with atomic_folder(folder, overwrite=True, only_writer=True) as target:
             self.backbone.save_pretrained(target, state_dict=model)
             self.tokenizer.save_pretrained(target)
             if self.value_heads is not None:

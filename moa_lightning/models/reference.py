@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_lightning.distributed.shards import in_pieces, like, whole_on_first
+from moa_lightning.distributed.shards import full_tensor_on_first, reshard, shard_like
 from moa_lightning.errors import UserError
 from moa_lightning.models.policy import Policy, PolicyOutput
-from moa_lightning.models.sharding import copy_pieces
+from moa_lightning.models.sharding import copy_shards
 
 
 class Reference(ABC):
@@ -113,7 +113,7 @@ class FrozenCopy(Reference):
         """Cut the copy too, and take each piece from the policy's."""
         assert self._copy is not None, "setup was not called"
         cut(self._copy)
-        copy_pieces(policy.backbone, self._copy.backbone)
+        copy_shards(policy.backbone, self._copy.backbone)
         self._cut = True
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class FrozenCopy(Reference):
         if not self._cut:  # pieces are where the strategy wants them
             self._copy.to(input_ids_BL.device)
         output: PolicyOutput = self._copy(input_ids_BL, attention_mask_BL, mask_BT, temperature)
-        in_pieces(self._copy)  # no backward pass will make the root let go of what it gathered
+        reshard(self._copy)  # no backward pass will make the root let go of what it gathered
         return output.logprobs_BT
 
 
@@ -201,8 +201,8 @@ class LaggedCopy(Reference):
         moved = self._lagged is not self._first
         return {
             "step": self._step,
-            "lagged": [whole_on_first(weight) for weight in self._lagged] if moved else None,
-            "next": [whole_on_first(weight) for weight in self._next] if self._next is not self._first else None,
+            "lagged": [full_tensor_on_first(weight) for weight in self._lagged] if moved else None,
+            "next": [full_tensor_on_first(weight) for weight in self._next] if self._next is not self._first else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -212,13 +212,13 @@ class LaggedCopy(Reference):
         def taken(saved: list[Tensor] | None) -> list[Tensor]:
             if saved is None:
                 return self._first
-            return [like(new, old) for new, old in zip(saved, self._first, strict=True)]
+            return [shard_like(new, old) for new, old in zip(saved, self._first, strict=True)]
 
         self._lagged, self._next = taken(state["lagged"]), taken(state["next"])
 
 
 def _copy_of(policy: Policy) -> list[Tensor]:
-    in_pieces(policy)
+    reshard(policy)
     return [parameter.detach().clone() for parameter in policy.trainable()[0]]
 
 
@@ -228,12 +228,12 @@ def _weights(policy: Policy, weights: list[Tensor]) -> Iterator[None]:
 
     Whole tensors change places, without a copy. Pieces are copied over: the sharding knows them by their memory.
     """
-    cut = in_pieces(policy)  # which changes what its parameters are
+    cut = reshard(policy)  # which changes what its parameters are
     parameters = policy.trainable()[0]
     present = _copy_of(policy) if cut else [parameter.data for parameter in parameters]
 
     def put(those: list[Tensor]) -> None:
-        in_pieces(policy)
+        reshard(policy)
         for parameter, weight in zip(parameters, those, strict=True):
             if cut:
                 parameter.data.copy_(weight)

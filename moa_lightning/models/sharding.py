@@ -120,7 +120,7 @@ def give_memory(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def copy_pieces(source: nn.Module, target: nn.Module) -> None:
+def copy_shards(source: nn.Module, target: nn.Module) -> None:
     """Copy the parameters of a model to its twin; both have been cut alike."""
     for old, new in zip(source.parameters(), target.parameters(), strict=True):
         new.copy_(old)

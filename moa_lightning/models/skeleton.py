@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_file
 
-from moa_lightning.distributed.shards import fill_piece
+from moa_lightning.distributed.shards import fill_shard
 from moa_lightning.errors import UserError
 from moa_lightning.utils.console import progress
 
@@ -164,7 +164,7 @@ class Skeleton:
             if id(parameter) in read:
                 continue
             read.add(id(parameter))
-            fill_piece(parameter, partial(self.files.rows, key), partial(self.files.whole, key))
+            fill_shard(parameter, partial(self.files.rows, key), partial(self.files.whole, key))
 
 
 def skeleton(

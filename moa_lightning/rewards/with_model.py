@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moa_lightning.distributed import all_most
+from moa_lightning.distributed import all_max
 from moa_lightning.rewards.base import Cut, Reward
 
 
@@ -62,7 +62,7 @@ class RewardWithModel(Reward):
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         scores: list[float | None] = [None] * len(lengths)
         with nullcontext(False) if self._together is None else self._together(self._to_cut()) as in_step:
-            passes = all_most(len(batches), self._device) if in_step else len(batches)
+            passes = all_max(len(batches), self._device) if in_step else len(batches)
             for rows in batches:
                 for i, found in zip(rows, score(rows), strict=True):
                     scores[i] = found

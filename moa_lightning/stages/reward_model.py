@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from moa_lightning.errors import UserError
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
-from moa_lightning.utils.atomic_folder import refuse_used, whole_folder
+from moa_lightning.utils.atomic_folder import atomic_folder, refuse_used
 from moa_lightning.utils.console import library_bars, progress
 from moa_lightning.utils.load_rows import load_rows, require_columns
 from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
@@ -98,7 +98,7 @@ def reward_model(
     if held_out:
         error = math.sqrt(max(after * (1 - after), 1 / len(held_out)) / len(held_out))
         print(f"held-out accuracy {before:.3f} -> {after:.3f} (standard error {error:.3f}, {len(held_out)} pairs)")
-    with whole_folder(output, overwrite) as folder, library_bars():
+    with atomic_folder(output, overwrite) as folder, library_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"reward model written to {output}")

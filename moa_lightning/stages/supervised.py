@@ -26,7 +26,7 @@ from transformers import (
 from moa_lightning.chat import Prompt, TemplateError, answer_turn, closed_answer, is_chat, render
 from moa_lightning.errors import UserError
 from moa_lightning.stages.fitting import FittedModule, Fitting, SimilarLengths, run
-from moa_lightning.utils.atomic_folder import refuse_used, whole_folder
+from moa_lightning.utils.atomic_folder import atomic_folder, refuse_used
 from moa_lightning.utils.console import library_bars, progress, shows_progress
 from moa_lightning.utils.load_rows import load_rows, place, require_columns
 from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
@@ -229,7 +229,7 @@ def train(
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str | Path, overwrite: bool) -> None:
     """Write model, tokenizer and generation config; the folder appears whole."""
-    with whole_folder(output, overwrite) as folder, library_bars():
+    with atomic_folder(output, overwrite) as folder, library_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

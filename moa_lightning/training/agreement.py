@@ -20,7 +20,7 @@ from moa_lightning import __version__
 from moa_lightning.distributed import all_objects, is_distributed, rank
 from moa_lightning.errors import UserError
 from moa_lightning.models.loading import load_config
-from moa_lightning.utils.console import speaks, without_progress_bars
+from moa_lightning.utils.console import is_main_process, without_progress_bars
 from moa_lightning.utils.masking import masked
 
 Facts = Mapping[str, str]
@@ -77,7 +77,7 @@ def in_agreement(module: Any, stage: str) -> Iterator[None]:
     if not is_distributed():
         yield
         return
-    if not speaks(rank()):
+    if not is_main_process(rank()):
         without_progress_bars()
     error: Exception | None = None
     mine: Facts = {}

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from moa_lightning.distributed.shards import ForeignContentError, pieces_on_disk
+from moa_lightning.distributed.shards import ForeignContentError, stored_shards
 from moa_lightning.errors import UserError
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite, some
 
@@ -66,7 +66,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: it is not whole, with the newest that is; or it is a folder, which strategies read themselves.
         """
         if "://" not in str(path):
-            require_whole(Path(path))
+            require_valid(Path(path))
             if Path(path).is_dir():
                 raise UserError(
                     f"checkpoint {path} is in pieces, which this strategy does not put together; use strategy "
@@ -150,7 +150,7 @@ def explained(target: Path, size: int) -> Iterator[None]:
         ) from error
 
 
-def newest_whole(folder: Path, known_broken: Path | None = None, before: float = math.inf) -> Path | None:
+def newest_valid(folder: Path, known_broken: Path | None = None, before: float = math.inf) -> Path | None:
     """The checkpoint with the most steps that is whole, by reading it; ``None`` if there is none.
 
     One that was put aside to be replaced counts too: a run may have been killed at that moment. Broken ones that are
@@ -194,7 +194,7 @@ def _files_of(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.ckpt"), *folder.glob(_beside(Path("*.ckpt"), _FORMER).name)])
 
 
-def require_whole(path: Path) -> None:
+def require_valid(path: Path) -> None:
     """Nothing if a checkpoint is whole.
 
     Raises:
@@ -202,7 +202,7 @@ def require_whole(path: Path) -> None:
     """
     if (why := problem(path)) is None:
         return
-    other = newest_whole(path.parent, known_broken=path)
+    other = newest_valid(path.parent, known_broken=path)
     offer = f"the newest whole one beside it is {other}" if other else "there is no whole one beside it"
     raise UserError(f"checkpoint {path} cannot be used: {why}; {offer}")
 
@@ -276,7 +276,7 @@ def _check_shards(folder: Path) -> tuple[str | None, list[str]]:
         ForeignContentError: a weight's shard holds something else.
     """
     bad = []
-    for name, file_name, offset, length in pieces_on_disk(folder):
+    for name, file_name, offset, length in stored_shards(folder):
         with (folder / file_name).open("rb") as file:
             file.seek(offset)
             content = BytesIO(file.read(length))

@@ -47,7 +47,7 @@ def fitting_loss(combiner: Combiner) -> PolicyLoss:
     return ClippedSurrogate()
 
 
-def check_pieces(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPenalty, panel: RewardPanel) -> None:
+def check_compatible(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPenalty, panel: RewardPanel) -> None:
     """Refuse pieces that cannot work together, and warn of one that would have no effect.
 
     Raises:

@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moa_lightning.distributed import any_rank
-from moa_lightning.distributed.shards import part_here
+from moa_lightning.distributed.shards import local_shard
 from moa_lightning.losses import LossTerms
-from moa_lightning.training.checkpoints import newest_whole
+from moa_lightning.training.checkpoints import newest_valid
 from moa_lightning.types import Experience
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite, norm_here, some
 
@@ -75,7 +75,7 @@ def require_finite_gradients(module: nn.Module, optimizer: Optimizer, trainer: T
     blamed: list[str] = []
     if heads == bad:  # then the loss of the values is to blame, and a head has one row for each objective
         names: tuple[str, ...] = module.objective_names  # type: ignore[assignment]  # of AlignmentModule
-        rows = [part_here(named[name]).detach().float() for name in heads]
+        rows = [local_shard(named[name]).detach().float() for name in heads]
         whole = [row.flatten(1).sum(1) if row.ndim > 1 else row for row in rows if len(row) == len(names)]
         blamed = [name for i, name in enumerate(names) if any(not bool(torch.isfinite(row[i])) for row in whole)]
     where = some(bad) if bad else "its norm overflows"
@@ -100,7 +100,7 @@ def require_finite_weights(module: nn.Module, trainer: Trainer) -> None:
 
 
 @contextmanager
-def told_with_the_step(trainer: Trainer) -> Iterator[None]:
+def naming_the_step(trainer: Trainer) -> Iterator[None]:
     """Context manager: a non-finite logit while sampling is reported with the step and the way back.
 
     Raises:
@@ -119,7 +119,7 @@ def way_back(trainer: Trainer) -> str:
     """One sentence with the newest finite checkpoint of the run, of an earlier step: the present policy is to blame."""
     callback: Any = trainer.checkpoint_callback
     folder = Path(getattr(callback, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints")
-    if (newest := newest_whole(folder, before=trainer.global_step)) is not None:
+    if (newest := newest_valid(folder, before=trainer.global_step)) is not None:
         return f"Resume from the newest finite checkpoint before it with --ckpt_path={newest}"
     return f"There is no checkpoint of an earlier step in {folder}; start anew"
 

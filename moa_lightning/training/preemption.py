@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from moa_lightning.distributed import all_least, all_objects, any_rank, rank
+from moa_lightning.distributed import all_min, all_objects, any_rank, rank
 from moa_lightning.utils.random_state import random_state, restore_random_state
 
 REQUEUE = 75
@@ -76,7 +76,7 @@ class Preemption(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop before an evaluation, or draw in it what was drawn in the one that was broken off."""
         self._listen()
-        self._lockstep = all_least(int(min(sum(trainer.num_val_batches), 2**31)), pl_module.device)
+        self._lockstep = all_min(int(min(sum(trainer.num_val_batches), 2**31)), pl_module.device)
         if self._resumed is not None:
             restore_random_state(self._resumed)
         self._before = random_state()

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
-from moa_lightning.distributed import all_objects, together
-from moa_lightning.distributed.shards import in_pieces, load_optimizer_pieces, load_pieces, save_pieces, shapes_on_disk
+from moa_lightning.distributed import all_objects, raise_on_all_ranks
+from moa_lightning.distributed.shards import load_optimizer_shards, load_shards, reshard, save_shards, stored_shapes
 from moa_lightning.errors import UserError
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.loading import load_model, load_skeleton
@@ -37,7 +37,7 @@ from moa_lightning.training.checkpoints import (
     bytes_of,
     explained,
     require_finite,
-    require_whole,
+    require_valid,
     save_file,
 )
 
@@ -112,7 +112,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         where = self.broadcast(filepath)
         if not self._save_distributed_checkpoint:
-            with together():  # not by Lightning's parent class: it removes a folder that is there before it writes
+            with (
+                raise_on_all_ranks()
+            ):  # not by Lightning's parent class: it removes a folder that is there before it writes
                 self._first_alone(partial(self.checkpoint_io.save_checkpoint, checkpoint, where, storage_options))
             return
         target = Path(where)
@@ -122,11 +124,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         try:
             for write in (
                 partial(self._first_alone, partial(replacement.prepare, folder=True)),
-                partial(save_pieces, content, replacement.path),
+                partial(save_shards, content, replacement.path),
                 partial(self._first_alone, partial(save_file, checkpoint, replacement.path / META)),
                 partial(self._first_alone, replacement.commit),
             ):
-                with together(), explained(target, bytes_of(content)):
+                with raise_on_all_ranks(), explained(target, bytes_of(content)):
                     write()
         finally:
             self._first_alone(replacement.clear)
@@ -142,25 +144,25 @@ class FSDP2Strategy(ModelParallelStrategy):
             UserError: on every process: it is not whole, or of another model.
         """
         path = Path(self.broadcast(checkpoint_path))
-        with together():
+        with raise_on_all_ranks():
             if self.is_global_zero:
-                require_whole(path)
+                require_valid(path)
         module: Any = self.lightning_module
         if path.is_dir():
-            return self._load_pieces(path)
+            return self._load_sharded(path)
         module.check_weights(torch.load(path, mmap=True, map_location="meta", weights_only=True)["state_dict"])
         return super().load_checkpoint(path, weights_only)
 
-    def _load_pieces(self, path: Path) -> dict[str, Any]:
+    def _load_sharded(self, path: Path) -> dict[str, Any]:
         """Lightning would look for frozen weights too, which are in no checkpoint."""
         module: Any = self.lightning_module
-        saved = shapes_on_disk(path, "state_dict")
+        saved = stored_shapes(path, "state_dict")
         module.check_weights(saved)
-        load_pieces(path, module, "state_dict", saved)
-        with together():
+        load_shards(path, module, "state_dict", saved)
+        with raise_on_all_ranks():
             require_finite(dict(module.named_parameters()), path)
         for i, optimizer in enumerate(self.optimizers):
-            load_optimizer_pieces(path, module, optimizer, f"optimizer_{i}")
+            load_optimizer_shards(path, module, optimizer, f"optimizer_{i}")
         rest: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
         return rest
 
@@ -183,7 +185,7 @@ def load(config: PolicyConfig, strategy: Strategy) -> tuple[PreTrainedModel, Ske
     if not isinstance(strategy, FSDP2Strategy):
         return load_model(config), None
     bare, reason = None, None
-    with together():
+    with raise_on_all_ranks():
         try:
             bare = load_skeleton(config)
         except UnsuitedError as error:
@@ -193,7 +195,7 @@ def load(config: PolicyConfig, strategy: Strategy) -> tuple[PreTrainedModel, Ske
         assert bare is not None
         return bare
     rank_zero_warn(f"each process reads '{config.path}' whole into main memory before it is cut into pieces: {first}")
-    with together():
+    with raise_on_all_ranks():
         return load_model(config), None
 
 
@@ -209,11 +211,11 @@ def place(policy: Policy, reference: Reference, panel: RewardPanel, strategy: St
         return
     reference.setup(policy)
     strategy.cut(policy)
-    with together():  # a file may be gone on one node
+    with raise_on_all_ranks():  # a file may be gone on one node
         if bare is not None:
             bare.fill("policy")
     policy.check_logits()
-    in_pieces(policy)
+    reshard(policy)
     reference.shard(policy, strategy.cut)
     panel.shard(strategy.cut_frozen)
 

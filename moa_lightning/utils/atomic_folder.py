@@ -28,7 +28,7 @@ def refuse_used(output: str | Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_folder(output: str | Path, overwrite: bool = False, only_writer: bool = False) -> Iterator[Path]:
+def atomic_folder(output: str | Path, overwrite: bool = False, only_writer: bool = False) -> Iterator[Path]:
     """Give a folder to write into, and move it to ``output`` when the block ends without an error.
 
     What is there already stays until then: a killed process leaves it, and its own half beside it in a hidden folder.

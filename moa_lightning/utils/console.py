@@ -32,7 +32,7 @@ def launched_as() -> int:
     return 0
 
 
-def speaks(rank: int) -> bool:
+def is_main_process(rank: int) -> bool:
     """Whether a process prints: the first one does, all do with ``MOA_ALL_RANKS=1``."""
     return rank == 0 or os.environ.get("MOA_ALL_RANKS", "0") not in {"", "0"}
 
@@ -51,7 +51,7 @@ def without_progress_bars() -> None:
 def quiet_libraries() -> None:
     """Silence start-up chatter of Lightning, transformers and datasets; their warnings and errors still show.
 
-    Of several processes the first one speaks; the others show errors alone.
+    Of several processes, only the main one prints more than errors.
     """
     # By their full names: Lightning sets the levels of the packages above when it is imported.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -63,7 +63,7 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not speaks(launched_as()):
+    if not is_main_process(launched_as()):
         logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
         warnings.simplefilter("ignore")
         without_progress_bars()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from moa_lightning.distributed.shards import part_here
+from moa_lightning.distributed.shards import local_shard
 from moa_lightning.errors import UserError
 
 
@@ -20,7 +20,7 @@ def norm_here(tensors: Iterable[Tensor]) -> Tensor:
     The norm of finite tensors overflows above 1.8e19 in float32 and bfloat16. An optimiser that squares such gradients
     does too, so that counts as not finite. Float16 reaches its limit at 65,504: there it is the largest entry.
     """
-    parts = [part_here(tensor).detach() for tensor in tensors]
+    parts = [local_shard(tensor).detach() for tensor in tensors]
     order = math.inf if any(part.dtype == torch.float16 for part in parts) else 2.0
     return torch.nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=order)
 
@@ -30,7 +30,7 @@ def names_of_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     if not floating or bool(torch.isfinite(norm_here(floating.values()))):  # one look at the device for all of them
         return []
-    return [name for name, tensor in floating.items() if not bool(torch.isfinite(part_here(tensor)).all())]
+    return [name for name, tensor in floating.items() if not bool(torch.isfinite(local_shard(tensor)).all())]
 
 
 def some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moa_lightning.training.checkpoints import by_steps, newest_whole, steps_of
+from moa_lightning.training.checkpoints import by_steps, newest_valid, steps_of
 from moa_lightning.training.run_checkpoint import RunCheckpoint
 from tests.cli.task import Task, complaint, moa
 from tests.cli.test_told import interrupt_at
@@ -180,7 +180,7 @@ def test_the_newest_by_steps(tmp_path: Path) -> None:
         torch.save({"global_step": step, "state_dict": {}}, tmp_path / f"{name}.ckpt")
     assert [path.stem for path in by_steps(tmp_path)] == ["step-34", "best", "last"]
     assert [path.stem for path in by_steps(tmp_path, before=20)] == ["last"]
-    assert newest_whole(tmp_path) == tmp_path / "step-34.ckpt"
+    assert newest_valid(tmp_path) == tmp_path / "step-34.ckpt"
     assert by_steps(tmp_path / "nowhere") == []
 
 

@@ -15,7 +15,7 @@ import yaml
 from moa_lightning.commands.fit.cli import AlignmentCLI
 from moa_lightning.commands.start_folder import refuse_other_run
 from moa_lightning.errors import UserError
-from moa_lightning.training.checkpoints import AtomicCheckpointIO, by_steps, newest_whole
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, by_steps, newest_valid
 from moa_lightning.training.run_lock import NAME, Holder, RunLock
 from tests.cli.task import Task, complaint, moa
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_a_run_replaces_meanwhile(task: Task, monkeypatch: pyt
             "moa_lightning.training.checkpoints.by_steps", lambda folder, before: [gone, folder / "last.ckpt"]
         )
         with pytest.warns(UserWarning, match=r"step-0.ckpt is left out: there is no such file \(a run in progress"):
-            assert newest_whole(folder) == folder / "last.ckpt"
+            assert newest_valid(folder) == folder / "last.ckpt"
     with pytest.raises(UserError, match=r"step-0.ckpt cannot be used: there is no such file .* is .*last.ckpt"):
         AtomicCheckpointIO().load_checkpoint(gone)
 

@@ -13,7 +13,7 @@ from moa_lightning.combiners import CAID, PAMA, PID, LogPID, Optimistic, Project
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.rewards import Length, Objective, RewardPanel
 from moa_lightning.sources import Rollout
-from moa_lightning.training.compatibility import check_pieces
+from moa_lightning.training.compatibility import check_compatible
 from tests.combiners import scored
 
 BETA = 0.2
@@ -352,7 +352,7 @@ def test_a_checkpoint_goes_on_to_the_bit_and_takes_new_thresholds(tmp_path, inte
 
 
 def check(source, kl):
-    check_pieces(CAID(), source, ClippedSurrogate(), kl, RewardPanel({"a": Objective(Length())}))
+    check_compatible(CAID(), source, ClippedSurrogate(), kl, RewardPanel({"a": Objective(Length())}))
 
 
 def test_it_needs_a_kl_charge_and_several_responses_to_a_prompt():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moa_lightning.combiners import MOPO, PAMA, Linear
-from moa_lightning.distributed.shards import shapes_on_disk
-from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_whole, problem
+from moa_lightning.distributed.shards import stored_shapes
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_valid, problem
 from tests.helpers import pairs, processes, tiny
 from tests.training.test_checkpoints import cut_off, written
 
@@ -49,7 +49,7 @@ def test_a_folder_with_pieces_is_whole_or_not_there_and_resumes_to_the_bit(tmp_p
         torch.testing.assert_close(whole["state"], straight["state"], rtol=0, atol=0, equal_nan=True)
 
     folder = tmp_path / "fsdp2-pieces-lora.ckpt"
-    names = shapes_on_disk(folder, "state_dict")
+    names = stored_shapes(folder, "state_dict")
     assert names.keys() == {name for name in names if "lora_" in name or "value_heads" in name}
     assert any("value_heads" in name for name in names)
 
@@ -76,4 +76,4 @@ def test_a_folder_with_pieces_is_whole_or_not_there_and_resumes_to_the_bit(tmp_p
     (newest / ".metadata").unlink()
     (tmp_path / "fsdp2-pieces-lagged.ckpt" / "meta.pt").unlink()
     with pytest.warns(UserWarning, match="left out"):
-        assert newest_whole(tmp_path) is None
+        assert newest_valid(tmp_path) is None

@@ -12,7 +12,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from moa_lightning.commands.export.run_folder import read_checkpoint
-from moa_lightning.distributed.shards import load_optimizer_pieces, shapes_on_disk
+from moa_lightning.distributed.shards import load_optimizer_shards, stored_shapes
 from moa_lightning.training.checkpoints import problem
 from tests.cli.conftest import _process_as_before, task  # noqa: F401  # fixtures
 from tests.cli.task import Task, complaint
@@ -104,12 +104,12 @@ def test_a_payload_among_an_optimizers_numbers(tmp_path: Path, marker: Path) -> 
     state = get_optimizer_state_dict(module, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
-        load_optimizer_pieces(written(tmp_path / "good.ckpt", {"optimizer_0": state}), module, optimizer, "optimizer_0")
+        load_optimizer_shards(written(tmp_path / "good.ckpt", {"optimizer_0": state}), module, optimizer, "optimizer_0")
         assert optimizer.param_groups[0]["lr"] == 0.5
         state["param_groups"][0]["lr"] = Payload(marker)
         path = written(tmp_path / "a.ckpt", {"optimizer_0": state})
         with pytest.raises(ValueError, match=r"a.ckpt cannot be used: 'optimizer_0.*lr' is more than plain data"):
-            load_optimizer_pieces(path, module, optimizer, "optimizer_0")
+            load_optimizer_shards(path, module, optimizer, "optimizer_0")
     assert not marker.exists()
 
 
@@ -138,6 +138,6 @@ def test_what_belongs_there_is_read(tmp_path: Path) -> None:
     }
     path = written(tmp_path / "a.ckpt", content)
     assert problem(path) is None
-    assert shapes_on_disk(path, "state_dict") == {k: v.shape for k, v in content["state_dict"].items()}
+    assert stored_shapes(path, "state_dict") == {k: v.shape for k, v in content["state_dict"].items()}
     found = read_checkpoint(path).weights
     torch.testing.assert_close(found, {k.removeprefix("policy."): v for k, v in content["state_dict"].items()})

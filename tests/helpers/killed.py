@@ -16,7 +16,7 @@ from moa_lightning.callbacks import EvaluationCallback
 from moa_lightning.combiners import DynamicWeights
 from moa_lightning.module import AlignmentModule
 from moa_lightning.sources import Rollout
-from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_whole
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_valid
 from tests.helpers import processes
 
 
@@ -92,7 +92,7 @@ def run(folder: Path, root: Path, moment: str | None = None, number: int = 0) ->
     """Start in ``root``, or go on from its newest checkpoint; at the end its weights lie in ``end.pt``."""
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    saved = newest_whole(root / "checkpoints")
+    saved = newest_valid(root / "checkpoints")
     (root / "went-on-from").parent.mkdir(parents=True, exist_ok=True)
     (root / "went-on-from").write_text(str(saved))
     moa, evaluated = (

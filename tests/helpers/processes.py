@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from moa_lightning.combiners import MOPO, Linear
 from moa_lightning.data import PromptData
 from moa_lightning.distributed import all_objects, all_sum, rank, world_size
-from moa_lightning.distributed.shards import whole_state
+from moa_lightning.distributed.shards import full_state_dict
 from moa_lightning.losses import ClippedSurrogate, LossKL, WeightedLikelihood
 from moa_lightning.models import LaggedCopy, LoRA, Policy, PolicyConfig
 from moa_lightning.module import AlignmentModule
@@ -172,7 +172,7 @@ def run(strategy: str, case: dict[str, Any], folder: Path, **options: Any) -> di
         "losses": losses.losses,
         "logged": float(trainer.callback_metrics["loss"]),
         "rows": losses.rows,
-        "weights": whole_state(moa.policy),
+        "weights": full_state_dict(moa.policy),
         "state": moa.combiner_state,
     }
 

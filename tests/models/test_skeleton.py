@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
 from bench.combiners.memory import MemoryTracker
-from moa_lightning.distributed.shards import in_pieces, whole_state
+from moa_lightning.distributed.shards import full_state_dict, reshard
 from moa_lightning.models import LoRA, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_skeleton, load_tokenizer
-from moa_lightning.models.sharding import ShardingPlan, copy_pieces, give_memory
+from moa_lightning.models.sharding import ShardingPlan, copy_shards, give_memory
 from moa_lightning.models.skeleton import UnsuitedError
 from moa_lightning.rewards import ImplicitReward, TextClassifier
 from moa_lightning.training import strategies
@@ -95,7 +95,7 @@ def read(config: PolicyConfig, plan: ShardingPlan, mesh: torch.distributed.devic
     give_memory(policy, torch.device("cpu"))
     bare.fill("policy")
     policy.check_logits()
-    in_pieces(policy)
+    reshard(policy)
     return policy
 
 
@@ -114,13 +114,13 @@ def one_of_two(number: int, port: int, folder: Path) -> None:
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         rows = {n: len(p.to_local()) for n, p in policy.named_parameters()}
         settings = model.generation_config.to_dict()
-        found[name] = whole_state(policy.backbone), tied, rows, settings
+        found[name] = full_state_dict(policy.backbone), tied, rows, settings
     twin = Policy(load_skeleton(config_of("tied", folder))[0], policy.tokenizer)
     ShardingPlan().apply(twin, mesh)
     give_memory(twin, torch.device("cpu"))
     source = read(config_of("tied", folder), ShardingPlan(), mesh)
-    copy_pieces(source.backbone, twin.backbone)
-    found["twin"] = whole_state(twin.backbone)
+    copy_shards(source.backbone, twin.backbone)
+    found["twin"] = full_state_dict(twin.backbone)
     for generation in ("gathered", "layerwise"):
         plan = ShardingPlan(generation=generation)
         rewards = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moa_lightning.utils.atomic_folder import refuse_used, whole_folder
+from moa_lightning.utils.atomic_folder import atomic_folder, refuse_used
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def limited(size):
 
 def _interrupted(target, overwrite=False):
     before = target.exists()
-    with whole_folder(target, overwrite) as folder:
+    with atomic_folder(target, overwrite) as folder:
         (folder / "half").write_text("x")
         assert target.exists() == before
         raise RuntimeError("interrupted")
@@ -34,7 +34,7 @@ def test_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError, match="interrupted"):
         _interrupted(target)
     assert list(target.parent.iterdir()) == []
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file").write_text("x")
     assert [f.name for f in target.iterdir()] == ["file"]
 
@@ -47,14 +47,14 @@ def test_what_is_there_stays_unless_it_may_go(tmp_path):
     with pytest.raises(RuntimeError, match="interrupted"):
         _interrupted(tmp_path / "model", overwrite=True)
     assert (tmp_path / "model" / "precious").exists()
-    with whole_folder(tmp_path / "model", overwrite=True) as folder:
+    with atomic_folder(tmp_path / "model", overwrite=True) as folder:
         (folder / "new").write_text("x")
     assert [f.name for f in (tmp_path / "model").iterdir()] == ["new"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     target = tmp_path / "model"
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "old").write_text("x")
     for write in (
         lambda file: file.write_bytes(bytes(20_000)),
@@ -63,7 +63,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
         with (
             limited(10_000),
             pytest.raises(ValueError, match=r"^'.*model' cannot be written: File too large; nothing is left of it$"),
-            whole_folder(target, overwrite=True) as folder,
+            atomic_folder(target, overwrite=True) as folder,
         ):
             write(folder / "big.safetensors")
         assert [f.name for f in tmp_path.iterdir()] == ["model"]
@@ -71,27 +71,27 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
 
 
 def test_other_errors_keep_their_own_words(tmp_path):
-    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "model"):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "model"):
         (tmp_path / "nowhere").read_text()
 
 
 def test_halves_of_killed_writers_go_with_the_next_one(tmp_path):
-    program = "import os, sys; from moa_lightning.utils.atomic_folder import whole_folder\n"
-    program += f"with whole_folder({str(tmp_path / 'policy')!r}, overwrite=True, only_writer=True) as folder:\n"
+    program = "import os, sys; from moa_lightning.utils.atomic_folder import atomic_folder\n"
+    program += f"with atomic_folder({str(tmp_path / 'policy')!r}, overwrite=True, only_writer=True) as folder:\n"
     program += "    (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)\n"
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "old").write_text("x")
     subprocess.run([sys.executable, "-c", program], check=False)
     assert sorted(f.name.partition("-")[0] for f in tmp_path.iterdir()) == [".policy", "policy"]
     assert [f.name for f in (tmp_path / "policy").iterdir()] == ["old"]
-    with whole_folder(tmp_path / "policy", overwrite=True, only_writer=True) as folder:
+    with atomic_folder(tmp_path / "policy", overwrite=True, only_writer=True) as folder:
         (folder / "new").write_text("x")
     assert [f.name for f in tmp_path.iterdir()] == ["policy"]
     assert [f.name for f in (tmp_path / "policy").iterdir()] == ["new"]
 
 
 def test_files_may_be_read_by_whom_the_umask_allows(tmp_path):
-    with whole_folder(tmp_path / "model") as folder:
+    with atomic_folder(tmp_path / "model") as folder:
         save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
         (folder / "config.json").write_text("{}")
     modes = {f.stat().st_mode & 0o777 for f in (tmp_path / "model").iterdir()}

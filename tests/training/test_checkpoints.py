@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moa_lightning.training.checkpoints import AtomicCheckpointIO, explained, newest_whole, problem, save_file
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, explained, newest_valid, problem, save_file
 from tests.cli.conftest import _process_as_before, task  # noqa: F401  # fixtures
 from tests.cli.task import Task, complaint, moa
 from tests.helpers.processes import files_of_at_most
@@ -79,18 +79,18 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
 
 def test_the_newest_whole_one_is_by_step(tmp_path: Path) -> None:
     newest, older, oldest = (written(tmp_path / f"{name}.ckpt", step) for name, step in (("a", 30), ("b", 9), ("c", 2)))
-    assert newest_whole(tmp_path) == newest
+    assert newest_valid(tmp_path) == newest
     damage(newest)
     with pytest.warns(UserWarning, match="a.ckpt is left out: what it holds is damaged"):
-        assert newest_whole(tmp_path) == older
+        assert newest_valid(tmp_path) == older
     cut_off(older)
     with pytest.warns(UserWarning, match=r"(a|b).ckpt is left out"):
-        assert newest_whole(tmp_path) == oldest
+        assert newest_valid(tmp_path) == oldest
     torch.save([1], oldest)
     assert problem(oldest) == "it was not written by Lightning's Trainer"
     with pytest.warns(UserWarning, match="left out"):
-        assert newest_whole(tmp_path) is None
-    assert newest_whole(tmp_path / "nowhere") is None
+        assert newest_valid(tmp_path) is None
+    assert newest_valid(tmp_path / "nowhere") is None
 
 
 def test_folders_are_removed_and_replaced_whatever_a_killed_run_left(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_folders_are_removed_and_replaced_whatever_a_killed_run_left(tmp_path: P
     assert (tmp_path / "c" / "meta.pt").is_file()
     (tmp_path / "b.ckpt").rename(tmp_path / ".b.ckpt.former")  # killed between the two renames
     (tmp_path / "last.ckpt").unlink()
-    assert newest_whole(tmp_path) == tmp_path / ".b.ckpt.former"
+    assert newest_valid(tmp_path) == tmp_path / ".b.ckpt.former"
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:

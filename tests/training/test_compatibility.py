@@ -9,14 +9,14 @@ from moa_lightning.models import PolicyConfig
 from moa_lightning.module import AlignmentModule
 from moa_lightning.rewards import FromLabels, Length, Objective, RewardPanel, WinProbability
 from moa_lightning.sources import PreferenceRows, Rollout
-from moa_lightning.training.compatibility import check_minibatches, check_pieces, fitting_loss
+from moa_lightning.training.compatibility import check_compatible, check_minibatches, fitting_loss
 
 SCORED = {"a": Objective(Length()), "b": Objective(Length())}
 SEVERAL = Rollout(num_generations=2)
 
 
 def check(combiner, source, loss, kl=None, objectives=None):
-    check_pieces(combiner, source, loss, kl or RewardKL(), RewardPanel(objectives or SCORED))
+    check_compatible(combiner, source, loss, kl or RewardKL(), RewardPanel(objectives or SCORED))
 
 
 @pytest.mark.parametrize(

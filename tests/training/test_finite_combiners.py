@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
-from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_whole
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_valid
 from moa_lightning.training.compatibility import fitting_loss
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite
 from tests.end_to_end.test_matrix import AT_ONCE, COMBINERS, lacking, module, settings
@@ -55,7 +55,7 @@ def moved(tmp_path, step):
 def test_in_bfloat16_the_run_stops_before_the_step(tmp_path, combiner):
     with pytest.raises(NonFiniteError, match="the gradient is not finite at step 3: no single objective"):
         fit(tmp_path, combiner, Break(3, math.nan), precision="bf16-mixed")
-    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step=3.ckpt"
+    assert newest_valid(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step=3.ckpt"
     assert moved(tmp_path, 3)
     assert finite(tmp_path / "run" / "non_finite.ckpt")
 

@@ -16,7 +16,7 @@ from moa_lightning.models.policy import FiniteLogits
 from moa_lightning.module import AlignmentModule
 from moa_lightning.rewards import Length, Objective
 from moa_lightning.sources import GAE, Rollout
-from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_whole
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, newest_valid
 from moa_lightning.training.finite_updates import NonFiniteLossError
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite
 from tests.end_to_end.test_payloads import written
@@ -63,7 +63,7 @@ def test_a_gradient_that_is_not_finite_makes_no_step(tmp_path, folder, combiner,
         run(tmp_path, moa, max_steps=2, precision=precision, **options)
     assert "\n" not in str(caught.value)
     assert not names_of_non_finite(dict(moa.named_parameters()))
-    newest = newest_whole(root / "checkpoints")
+    newest = newest_valid(root / "checkpoints")
     assert newest is not None
     assert torch.load(newest, weights_only=True)["global_step"] == 1
     assert finite(newest)
@@ -161,7 +161,7 @@ def test_what_an_earlier_version_wrote_is_left_out(tmp_path):
         content = {"global_step": step, "state_dict": {"weight": torch.tensor([value]), "count": torch.tensor(3)}}
         torch.save(content, tmp_path / f"{step}.ckpt")
     with pytest.warns(UserWarning, match=r"2.ckpt is left out: its weights are not finite \(weight\)"):
-        assert newest_whole(tmp_path) == tmp_path / "1.ckpt"
+        assert newest_valid(tmp_path) == tmp_path / "1.ckpt"
 
 
 def test_a_sharded_one_is_left_out_too(tmp_path):
@@ -174,7 +174,7 @@ def test_a_sharded_one_is_left_out_too(tmp_path):
         written(tmp_path / f"{step}.ckpt", content)
         torch.save({"global_step": step}, tmp_path / f"{step}.ckpt" / "meta.pt")
     with pytest.warns(UserWarning, match=r"ckpt is left out: its weights are not finite \(policy.b\)") as told:
-        assert newest_whole(tmp_path) == tmp_path / "1.ckpt"
+        assert newest_valid(tmp_path) == tmp_path / "1.ckpt"
     assert len(told) == 2
 
 

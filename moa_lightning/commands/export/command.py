@@ -48,7 +48,7 @@ def export(
     """
     from moa_lightning.commands.export.policy_folder import Export
     from moa_lightning.commands.export.run_folder import RunFolder, read_checkpoint
-    from moa_lightning.utils.atomic_folder import refuse_used, whole_folder
+    from moa_lightning.utils.atomic_folder import atomic_folder, refuse_used
 
     refuse_used(output, overwrite)
     if not _SIZE.fullmatch(max_shard_size):
@@ -63,7 +63,7 @@ def export(
     for line in done.notes:
         print(line)
     _check_room(output, done.size())
-    with whole_folder(output, overwrite) as target:
+    with atomic_folder(output, overwrite) as target:
         done.write(target, Path(output).name, max_shard_size, value_heads)
     print(f"policy written to {output}")
 

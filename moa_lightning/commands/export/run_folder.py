@@ -15,11 +15,11 @@ from moa_lightning.callbacks import ParetoFront
 from moa_lightning.callbacks.constraints import BEST
 from moa_lightning.callbacks.run_files import saved_means, start_and_end
 from moa_lightning.commands.start_folder import RunPlace
-from moa_lightning.distributed.shards import read_pieces
+from moa_lightning.distributed.shards import read_tensors
 from moa_lightning.errors import UserError
 from moa_lightning.models import LoRA, PolicyConfig
 from moa_lightning.models.policy import RECORD
-from moa_lightning.training.checkpoints import META, newest_whole, require_whole
+from moa_lightning.training.checkpoints import META, newest_valid, require_valid
 
 _PART_OF_POLICY = "policy."
 _TRUE_PRECISION = {"bf16-true": "bfloat16", "16-true": "float16"}
@@ -86,7 +86,7 @@ class RunFolder:
         """
         folder = self.checkpoints
         if asked == "last":
-            if (newest := newest_whole(folder)) is None:
+            if (newest := newest_valid(folder)) is None:
                 raise UserError(f"there is no whole checkpoint in '{folder}'")
             return newest
         if asked == "best" and not (folder / BEST).exists():
@@ -94,7 +94,7 @@ class RunFolder:
         asked = BEST if asked == "best" else asked
         for path in (Path(asked).expanduser(), self.folder / asked, folder / asked):
             if path.exists():
-                require_whole(path)
+                require_valid(path)
                 return path
         names = ", ".join(sorted(path.name for path in folder.glob("*.ckpt"))) or "none"
         raise UserError(f"checkpoint '{asked}' does not exist; in '{folder}' there is {names}")
@@ -159,7 +159,7 @@ def read_checkpoint(path: Path) -> Saved:
         UserError: it is none of an alignment.
     """
     whole = torch.load(path / META if path.is_dir() else path, mmap=True, map_location="cpu", weights_only=True)
-    state = read_pieces(path, "state_dict.") if path.is_dir() else whole["state_dict"]
+    state = read_tensors(path, "state_dict.") if path.is_dir() else whole["state_dict"]
     if "moa" not in whole:
         raise UserError(f"checkpoint '{path}' is none of moa fit")
     moa, callbacks = whole["moa"], whole.get("callbacks", {})

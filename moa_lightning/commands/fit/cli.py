@@ -52,7 +52,7 @@ from moa_lightning.errors import UserError
 from moa_lightning.module import AlignmentModule
 from moa_lightning.schedules import WeightSchedule
 from moa_lightning.training.agreement import flat
-from moa_lightning.training.checkpoints import AtomicCheckpointIO, require_whole, settings_in
+from moa_lightning.training.checkpoints import AtomicCheckpointIO, require_valid, settings_in
 from moa_lightning.training.preemption import Preemption
 from moa_lightning.training.run_checkpoint import RunCheckpoint
 from moa_lightning.training.run_lock import refuse_if_held
@@ -208,7 +208,7 @@ class AlignmentCLI(LightningCLI):
     def _place_of(self, checkpoint: Path, place: RunPlace) -> RunPlace:
         """Where a run continues, or is evaluated, from a checkpoint that is named by its path: in its own folder."""
         refuse_no_checkpoint(checkpoint)
-        require_whole(checkpoint)
+        require_valid(checkpoint)
         run = run_of(checkpoint)
         if run is None:
             if self.subcommand == "fit":
@@ -234,7 +234,7 @@ class AlignmentCLI(LightningCLI):
                 f"ckpt_path: 'best' finds no {best}: runs with thresholds keep one, once an evaluation was ranked; "
                 "give a path, or 'last'"
             )
-        require_whole(best)
+        require_valid(best)
         return str(best)
 
     def _newest(self, place: RunPlace) -> str | None:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from moa_lightning.callbacks.writing import reason
-from moa_lightning.distributed import together
+from moa_lightning.distributed import raise_on_all_ranks
 from moa_lightning.errors import UserError
 from moa_lightning.training.checkpoints import by_steps, steps_of
 from moa_lightning.training.run_lock import RunLock
@@ -39,7 +39,7 @@ class RunConfig(SaveConfigCallback):
         Raises:
             UserError: on every process, one line: another process runs there, or the folder cannot be written.
         """
-        with together():
+        with raise_on_all_ranks():
             if trainer.is_global_zero:
                 self._take(Path(trainer.default_root_dir))
                 if self.config.ckpt_path is None:
@@ -111,7 +111,7 @@ class RunConfig(SaveConfigCallback):
         if self.already_saved:  # an evaluation of moa fit
             return
         root = Path(trainer.default_root_dir)
-        with together():
+        with raise_on_all_ranks():
             if trainer.is_global_zero:
                 self._take(root)
                 if (root / self.config_filename).exists():
