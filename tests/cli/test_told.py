@@ -8,6 +8,7 @@ import yaml
 
 from moa_lightning.callbacks import ObjectiveMetrics
 from moa_lightning.data.reviews import warm_start
+from moa_lightning.sources import Rollout
 from tests.cli.task import PROMPTS, Task, complaint, moa, write_prompts
 
 BAR = "--trainer.enable_progress_bar=true"
@@ -49,6 +50,20 @@ def test_ctrl_c_before_any_checkpoint_says_so(
     with pytest.raises(SystemExit):
         moa("fit", "--config", task.config, "--trainer.val_check_interval=2")
     assert "stopped at step 1; no checkpoint had been written yet" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_an_evaluation_offers_no_resume(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Rollout, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Rollout, "evaluate", interrupted)
+    with pytest.raises(SystemExit):
+        moa("validate", "--config", task.config)
+    assert "go on with" not in (told := capsys.readouterr().err)
+    assert "stopped at step" not in told
+    assert [path.name for path in (task.root / "validate").iterdir()] == ["config.yaml"]  # and no lock
 
 
 def test_the_end_of_fit_and_predict_names_the_files(task: Task, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ class RunConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
         super().__init__(parser, masked(config), **options)
         self.lock: RunLock | None = None
+        self._fits = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet."""
@@ -39,6 +40,7 @@ class RunConfig(SaveConfigCallback):
         Raises:
             UserError: on every process, one line: another process runs there, or the folder cannot be written.
         """
+        self._fits = True
         with raise_on_all_ranks():
             if trainer.is_global_zero:
                 self._take(Path(trainer.default_root_dir))
@@ -79,9 +81,9 @@ class RunConfig(SaveConfigCallback):
             self.lock.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how to go on after Ctrl-C."""
+        """Say how to resume a run after Ctrl-C."""
         self.release()
-        if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
+        if not isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero or not self._fits:
             return
         root = Path(trainer.default_root_dir)
         callback: Any = trainer.checkpoint_callback
