@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -24,6 +24,7 @@ _FIELD_OF_NOTHING = re.compile(r"NestedArg\(key='([^']+)', val='([^']*)'\)")
 _REQUIRED = re.compile(r"the following arguments are required: (?:(?:fit|validate|test|predict)\.)?(\S+)")
 _WRONG_VALUE = re.compile(r"Expected an? (.+?)\. Got value: .*$", re.MULTILINE)
 _WRONG_FOR_ALL = re.compile(r"- Expected an? (.+?)\.?$", re.MULTILINE)
+_NO_TYPES = ("path but ", "dot import path ")
 _NODES = 100_000  # of a config, with its aliases written out
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 
@@ -68,7 +69,7 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
             return f"'{given}' is not expected here; options are written --name=value"
         hint = _closest(given.lstrip("-").partition("=")[0], flags, "--")
         return f"unknown option '{given}'{hint or '; --help lists the options'}"
-    if found := _UNKNOWN_FIELD.search(message):
+    if (found := _UNKNOWN_FIELD.search(message)) and "class_path='typing.Union'" not in message:
         given, fields = found[1].partition(".")[0], [field for field in (found[2] or "").split(", ") if field]
         classes = [path.rpartition(".")[2] for path in _CLASS.findall(message)]
         has = f"it has {', '.join(fields)}" if fields else "it has none; leave it out"
@@ -81,16 +82,50 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
     base = _base_of(path, bases)
     if (found := _UNKNOWN_CLASS.search(message)) and base is not None:
         return _unknown_class(found[1].strip(), path, base, "a number, " if "<class 'float'>" in message else "")
-    if (found := _FIELD_OF_NOTHING.search(message)) and base is not None and "abstract" in message:
+    no_class = "abstract" in message or "class_path='typing.Union'" in message
+    if (found := _FIELD_OF_NOTHING.search(message)) and base is not None and no_class:
         known = ", ".join(kind.__name__ for kind in concrete(base))
         field = f"--{path}.{found[1]}={found[2]}"
         return f"{path} has no class yet whose field this is; write --{path}=NAME {field}; known: {known}"
-    wanted = _WRONG_VALUE.findall(message) or _WRONG_FOR_ALL.findall(message)
+    innermost = message.partition("Given value type")[0]
+    wanted = _WRONG_VALUE.findall(message) or _WRONG_FOR_ALL.findall(innermost)
     if wanted and (refused := _GIVEN.search(message)):  # the first one is the innermost
         if base is not None and (why := _no_class(refused[1].strip(), path, base)):
             return why
-        return f"'{path}' must be {_values_of(wanted)}; got '{refused[1].strip()}'"
+        given = refused[1].partition(". Got value: ")[0].strip()
+        return f"'{path}' must be {_values_of(wanted)}; got '{'null' if given == 'None' else given}'"
     return " ".join(message.split())
+
+
+def name_objective(message: str, args: Sequence[str]) -> str:
+    """A message with the objective whose field it is about, if one objective alone was given this value.
+
+    Objectives are entries of a mapping, and the parser names the mapping.
+
+    Args:
+        message: of :func:`explain`.
+        args: of the command line; their config files are YAML.
+
+    Example:
+        >>> name_objective("'model.objectives.scale' must be float; got 'x'", ["--model.objectives.good.scale=x"])
+        "'model.objectives.good.scale' must be float; got 'x'"
+    """
+    if not (found := re.match(r"'model\.objectives\.([\w.]+)' must .*; got '(.*)'$", message)):
+        return message
+    field, given = found.groups()
+    names = [
+        flag[1]
+        for argument in args
+        if (flag := re.fullmatch(rf"--model\.objectives\.([\w-]+)\.{re.escape(field)}=(.*)", argument))
+        and flag[2] == given
+    ]
+    for path in _config_files(args):
+        model = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("model")
+        objectives = model.get("objectives") if isinstance(model, dict) else None
+        for name, settings in objectives.items() if isinstance(objectives, dict) else ():
+            if isinstance(settings, dict) and field in settings and str(settings[field]) == given:
+                names.append(str(name))
+    return message.replace("objectives.", f"objectives.{names[0]}.", 1) if len({*names}) == 1 else message
 
 
 def concrete(base: type) -> list[type]:
@@ -108,6 +143,8 @@ def concrete(base: type) -> list[type]:
 def _base_of(path: str, bases: Sequence[type]) -> type | None:
     """The class that a key asks for, by its name: ``model.source.advantages`` is an ``AdvantageEstimator``."""
     key = path.rpartition(".")[2].replace("_", "").removesuffix("s")
+    if key == "lr":  # a number, and not the LRScheduler that its name begins
+        return None
     return next((base for base in bases if key and key in base.__name__.lower()), None)
 
 
@@ -136,7 +173,9 @@ def _no_class(given: str, path: str, base: type) -> str:
 def _values_of(types: Sequence[str]) -> str:
     """Types as users write their values: ``one of token, batch``, ``float or null``."""
     literals = [choice.strip(" '") for text in types for found in _LITERAL.findall(text) for choice in found.split(",")]
-    others = [text for text in types if not _LITERAL.search(text) and not text.startswith("path but ")]
+    others = [
+        text for text in types if not _LITERAL.search(text) and not text.startswith(("path but ", "dot import path "))
+    ]
     others = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text) for text in others]
     choices = [f"one of {', '.join(dict.fromkeys(literals))}"] if literals else []
     return " or ".join(dict.fromkeys([*choices, *others])).replace("NoneType", "null")
@@ -158,11 +197,7 @@ def check_config_files(args: Sequence[str], known: Collection[str] | None = None
     Raises:
         UserError: names the file, the line and the key, such as an objective named twice.
     """
-    for i, argument in enumerate(args):
-        flag, _, value = argument.partition("=")
-        if flag not in {"--config", "-c"}:
-            continue
-        given = value or (args[i + 1] if i + 1 < len(args) else "")
+    for given in _config_files(args):
         path = Path(given)
         if not path.is_file():
             names = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -173,6 +208,14 @@ def check_config_files(args: Sequence[str], known: Collection[str] | None = None
             if known is not None and key.value.partition(".")[0] not in known:
                 near = _closest(key.value, known) or f"; known: {', '.join(sorted(known))}"
                 raise UserError(f"{path}, line {key.start_mark.line + 1}: unknown setting '{key.value}'{near}")
+
+
+def _config_files(args: Sequence[str]) -> Iterator[str]:
+    """The config files that a command line names."""
+    for i, argument in enumerate(args):
+        flag, _, value = argument.partition("=")
+        if flag in {"--config", "-c"}:
+            yield value or (args[i + 1] if i + 1 < len(args) else "")
 
 
 def _composed(path: Path) -> Any:

@@ -95,13 +95,7 @@ class Objective:
     def __post_init__(self) -> None:
         """Validate hyperparameters."""
         check_weights({"an objective's weight": weight_at(self.weight, 0.0)})
-        if not math.isfinite(self.scale) or self.scale == 0:
-            raise UserError(f"an objective's scale must be a finite number other than 0, got {self.scale}")
-        if not math.isfinite(self.shift):
-            raise UserError(f"an objective's shift must be a finite number, got {self.shift}")
-        # Written so that NaN is refused too.
-        if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise UserError(f"an objective's clip must be [low, high] with low < high, got {list(self.clip)}")
+        check_transform(self.scale, self.shift, self.clip)
         if self.reward.gives_wins and not all(0 <= bound <= 1 for bound in (self.shift, self.scale + self.shift)):
             raise UserError(
                 f"{self.reward.title} gives win probabilities, which scale {self.scale:g} and shift {self.shift:g} "
@@ -117,6 +111,27 @@ class Objective:
         """``clip(scale * raw + shift)``; NaN stays NaN."""
         value_B = self.scale * raw_B + self.shift
         return value_B if self.clip is None else value_B.clamp(*self.clip)
+
+
+def check_transform(scale: float, shift: float, clip: Sequence[float] | None, of: str = "an objective's ") -> None:
+    """Validate what turns an objective's raw score into its value.
+
+    Args:
+        scale: factor of the raw score.
+        shift: added after scaling.
+        clip: lowest and highest value.
+        of: whose they are, for the message.
+
+    Raises:
+        UserError: one line with the number.
+    """
+    if not math.isfinite(scale) or scale == 0:
+        raise UserError(f"{of}scale must be a finite number other than 0, got {scale}")
+    if not math.isfinite(shift):
+        raise UserError(f"{of}shift must be a finite number, got {shift}")
+    # Written so that NaN is refused too.
+    if clip is not None and not clip[0] < clip[1]:
+        raise UserError(f"{of}clip must be [low, high] with low < high, got {list(clip)}")
 
 
 def transform_in_words(scale: float, shift: float, clip: Sequence[float] | None) -> str:

@@ -55,7 +55,7 @@ FLAGS = [
     Flags("flag", ("--model.combinr=PAMA",), ("'--model.combinr=PAMA'", "did you mean '--model.combiner'")),
     # Abbreviations are no flags: they would change their meaning with the next flag that is added.
     Flags("shortened flag", ("--trainer.max_step=3",), ("'--trainer.max_step=3'", "mean '--trainer.max_steps'")),
-    Flags("temperature", ("--model.source.temperature=.nan",), ("model.source.init_args.temperature is NaN; give a",)),
+    Flags("temperature", ("--model.source.temperature=.nan",), ("model.source.temperature is NaN; give a",)),
     Flags("learning rate", ("--model.optimizer.lr=-1",), ("model.optimizer.lr must be at least 0, got -1",)),
     Flags("rank", ("--model.policy.lora.r=0",), ("policy.lora.r must be at least 1, got 0",)),
     Flags("word", ("Linear",), ("'Linear' is not expected here", "--name=value")),

@@ -1,15 +1,18 @@
 """Settings that have the right type and no sense: one line before anything is loaded or written."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from jsonargparse import Namespace
 
 from moa_lightning.commands.errors import check_config_files
-from moa_lightning.commands.fit.settings import check_settings
+from moa_lightning.commands.fit.settings import check_nulls, check_settings
 from moa_lightning.errors import UserError
-from tests.cli.task import Task, changed, complaint
+from moa_lightning.module import AlignmentModule
+from tests.cli.task import Task, changed, complaint, moa
 
 FLAGS = {
     "--trainer.val_check_interval=0": "trainer.val_check_interval must be a number of batches, at least 1, or a share",
@@ -18,6 +21,10 @@ FLAGS = {
     "--trainer.accelerator=tpu": "trainer: ",
     "--trainer.devices=-3": "trainer: ",
     "--model.value_learning_rate=.nan": "model.value_learning_rate is NaN; give a number",
+    "--model.source.temperature=null": "model.source.temperature must not be null; give a value, or leave it out for",
+    "--model.optimizer.lr=nan": "'model.optimizer.lr' must be float; got 'nan'",
+    "--model.lr_scheduler.step_size=1": "write --model.lr_scheduler=NAME --model.lr_scheduler.step_size=1; known: ",
+    "--model.objectives.good.scale=nan": "'model.objectives.good.scale' must be float; got 'nan'",
     "--model.policy.path={file}": "is a file; give the folder",
 }
 
@@ -25,9 +32,25 @@ FLAGS = {
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flags(flag: str, task: Task, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--config", task.config, flag.format(file=task.config)]
+    flags = ["--config", task.config, flag.replace("{file}", str(task.config))]
     assert FLAGS[flag] in complaint(capsys, "fit", *flags)
     assert not task.root.exists(), "a run that did not start left a folder"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_objective_of_a_config_is_named(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    config = changed(task, lambda s: s["model"]["objectives"]["short"].update(shift="x"))
+    assert "'model.objectives.short.shift' must be float; got 'x'" in complaint(capsys, "fit", "--config", config)
+    both = ["--config", config, "--model.objectives.good.shift=x"]
+    assert "'model.objectives.shift' must be float" in complaint(capsys, "fit", *both), "it may be either"
+
+
+def test_a_share_of_an_epoch_between_evaluations(task: Task) -> None:
+    """Two batches an epoch, and an evaluation after each epoch; ours counts batches over the whole run otherwise."""
+    moa("fit", "--config", task.config, "--trainer.val_check_interval=1.0", "--trainer.max_steps=4")
+    with (task.root / "front.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "2", "4"]
+    assert yaml.safe_load((task.root / "config.yaml").read_text())["trainer"]["check_val_every_n_epoch"] == 1
 
 
 def nested(name: str, value: Any) -> Namespace:
@@ -45,6 +68,10 @@ def nested(name: str, value: Any) -> Namespace:
         ("checkpoint.save_top_k", [-5], [-1, 0, 3]),
         ("model.optimizer", [{"init_args": {"lr": v}} for v in (-1, float("nan"), float("inf"))],
          [{"init_args": {"lr": 0.0}}, {"class_path": "a.B"}]),
+        ("model.objectives", [{"good": Namespace(**v)} for v in (
+            {"scale": 0}, {"scale": float("inf")}, {"shift": float("inf")}, {"clip": [1, 0]}, {"weight": -1})],
+         [{"good": Namespace(scale=-1, shift=0, clip=None, weight=0)}, {"good": Namespace(clip=[0, 1])}]),
+        ("trainer.default_root_dir", [None], ["runs/run"]),
         ("model.source", [{"init_args": {"temperature": float("nan")}}, {"n": 10**400}], [{"cap": float("inf")}]),
     ],
 )  # fmt: skip
@@ -54,6 +81,33 @@ def test_ranges(name: str, bad: list[Any], good: list[Any]) -> None:
     for value in bad:
         with pytest.raises(UserError, match=name):
             check_settings(nested(name, value))
+
+
+@pytest.mark.parametrize(
+    ("class_path", "field", "default"),
+    [
+        ("moa_lightning.sources.Rollout", "temperature", " 1.0"),
+        ("moa_lightning.sources.Rollout", "advantages", ""),
+        ("moa_lightning.data.Prompts", "batch_size", " 64"),
+        ("torch.optim.AdamW", "lr", " 0.001"),
+    ],
+)
+def test_nulls_of_classes(class_path: str, field: str, default: str) -> None:
+    given = Namespace(class_path=class_path, init_args=nested(field, None))
+    line = rf"^it\.{field} must not be null; give a value, or leave it out for its default{default}$"
+    with pytest.raises(UserError, match=line):
+        check_nulls(given, Any, "it")
+    check_nulls(Namespace(class_path=class_path, init_args=Namespace()), Any, "it")
+
+
+def test_nulls_where_they_are_values_and_where_not() -> None:
+    rollout = Namespace(class_path="moa_lightning.sources.Rollout", init_args=nested("missing_eos_penalty", None))
+    good = Namespace(reward=Namespace(class_path="moa_lightning.rewards.Length", init_args=Namespace()), clip=None)
+    model = Namespace(combiner=None, source=rollout, policy=Namespace(path="p", lora=None), objectives={"good": good})
+    check_nulls(model, AlignmentModule, "model")
+    good.scale = None
+    with pytest.raises(UserError, match=r"^model\.objectives\.good\.scale must not be null"):
+        check_nulls(model, AlignmentModule, "model")
 
 
 @pytest.mark.parametrize(

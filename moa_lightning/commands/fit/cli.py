@@ -29,11 +29,11 @@ from moa_lightning.callbacks import (
     Throughput,
 )
 from moa_lightning.callbacks.constraints import BEST
-from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files
+from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files, name_objective
 from moa_lightning.commands.fit.resume_settings import settle
 from moa_lightning.commands.fit.run_config import RunConfig
 from moa_lightning.commands.fit.seeds import seed_run
-from moa_lightning.commands.fit.settings import check_settings
+from moa_lightning.commands.fit.settings import check_nulls, check_settings, count_in_epochs
 from moa_lightning.commands.fit.summary import tell
 from moa_lightning.commands.start_folder import (
     RunPlace,
@@ -139,7 +139,10 @@ class AlignmentCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the given arguments, whatever the process was started with."""
         assert isinstance(args, list)
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UsageError as error:
+            raise UsageError(name_objective(str(error), args)) from error
         check_config_files(args, {*vars(self.config[self.config.subcommand]), "config"})
 
     def _parse_ckpt_path(self) -> None:
@@ -157,7 +160,10 @@ class AlignmentCLI(LightningCLI):
             UserError: the checkpoint does not exist.
         """
         config = self.config[self.subcommand]
+        for name, kind in {"model": AlignmentModule, "data": Any, "trainer": Any}.items():
+            check_nulls(config.get(name), kind, name)
         check_settings(config)
+        count_in_epochs(config)
         if secrets := masked_settings(config):
             raise UsageError(
                 f"{secrets[0]} is masked in this record of a run; give it as --{secrets[0]}=..."
