@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.errors import UserError
@@ -58,6 +59,19 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answ
     except Exception as error:  # a template is a program, and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TemplateError(f"the chat template refuses the messages: {reason}") from error
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that is no Jinja text. One that only refuses some messages is fine.
+
+    Raises:
+        TemplateError: says what is wrong with it.
+    """
+    try:
+        render(tokenizer, [{"role": "user", "content": _QUESTION}])
+    except TemplateError as error:
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            raise TemplateError(f"the chat template is not Jinja: {error.__cause__.message}") from error
 
 
 def answer_turn(tokenizer: PreTrainedTokenizerBase) -> Turn | None:

@@ -1,6 +1,7 @@
 """What policy to load, and how."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,25 @@ class LoRA:
                 raise UserError(f"policy.lora.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"policy.lora.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        if self.options:
+            self._check_options()
+
+    def _check_options(self) -> None:
+        from peft import LoraConfig  # it takes a while, and few need it
+
+        own = {field.name for field in fields(self)} | {"task_type"}
+        known = {field.name for field in fields(LoraConfig) if field.init} - own
+        for name in self.options:
+            if name in own:
+                raise UserError(f"policy.lora.options holds '{name}', which is set elsewhere; use policy.lora.{name}")
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise UserError(f"policy.lora.options: peft.LoraConfig has no field '{name}'{hint}")
+        try:
+            LoraConfig(**self.options)
+        except Exception as error:  # peft raises anything for a value that it does not take
+            raise UserError(f"policy.lora.options: {' '.join(str(error).split())}") from error
 
 
 @dataclass

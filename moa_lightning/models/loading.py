@@ -1,8 +1,9 @@
 """Opening the parts of a policy, with errors that say what to do."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from moa_lightning.chat import check_template
 from moa_lightning.errors import UserError
 from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.skeleton import Skeleton, UnsuitedError, skeleton
@@ -26,13 +28,24 @@ def load_config(policy: PolicyConfig) -> PretrainedConfig:
     """The model's config alone (an adapter's base model's): cheap, so that mistakes show before weights are read."""
     if not policy.is_adapter:
         config: PretrainedConfig = _open(policy, AutoConfig, "model config")
+        _check_sizes(config, policy.path)
         return config
     base = _base_of(policy)
     try:
         config = open_pretrained(AutoConfig, base, "model config", trust_remote_code=policy.trust_remote_code)
     except UserError as error:
         raise UserError(f"policy.path: the adapter in '{policy.path}' is for the base model {error}") from error
+    _check_sizes(config, base)
     return config
+
+
+def _check_sizes(config: PretrainedConfig, path: str) -> None:
+    """Refuse a damaged config: transformers builds a model without layers from it."""
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        size = getattr(config.get_text_config(), name, 1)
+        if isinstance(size, int) and size < 1:
+            own = getattr(config, "attribute_map", {}).get(name, name)
+            raise UserError(f"policy.path: the config.json of '{path}' has {own} {size}; it must be at least 1")
 
 
 def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
@@ -48,6 +61,7 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if policy.chat_template is not None:
         tokenizer.chat_template = policy.chat_template
+        check_template(tokenizer)
     return tokenizer
 
 
@@ -168,12 +182,25 @@ def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
         task_type="CAUSAL_LM",
         **options,
     )
+    _check_saved_modules(model, lora.modules_to_save or ())
     with _without_peft_noise():
         try:
             return get_peft_model(model, config)
-        except ValueError as error:  # names of layers that the model does not have
+        except Exception as error:  # names of layers that the model does not have, or options of the wrong type
+            if not isinstance(error, ValueError) and not lora.options:
+                raise
             reason = " ".join(str(error).split())
             raise UserError(f"policy.lora does not fit {type(model).__name__}: {reason}") from error
+
+
+def _check_saved_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Refuse names of layers that the model does not have: peft passes over those to be saved in silence."""
+    layers = [name for name, _ in model.named_modules() if name]
+    for wanted in names:
+        if not any(name.endswith(wanted) for name in layers):  # how peft compares them
+            near = get_close_matches(wanted, {name.rpartition(".")[2] for name in layers}, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"policy.lora.modules_to_save: {type(model).__name__} has no layer '{wanted}'{hint}")
 
 
 def _base_of(policy: PolicyConfig) -> str:

@@ -1,16 +1,20 @@
 """Settings that have the right type and no sense: one line before anything is loaded or written."""
 
 import csv
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonargparse import Namespace
+from transformers import AutoConfig
 
 from moa_lightning.commands.errors import check_config_files
 from moa_lightning.commands.fit.settings import check_nulls, check_settings
 from moa_lightning.errors import UserError
+from moa_lightning.models import LoRA
 from moa_lightning.module import AlignmentModule
 from tests.cli.task import Task, changed, complaint, moa
 
@@ -25,6 +29,7 @@ FLAGS = {
     "--model.optimizer.lr=nan": "'model.optimizer.lr' must be float; got 'nan'",
     "--model.lr_scheduler.step_size=1": "write --model.lr_scheduler=NAME --model.lr_scheduler.step_size=1; known: ",
     "--model.objectives.good.scale=nan": "'model.objectives.good.scale' must be float; got 'nan'",
+    "--model.policy.chat_template={% if %}": "the chat template is not Jinja: ",
     "--model.policy.path={file}": "is a file; give the folder",
 }
 
@@ -51,6 +56,22 @@ def test_a_share_of_an_epoch_between_evaluations(task: Task) -> None:
     with (task.root / "front.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "2", "4"]
     assert yaml.safe_load((task.root / "config.yaml").read_text())["trainer"]["check_val_every_n_epoch"] == 1
+
+
+def test_an_adapter_that_saves_layers_the_model_lacks(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint(capsys, "fit", "--config", task.config, "--model.policy.lora={r: 2, modules_to_save: [lm_haed]}")
+    assert "policy.lora.modules_to_save: " in line
+    assert "has no layer 'lm_haed'; did you mean 'lm_head'?" in line
+    assert not task.root.exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_config_of_a_model_without_layers(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    file = task.policy / "config.json"
+    config = AutoConfig.from_pretrained(task.policy)
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: -1}))
+    assert f"has {name} -1; it must be at least 1" in complaint(capsys, "fit", "--config", task.config)
 
 
 def nested(name: str, value: Any) -> Namespace:
@@ -108,6 +129,19 @@ def test_nulls_where_they_are_values_and_where_not() -> None:
     good.scale = None
     with pytest.raises(UserError, match=r"^model\.objectives\.good\.scale must not be null"):
         check_nulls(model, AlignmentModule, "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"use_dra": True}, "peft.LoraConfig has no field 'use_dra'; did you mean 'use_dora'?"),
+        ({"r": 3}, "policy.lora.options holds 'r', which is set elsewhere; use policy.lora.r"),
+    ],
+)
+def test_options_of_an_adapter(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        LoRA(options=options)
+    LoRA(options={"use_dora": True})
 
 
 @pytest.mark.parametrize(
