@@ -5,6 +5,7 @@ import difflib
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -153,7 +154,7 @@ def _check_jsonl(file: Path) -> None:
 
 def _check_object(line: str, where: str) -> None:
     try:
-        value = json.loads(line.rstrip(), parse_constant=_refuse_constant)  # else the column may be that of its end
+        value = _parsed(line.rstrip())  # else the column may be that of its end
     except _Malformed as error:
         raise _Malformed(f", {where}{error}") from error
     except json.JSONDecodeError as error:
@@ -162,8 +163,23 @@ def _check_object(line: str, where: str) -> None:
         raise _Malformed(f', {where} is not a JSON object; write one object a line, such as {{"prompt": "..."}}')
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_int=_number, parse_float=_number)
+    except RecursionError as error:
+        raise _Malformed(" is nested too deeply to be data") from error
+
+
 def _refuse_constant(name: str) -> float:
     raise _Malformed(f" holds {name}, which is no JSON value; write null")
+
+
+def _number(text: str) -> float:
+    """A number of the file; one that no reader can hold would arrive as infinity."""
+    number = float(text)
+    if math.isinf(number):
+        raise _Malformed(f" holds a number that is too large ({text[:20]}...); write it as text, or null")
+    return number
 
 
 def _check_json(file: Path) -> None:
@@ -172,7 +188,7 @@ def _check_json(file: Path) -> None:
     if not text.strip():
         raise _Malformed(" is empty")
     try:
-        rows = json.loads(text, parse_constant=_refuse_constant)
+        rows = _parsed(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):  # one object a line
             _check_jsonl(file)

@@ -18,8 +18,12 @@ REWARD = f"{names.__name__}.{{}}"
         ("", "'{path}' is empty"),
         ("\n\n", "'{path}' is empty"),
         ('{"prompt": "the", "wish": 1}\n{"prompt": \n', "'{path}', line 2 is not JSON: Expecting value at column 1"),
+        ('{"prompt": "a", "x": ' + "[" * 3000 + "]" * 3000 + "}", "'{path}', line 1 is nested too deeply to be data"),
+        ('{"prompt": "a", "wish": ' + "1" * 400 + "}\n", "'{path}', line 1 holds a number that is too large (1111"),
+        ('{"prompt": "a", "wish": 1e999}\n', "'{path}', line 1 holds a number that is too large (1e999...)"),
         ('{"prompt": "the", "wish": 1}\n\n["the"]\n', "'{path}', line 3 is not a JSON object; write one object a line"),
     ],
+    ids=lambda text: str(text)[:40],
 )
 def test_data_files(task: Task, capsys: pytest.CaptureFixture[str], content: str, says: str) -> None:
     path = task.folder / "data.jsonl"
