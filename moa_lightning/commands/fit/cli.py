@@ -30,6 +30,7 @@ from moa_lightning.callbacks import (
 )
 from moa_lightning.callbacks.constraints import BEST
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files, name_objective
+from moa_lightning.commands.fit.monitors import check_monitors
 from moa_lightning.commands.fit.resume_settings import settle
 from moa_lightning.commands.fit.run_config import RunConfig
 from moa_lightning.commands.fit.seeds import seed_run
@@ -307,6 +308,8 @@ class AlignmentCLI(LightningCLI):
             torch.set_num_threads(1)
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+        if self.subcommand == "fit":
+            check_monitors(self.trainer, self.model)
         resolved = self._resolved()
         self.model.record = masked(resolved)
         if self.trainer.world_size > 1:
