@@ -153,7 +153,8 @@ def _opinion(generator: random.Random, positive: bool) -> str:
 class Reviews(PromptData):
     """Openings of film reviews; the policy that continues them is built and warm-started where it is missing.
 
-    The policy is written to the folder that ``model.policy.path`` names, once: later runs find it there.
+    The policy is written to ``policy_folder``, once: later runs find it there. A ``model.policy.path`` other than this
+    folder is refused unless it holds such a policy already, so that a misspelt one does not train another.
 
     Args:
         batch_size: prompts per collected batch, on each process.
@@ -166,6 +167,7 @@ class Reviews(PromptData):
             seed: the policy is built once, and runs that differ in their seed start from the same one.
         baseline_reviews: reviews of each opening that the grammar wrote, the same in each run, as a list in column
             ``baseline_reviews``: what ``WinProbability`` compares with. 0 adds no column.
+        policy_folder: where the policy is built if it is not there yet; ``model.policy.path`` names the same folder.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class Reviews(PromptData):
         seed: int | None = None,
         warm_start_seed: int = 0,
         baseline_reviews: int = 0,
+        policy_folder: str = ".cache/moa/reviews",
     ) -> None:
         super().__init__(batch_size, val_batch_size, seed)
         openings = prompts()
@@ -184,7 +187,7 @@ class Reviews(PromptData):
             raise UserError(f"data.val_size must be from 1 to {len(openings) - 1}, and data.val_repeats at least 1")
         if baseline_reviews < 0:
             raise UserError(f"data.baseline_reviews must be at least 0, got {baseline_reviews}")
-        self.warm_start_seed = warm_start_seed
+        self.warm_start_seed, self.policy_folder = warm_start_seed, policy_folder
         rows: list[Row] = [{"prompt": text} for text in openings]
         if baseline_reviews > 0:
             # Each opening's by a generator of its own: what is held out changes nothing.
@@ -203,7 +206,7 @@ class Reviews(PromptData):
         assert self.trainer is not None
         self._module()
         path: str = self.trainer.lightning_module.policy_config.path  # type: ignore[assignment,union-attr]  # ours
-        warm_start(path, self.warm_start_seed)
+        warm_start(path, self.warm_start_seed, self.policy_folder)
 
 
 _MARK = "moa_reviews.json"
@@ -211,13 +214,18 @@ _SHAPE = {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 64}
 _TEXTS, _BATCH, _LEARNING_RATE = 25_600, 64, 3e-3
 
 
-def warm_start(path: str, seed: int = 0) -> None:
+def warm_start(path: str, seed: int = 0, only_in: str | None = None) -> None:
     """Build the embedded task's policy in a folder: a word-level tokenizer and a small GPT-2, taught the grammar.
 
     Nothing happens where the folder holds that policy already.
 
+    Args:
+        path: of the folder.
+        seed: of the initial weights and of the reviews.
+        only_in: the folder where one may be built; ``None`` is any.
+
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or it holds no policy and is another one than ``only_in``.
     """
     folder = Path(path).expanduser()
     recipe = {"seed": seed, "texts": _TEXTS, "batch": _BATCH, "lr": _LEARNING_RATE, **_SHAPE, "words": [*VOCABULARY]}
@@ -233,6 +241,11 @@ def warm_start(path: str, seed: int = 0) -> None:
         raise UserError(
             f"policy.path '{path}' holds something other than this task's warm-started policy; name a new folder, or "
             "use data class Prompts for a policy of your own"
+        )
+    if only_in is not None and folder.resolve() != Path(only_in).expanduser().resolve():
+        raise UserError(
+            f"policy.path '{path}' holds no policy; data class Reviews builds its policy in '{only_in}' alone. Give "
+            "that path, or another folder by --data.policy_folder as well"
         )
     _build(folder, seed, recipe)
 

@@ -246,6 +246,22 @@ def test_a_warm_start_that_fails_leaves_no_folder(tmp_path, small, monkeypatch):
 def test_a_run_builds_the_policy_that_it_names(tmp_path, small):
     folder = tmp_path / "policy"
     running = trainer(tmp_path, max_steps=1, val_check_interval=1)
-    running.fit(module(folder), datamodule=Reviews(batch_size=4, val_size=4, val_repeats=1))
+    data = Reviews(batch_size=4, val_size=4, val_repeats=1, policy_folder=str(folder))
+    running.fit(module(folder), datamodule=data)
     assert (folder / "moa_reviews.json").is_file()
     assert running.global_step == 1
+
+
+def test_a_misspelt_path_builds_no_other_policy(tmp_path, small, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    misspelt = trainer(tmp_path, max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"'\./reveiws' holds no policy; data class Reviews builds its policy in '\.cache"
+    ):
+        misspelt.fit(module("./reveiws"), datamodule=Reviews(batch_size=4, val_size=4))
+    assert list(tmp_path.iterdir()) == []
+
+    warm_start("./elsewhere")  # one that is there is fine, wherever it lies
+    warm_start("./elsewhere", only_in=".cache/moa/reviews")
+    warm_start(str(tmp_path / "here"), only_in="./here")
+    assert (tmp_path / "here" / "moa_reviews.json").is_file()
