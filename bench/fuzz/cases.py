@@ -84,6 +84,12 @@ def _good() -> Iterator[Case]:
         "greedy evaluation limits": ("--trainer.limit_val_batches=1",),
         "no evaluation": ("--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0"),
         "quiet": ("--trainer.log_every_n_steps=50",),
+        # On the command line it is text, and a folder may be called so; in a config it is a list (see _yaml).
+        "a folder called [1]": ("--trainer.default_root_dir={folder}/[1]",),
+        # PAMA with Noon, its default, leaves no negative advantage: its score is a weight.
+        "PAMA's score as a weight": ("--model.loss=WeightedLikelihood",),
+        "options of an adapter": ("--model.policy.lora={r: 2, modules_to_save: [lm_head], options: {bias: all}}",),
+        "null where it is a value": ("--model.source.missing_eos_penalty=null", "--data.limit=null"),
     }.items():
         yield Case("flags", f"good: {name}", "accept", flags)
     yield Case("preferences", "good: as it is", "accept", preferences=True)
@@ -113,7 +119,7 @@ def _flags() -> Iterator[Case]:
         "trainer.num_nodes": ("0", "-1", "x"),
         "trainer.strategy": ("x", "fsdp", "deepspeed"),
         "trainer.precision": ("8", "x"),
-        "trainer.default_root_dir": ("[1]", "/proc/none/run"),
+        "trainer.default_root_dir": ("null", "/proc/none/run"),
         "trainer.callbacks": ("x", "[Nothing]"),
         "trainer.logger": ("x",),
         "trainer.profiler": ("x",),
@@ -164,7 +170,7 @@ def _flags() -> Iterator[Case]:
         "model.policy.quantization": ("{load_in_4bit: true}", "{nothing: 1}"),
         "model.policy.chat_template": ("{% if %}",),
         "model.combiner": ("Nothing", "1", "os.system", "torch.nn.Linear", "[PAMA]"),
-        "model.loss": ("Nothing", "WeightedLikelihood", "PairwiseLogistic"),
+        "model.loss": ("Nothing", "PairwiseLogistic"),
         "model.reference": ("Nothing", "AdapterOff"),
         "model.objectives.good.weight": ("-1", ".nan", ".inf", "x"),
         "model.objectives.good.scale": ("0", ".nan", ".inf", "x"),
@@ -191,8 +197,19 @@ def _flags() -> Iterator[Case]:
     }.items():
         for value in values:
             yield Case("flags", f"{flag}={value[:40]}", flags=(f"--{flag}={value}",))
+    for name in ("model.source.top_p", "model.kl.init_kl_coef", "model.objectives.good.scale", "data.batch_size"):
+        yield Case("flags", f"{name}=null", flags=(f"--{name}=null",))
+    signed = ("--model.combiner=Linear", "--model.loss=WeightedLikelihood")
+    yield Case("flags", "a score of either sign as a weight", flags=signed)
+    yield Case("flags", "a policy that would be trained under a misspelt path", flags=_misspelt(".cache/moa/reveiws"))
+    yield Case("flags", "the same in an absolute folder", flags=_misspelt("{folder}/reveiws"))
     for words in (("extra",), ("--",), ("--=",), ("-x",), ("--config",), ("--trainer",), ("--model.policy.path",)):
         yield Case("flags", " ".join(words), flags=words)
+
+
+def _misspelt(path: str) -> tuple[str, ...]:
+    """The embedded task, with a policy that is not there."""
+    return "--data=Reviews", f"--model.policy.path={path}"
 
 
 def _yaml(good: Settings, numbers: random.Random) -> Iterator[Case]:
@@ -215,6 +232,7 @@ def _yaml(good: Settings, numbers: random.Random) -> Iterator[Case]:
         "a number for a mapping": text.replace("trainer:", "trainer: 3\nold:"),
         "a list for a mapping": "model: [1, 2]\n" + text.replace("model:", "old:"),
         "a mapping for a number": text.replace("max_steps: 1", "max_steps: {a: 1}"),
+        "a list for a folder": text.replace("default_root_dir: '{folder}/run'", "default_root_dir: [1]"),
         "deep lists": text + "x: " + "[" * 3000 + "]" * 3000 + "\n",
         "deep mappings": text + "x: " + "{a: " * 3000 + "1" + "}" * 3000 + "\n",
         "an alias bomb": text + bomb,
@@ -287,8 +305,7 @@ def _prompts(numbers: random.Random) -> Iterator[Case]:
         "prompt null": [*good, json.dumps({"prompt": None, "wish": 3})],
         "prompt empty": [*good, json.dumps({"prompt": "", "wish": 3})],
         "no prompt": [json.dumps({"promt": "x", "wish": 3})] * 12,
-        "another column missing": [json.dumps({"prompt": "the film"})] * 12,
-        "text beside numbers": [*good, json.dumps({"prompt": "the film", "wish": "many"})],
+        "a column missing that a reward names": [json.dumps({"prompt": "the film"})] * 12,
         "a column that rewards have": [json.dumps({**row, "completions": "x"})] * 12,
         "messages without role": [json.dumps({"prompt": [{"content": "x"}], "wish": 3})] * 12,
         "messages without template": [json.dumps({"prompt": [{"role": "user", "content": "x"}], "wish": 3})] * 12,
@@ -297,11 +314,17 @@ def _prompts(numbers: random.Random) -> Iterator[Case]:
         "400 digits": [*good, f'{{"prompt": "the film", "wish": {"1" * 400}}}'],
         "NaN": [*good, '{"prompt": "the film", "wish": NaN}'],
         "too few": good[:3],
+        # Columns that no reward reads by name are the user's: what is in them is handed on as it is.
+        "good: a column missing that no reward names": [json.dumps({"prompt": "the film"})] * 12,
+        "good: text beside numbers": [*good, json.dumps({"prompt": "the film", "wish": "many"})],
+        "good: numbers of 25 digits": [*good, f'{{"prompt": "the film", "wish": {"1" * 25}}}'],
     }.items():
+        reads = "--model.objectives.good.reward.function=bench.fuzz_rewards.wishes"
         yield Case(
             "prompts",
             name,
-            flags=("--data.path={folder}/p.jsonl",),
+            "accept" if name.startswith("good: ") else "refuse",
+            flags=("--data.path={folder}/p.jsonl", *([reads] if name.endswith("that a reward names") else [])),
             prepare=lambda folder, lines=lines: (folder / "p.jsonl").write_text("\n".join(lines) + "\n"),
         )
     for name, content in {

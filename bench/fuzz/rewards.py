@@ -18,6 +18,10 @@ def shortness(prompts: list[str], completions: list[str], **columns: Any) -> lis
     return [-float(len(text.split())) for text in completions]
 
 
+def wishes(prompts: list[str], completions: list[str], wish: list[Any], **columns: Any) -> list[float]:
+    return [float(wanted) for wanted in wish]
+
+
 def raises_value_error(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     return [float("x") for _ in completions]
 

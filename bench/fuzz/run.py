@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random damage")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kind", choices=KINDS, help="this kind of input alone")
-    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these texts")
     parser.add_argument("--seconds", type=int, default=60, help="that a case may take")
     given = parser.parse_args()
     _start()
@@ -233,7 +233,11 @@ def main() -> None:
         shared = Path(temporary)
         make(shared)
         cases = all_cases(rollouts(shared), preferences(shared), given.seed)
-        chosen = [i for i, case in enumerate(cases) if given.kind in (None, case.kind) and given.only in case.name]
+        chosen = [
+            i
+            for i, case in enumerate(cases)
+            if given.kind in (None, case.kind) and any(text in case.name for text in given.only)
+        ]
         outcomes = []
         with ProcessPoolExecutor(given.processes, get_context("spawn"), _start) as pool:
             waiting = [pool.submit(judged, i, given.seed, shared, given.seconds) for i in chosen]
