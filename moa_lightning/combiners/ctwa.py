@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.claims import CONVEX, Claim
-from moa_lightning.combiners.shared.responses import ScoredResponses, collected_responses
+from moa_lightning.combiners.shared.responses import ScoredResponses, scored_responses
 from moa_lightning.combiners.shared.scores import ScoreCombiner
 from moa_lightning.combiners.shared.weighted import FirstWeights
 from moa_lightning.distributed import all_sum
@@ -102,7 +102,7 @@ class CTWA(FirstWeights, ScoreCombiner):
     def observe(self, experience: Experience, state: State) -> State:
         """One step of the weights, then the scale of the batch under them."""
         state = super().observe(experience, state)
-        responses = collected_responses(experience)
+        responses = scored_responses(experience)
         advantages_B, _ = self.advantages(responses, state)
         covariance_GN, known_GN = group_covariance(
             responses.scores_BN, advantages_B, responses.valid_BN, responses.group_B

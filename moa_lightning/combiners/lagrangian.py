@@ -14,13 +14,13 @@ from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.duals import DualUpdate, LogPID
 from moa_lightning.combiners.shared.constraints import (
-    at_its_largest,
-    constrained,
-    curves,
-    spread,
-    under_present_names,
-    watched,
-    windowed,
+    constraint_curves,
+    init_constraints,
+    rename_old_entries,
+    slide_window,
+    stuck_message,
+    update_spreads,
+    warn_if_stuck,
 )
 from moa_lightning.errors import UserError
 from moa_lightning.signals import Signal, Signals
@@ -86,33 +86,33 @@ class Lagrangian(Combiner):
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First multipliers, thresholds by name."""
-        state = constrained(self, self.primary, self.thresholds, self.dual, objectives)
+        state = init_constraints(self, self.primary, self.thresholds, self.dual, objectives)
         # Sums of scores and numbers of responses, per batch.
         return state | {"window": torch.zeros(self.window, 2, len(objectives))}
 
     def resume(self, saved: State, fresh: State) -> State:
         """All that was learnt of what still is constrained, under the configuration's thresholds."""
         settings = ("primary",) if self.thresholds is None else ("primary", "thresholds")
-        saved = under_present_names(saved)
+        saved = rename_old_entries(saved)
         same = {k: saved[k] for k in saved.keys() & fresh.keys() - {*settings} if saved[k].shape == fresh[k].shape}
         bound_N = saved["thresholds"].isfinite() & (fresh["thresholds"].isfinite() | (self.thresholds is None))
         return fresh | same | {"duals": saved["duals"].where(bound_N, fresh["duals"])}
 
     def observe(self, experience: Experience, state: State) -> State:
         """One step of the multipliers on the values of the window that a collected batch completes."""
-        window_W2N, values_N = windowed(state["window"], experience)
+        window_W2N, values_N = slide_window(state["window"], experience)
         state = state | {"window": window_W2N, "values": values_N, "batches": state["batches"] + 1}
-        state |= spread(state, experience.rewards.trained_BN, experience.valid_BN)
+        state |= update_spreads(state, experience.rewards.trained_BN, experience.valid_BN)
         if self.thresholds is None and state["batches"] <= self.window:
             state["thresholds"] = values_N.where(state["primary"] == 0, torch.nan)
         elif state["batches"] > self.dual_delay:
             recent_N = torch.div(*window_W2N[-self.dual_window :].sum(0))
-            state |= self.dual.stepped(state, recent_N - state["thresholds"])
+            state |= self.dual.step_state(state, recent_N - state["thresholds"])
         return self._watch(state, experience.rewards.trained_names)
 
     def report(self, state: State) -> dict[str, Tensor]:
         """Multipliers, thresholds, and the values that they are compared with."""
-        return curves(state)
+        return constraint_curves(state)
 
     def combine(self, signals: Signals, state: State) -> Combined:
         """The weighted advantage per token."""
@@ -125,6 +125,6 @@ class Lagrangian(Combiner):
         """Warn once of each threshold that stays violated with its multiplier at its largest."""
         if state["batches"] < self.window:
             return state  # a few batches are too noisy to judge by
-        message = at_its_largest("Lagrangian", state, names, self.dual, self.window, f"{self.patience} batches")
-        judged_N = torch.ones_like(state["primary"], dtype=torch.bool)
-        return state | watched(state, state["values"], judged_N, self.dual, self.patience, message)
+        message = stuck_message("Lagrangian", state, names, self.dual, self.window, f"{self.patience} batches")
+        known_N = torch.ones_like(state["primary"], dtype=torch.bool)
+        return state | warn_if_stuck(state, state["values"], known_N, self.dual, self.patience, message)

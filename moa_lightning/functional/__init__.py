@@ -1,6 +1,7 @@
 """Pure tensor mathematics."""
 
 from moa_lightning.functional.advantages import gae, group_relative, masked_moments
+from moa_lightning.functional.caid import ReferenceDual, ReferenceSamples, reference_dual
 from moa_lightning.functional.dual import DualSolution, one_shot_dual
 from moa_lightning.functional.dynamic import front_factor, grow_front, influence, mirror_step
 from moa_lightning.functional.gramian import parameter_gradients, representation_gramian, weights_from_gramian
@@ -20,6 +21,7 @@ from moa_lightning.functional.pareto import hypervolume, non_dominated
 from moa_lightning.functional.preference import (
     bradley_terry_wins,
     fill_from_group,
+    fill_scores,
     group_count,
     group_max,
     group_sizes,
@@ -49,12 +51,15 @@ from moa_lightning.functional.verdict import threshold_verdict
 
 __all__ = [
     "DualSolution",
+    "ReferenceDual",
+    "ReferenceSamples",
     "bradley_terry_wins",
     "clip_around_first",
     "clipped_surrogate",
     "confidence_weights",
     "dpo_loss",
     "fill_from_group",
+    "fill_scores",
     "front_factor",
     "gae",
     "group_centered",
@@ -83,6 +88,7 @@ __all__ = [
     "pama",
     "parameter_gradients",
     "probability_ratio",
+    "reference_dual",
     "representation_gramian",
     "response_log_ratio",
     "robust_value",

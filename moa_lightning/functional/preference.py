@@ -99,6 +99,25 @@ def fill_from_group(values_BN: Tensor, group_B: Tensor) -> Tensor:
     return values_BN.where(present_BN, means_GN[group_B])
 
 
+def fill_scores(scores_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then.
+
+    So a response that nobody scored is neither good nor bad at it; an objective that scored no response to a prompt is
+    left out of all of them.
+
+    Args:
+        scores_BN: anything where it is not valid.
+        valid_BN: bool.
+        group_B: int64, which prompt a response belongs to.
+
+    Returns:
+        ``(filled_BN, present_BN)``.
+    """
+    filled_BN = fill_from_group(scores_BN.where(valid_BN, torch.nan), group_B)
+    known_GN = group_sum(valid_BN.double(), group_B) > 0
+    return filled_BN, known_GN[group_B] & valid_BN.any(1, keepdim=True)
+
+
 def truncated_log_ratio(log_ratio_B: Tensor, group_B: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
     """Importance weights of responses among those of their prompt, in logarithms, held within limits.
 

@@ -69,8 +69,8 @@ def test_every_exported_combiner_has_a_row_for_every_number_of_objectives(quick)
 
 
 def test_multipliers_move_in_every_step_that_is_measured(monkeypatch):
-    steps, plain = [], package.DualUpdate.stepped
-    monkeypatch.setattr(package.DualUpdate, "stepped", lambda *given: steps.append(1) or plain(*given))
+    steps, plain = [], package.DualUpdate.step_state
+    monkeypatch.setattr(package.DualUpdate, "step_state", lambda *given: steps.append(1) or plain(*given))
     bench = family.Bench.build(family.build_policy(family.QUICK.size), family.QUICK, 2)
     moving = [e for e in [*exported(), *variants()] if hasattr(e.combiner, "dual") and e.name != "CAID"]  # it solves
     assert {"Lagrangian", "MOPO", "CAID, iterated"} <= {entry.name for entry in moving}

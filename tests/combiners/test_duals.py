@@ -129,7 +129,7 @@ def plant(dual, window, speed_M, balance_M, steps=180):
     for _ in range(steps):
         values.append(logit_M.sigmoid())
         batches.append((torch.rand(64, count, generator=generator) < values[-1]).float().mean(0))
-        state |= dual.stepped(state, torch.stack(batches[-window:]).mean(0) - 0.7)
+        state |= dual.step_state(state, torch.stack(batches[-window:]).mean(0) - 0.7)
         push_M = ((state["duals"].log() - balance_M) / 2).tanh()
         momentum_M = 0.9 * momentum_M + 0.1 * push_M * (values[-1] * (1 - values[-1])).sqrt()
         logit_M = (logit_M + speed_M * momentum_M).clamp(-6.0, 6.0)
@@ -155,7 +155,7 @@ def test_slacks_are_measured_in_spreads_where_a_step_says_so():
     for dual, scale in ((LogPID(), 4.0), (Exponential(), 1.0)):
         state |= dual.init(1)
         expected, _ = dual.update(state["duals"], torch.tensor([-0.1 * scale]), state)
-        assert float(dual.stepped(state, torch.tensor([-0.1]))["duals"]) == float(expected) > 1
+        assert float(dual.step_state(state, torch.tensor([-0.1]))["duals"]) == float(expected) > 1
 
 
 @pytest.mark.parametrize("kind", [Lagrangian, MOPO, CAID])
@@ -169,20 +169,20 @@ def test_another_dual_step_begins_with_its_own_memory(kind):
     slack_N, dual = torch.tensor([torch.nan, -0.1]), LogPID(kp=0.0, kd=0.0, margin=0.0)
     _, state = begin(PID())
     for _ in range(22):
-        state |= PID().stepped(state, slack_N)
+        state |= PID().step_state(state, slack_N)
     other, fresh = begin(dual)
     resumed = other.resume(state, fresh)
-    after = dual.stepped(resumed, slack_N)["duals"]
+    after = dual.step_state(resumed, slack_N)["duals"]
     assert float(after[1]) == pytest.approx(float(state["duals"][1]), rel=0.01)
     # Back again, and from a checkpoint that holds LogPID's memory under names that PID uses.
-    resumed |= dual.stepped(resumed, slack_N)
+    resumed |= dual.step_state(resumed, slack_N)
     old = {name.replace("log_pid", "dual"): value for name, value in resumed.items()}
     assert "dual_sum" in old
     taken = other.resume(old, fresh)
     assert torch.equal(taken["log_pid_sum"][1:], resumed["log_pid_sum"][1:])
     back, first = begin(PID())
     for saved in (resumed, old):
-        after = PID(kp=0.0).stepped(back.resume(saved, first), slack_N)["duals"]
+        after = PID(kp=0.0).step_state(back.resume(saved, first), slack_N)["duals"]
         assert float(after[1]) == pytest.approx(float(resumed["duals"][1]) + 0.005, abs=1e-4)
 
 

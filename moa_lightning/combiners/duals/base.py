@@ -51,7 +51,7 @@ class DualUpdate(ABC):
         new_M, memory = self.step(duals_M, slack_M.where(known_M, 0.0), state)
         return new_M.where(known_M, duals_M), {k: new.where(known_M, state[k]) for k, new in memory.items()}
 
-    def stepped(self, state: State, slack_M: Tensor) -> State:
+    def step_state(self, state: State, slack_M: Tensor) -> State:
         """Multipliers and memory after one :meth:`update`.
 
         Args:

@@ -16,7 +16,7 @@ from moa_lightning.distributed import all_sum
 from moa_lightning.types import Experience, State
 
 
-def constrained(
+def init_constraints(
     combiner: Combiner,
     primary: str | None,
     thresholds: Mapping[str, float] | None,
@@ -51,7 +51,7 @@ def constrained(
     }
 
 
-def under_present_names(saved: State) -> State:
+def rename_old_entries(saved: State) -> State:
     """A checkpoint's state with the memory of ``LogPID`` under its present names.
 
     Older checkpoints have it under names that ``PID`` uses too; ``dual_change`` was ``LogPID``'s alone.
@@ -62,7 +62,7 @@ def under_present_names(saved: State) -> State:
     return {names.get(name, name): value for name, value in saved.items()}
 
 
-def windowed(window_W2N: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
+def slide_window(window_W2N: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
     """Sums of scores and numbers of responses of the last W batches with this one, and their means over all processes.
 
     Scores are in the objectives' own units, without penalties; an objective that scored no response has mean NaN.
@@ -77,7 +77,7 @@ SPREAD_BATCHES = 50
 """Batches that the spread of a value is averaged over; much slower than multipliers, whose gains it scales."""
 
 
-def spread(state: State, values_BN: Tensor, valid_BN: Tensor) -> State:
+def update_spreads(state: State, values_BN: Tensor, valid_BN: Tensor) -> State:
     """Standard deviation of each objective's values between responses, averaged over batches and all processes.
 
     It is the root of the mean variance within a batch: over all batches so far that tell one, exponential after 50. A
@@ -99,35 +99,35 @@ def spread(state: State, values_BN: Tensor, valid_BN: Tensor) -> State:
     return {"spreads": square_N.sqrt().clamp(min=1e-6), "spread_seen": seen_N}
 
 
-def curves(state: State) -> dict[str, Tensor]:
+def constraint_curves(state: State) -> dict[str, Tensor]:
     """Multipliers, thresholds, and the values that they are compared with."""
     bound_N = (state["primary"] == 0) & state["thresholds"].isfinite()
     duals_N = state["duals"].where(bound_N, torch.nan)
     return {"duals": duals_N, "thresholds": state["thresholds"], "values": state["values"]}
 
 
-def watched(
+def warn_if_stuck(
     state: State,
     values_N: Tensor,
-    judged_N: Tensor,
+    known_N: Tensor,
     dual: DualUpdate,
     patience: int,
     message: Callable[[int, float], str],
     impossible_N: Tensor | None = None,
 ) -> State:
-    """What is remembered after a batch; warns of a threshold once patience with it is at its end.
+    """Count the batches that each threshold is violated, and warn once of one that stays so.
 
     Args:
-        state: holds what :func:`constrained` returned, and since then the last call.
+        state: holds what :func:`init_constraints` returned, and since then the last call.
         values_N: what the thresholds are compared with; NaN where unknown.
-        judged_N: bool, values that enough batches stand behind.
+        known_N: bool, values that enough batches stand behind.
         dual: how the multipliers move.
         patience: batches violated, with the multiplier at its largest, until the warning.
         message: of an objective by its index, with the best value that it reached.
         impossible_N: bool, thresholds to warn of at once.
     """
-    best_N = torch.fmax(state["best"], values_N).where(judged_N, state["best"])
-    stuck_N = dual.stuck(state["duals"], judged_N & (values_N < state["thresholds"]), state["stuck"])
+    best_N = torch.fmax(state["best"], values_N).where(known_N, state["best"])
+    stuck_N = dual.stuck(state["duals"], known_N & (values_N < state["thresholds"]), state["stuck"])
     named_N = stuck_N >= patience if impossible_N is None else (stuck_N >= patience) | impossible_N
     named_N = named_N & (state["warned"] == 0)
     for i in named_N.nonzero().flatten().tolist():
@@ -135,7 +135,7 @@ def watched(
     return {"best": best_N, "stuck": stuck_N, "warned": state["warned"].masked_fill(named_N, 1.0)}
 
 
-def at_its_largest(
+def stuck_message(
     title: str, state: State, names: Sequence[str], dual: DualUpdate, window: int, patience: str
 ) -> Callable[[int, float], str]:
     """The message that a multiplier has been at its largest for so long."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moa_lightning.functional.preference import fill_from_group, group_sum
+from moa_lightning.functional.preference import fill_scores
 from moa_lightning.signals import Signals
 from moa_lightning.types import Experience
 
@@ -30,19 +30,8 @@ class ScoredResponses:
         return replace(self, scores_BN=self.scores_BN + self.penalty_B.unsqueeze(1), penalty_B=None)
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then.
-
-        So a response that nobody scored is neither good nor bad at it; an objective that scored no response to
-        a prompt is left out of all of them.
-        """
-        filled_BN = fill_from_group(self.scores_BN.where(self.valid_BN, torch.nan), self.group_B)
-        known_GN = group_sum(self.valid_BN.double(), self.group_B) > 0
-        return filled_BN, known_GN[self.group_B] & self.valid_BN.any(1, keepdim=True)
-
-
-def collected_responses(experience: Experience) -> ScoredResponses:
-    """The responses of a collected batch."""
-    return scored_responses(experience)
+        """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then."""
+        return fill_scores(self.scores_BN, self.valid_BN, self.group_B)
 
 
 def scored_responses(rows: Experience | Signals) -> ScoredResponses:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
-from moa_lightning.combiners.shared.responses import ScoredResponses, collected_responses, scored_responses
+from moa_lightning.combiners.shared.responses import ScoredResponses, scored_responses
 from moa_lightning.combiners.shared.weighted import Weighted
 from moa_lightning.distributed import all_sum
 from moa_lightning.functional.scalarize import NO_SPREAD, group_centered
@@ -46,7 +46,7 @@ class ResponseCombiner(Combiner):
 
     def observe(self, experience: Experience, state: State) -> State:
         """Mean and spread of the collected batch, over all processes."""
-        responses = collected_responses(experience)
+        responses = scored_responses(experience)
         state = self.learn(responses, state)
         score_B, shares_BN = self._charged(responses, state)
         counted_B = shares_BN.sum(1) > 0
