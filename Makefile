@@ -6,6 +6,8 @@ STAMP  := $(VENV)/.installed
 # Pinned once, in constraints.txt. torch goes first and alone, so that nothing later can choose another build of it.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Strict: mkdocs.yml says that a warning is an error. The variable leaves out its maker's note about a successor.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format docs bench bench-constrained bench-family bench-mopo bench-sharding audit clean
@@ -31,11 +33,12 @@ demo: install  ## Align a small policy in five ways: one table, and the picture 
 test: lint  ## Check style, types and imports, then run all tests.
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
-lint: install  ## Check style, types and the direction of imports.
+lint: install  ## Check style, types, the direction of imports and the documentation.
 	@echo 'ruff'; $(BIN)/ruff check --quiet .
 	@echo 'ruff format'; $(BIN)/ruff format --quiet --check .
 	@echo 'mypy'; $(BIN)/mypy --no-error-summary
 	@echo 'import-linter'; out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
+	@echo 'mkdocs'; $(MKDOCS)
 
 format: install  ## Format the code and mend what ruff can mend.
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format .
@@ -60,7 +63,7 @@ bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes
 	@$(BIN)/python -m bench.sharding.generation
 
 docs: install  ## Build the documentation site in site/; a warning is an error.
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build
+	@$(MKDOCS)
 
 # In an environment of its own, since its dependencies are not pinned here. Strict: what cannot be looked up is a failure.
 audit:  ## Look the pinned versions up among published advisories (needs a network).

@@ -7,6 +7,8 @@ import contextlib
 import io
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,17 @@ PAGES = {
 TABLE = re.compile("<!-- generated: (.*) -->")  # a table takes the place of this line
 
 
-def generated() -> dict[str, str]:
-    """Markdown of every generated page, by its path in the site."""
+def generated() -> dict[str, Callable[[], str]]:
+    """What writes the Markdown of each generated page, by its path in the site."""
     from moa_lightning.cli import COMMANDS
-    from moa_lightning.commands.combiners import index, page
     from moa_lightning.commands.combiners.facts import every_combiner
+    from moa_lightning.commands.combiners.pages import index, page
 
     known = every_combiner()
-    pages = {f"combiners/{one.name}.md": page(one) for one in known}
-    pages["combiners/index.md"] = index(known)
-    pages |= {f"reference/{command}.md": help_page(command) for command in COMMANDS}
-    return pages | {page: linked((ROOT / file).read_text(encoding="utf-8")) for file, page in PAGES.items()}
+    pages: dict[str, Callable[[], str]] = {"combiners/index.md": partial(index, known)}
+    pages |= {f"combiners/{one.name}.md": partial(page, one) for one in known}
+    pages |= {f"reference/{command}.md": partial(help_page, command) for command in COMMANDS}
+    return pages | {page: partial(file_page, file) for file, page in PAGES.items()}
 
 
 def help_page(command: str) -> str:
@@ -45,8 +47,9 @@ def help_page(command: str) -> str:
     return f"# moa {command}\n\n```text\n{printed.getvalue().strip()}\n```\n"
 
 
-def linked(text: str) -> str:
-    """A file of the repository's top folder with its links as the site has them."""
+def file_page(file: str) -> str:
+    """A file of the repository's top folder, with its links as the site has them."""
+    text = (ROOT / file).read_text(encoding="utf-8")
     for file, page in PAGES.items():
         text = text.replace(f"]({file})", f"]({page})")
     return text.replace("](README.md)", "](index.md)").replace("](docs/", "](")
@@ -89,6 +92,6 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to the site."""
     from mkdocs.structure.files import File
 
-    for name, text in generated().items():
-        files.append(File.generated(config, name, content=text))
+    for name, write in generated().items():
+        files.append(File.generated(config, name, content=write()))
     return files

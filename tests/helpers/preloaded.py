@@ -5,11 +5,13 @@ caller's arguments, folder, environment and files, and it ends as a process of i
 """
 
 import importlib
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +31,20 @@ _PARTS = (
     "matplotlib.backends.backend_agg",
     "peft",
     "rich.progress",
-    *(f"moa_lightning.commands.{name}" for name in ("combiners", "compare", "export", "label", "lightning")),
+    *(
+        f"moa_lightning.commands.{name}"
+        for name in ("combiners.pages", "compare", "export.command", "fit.cli", "label.command")
+    ),
     *(f"moa_lightning.stages.{name}" for name in ("reward_model", "supervised")),
 )
 
 
 @contextmanager
 def preloaded_moa(client: Path, script: Path) -> Iterator[None]:
-    """Context manager: ``client`` is an executable file that does what the installed ``script`` does."""
+    """Context manager: ``client`` is an executable file that does what the installed ``script`` does.
+
+    With ``-c CODE`` it runs Python code instead, as ``python`` does.
+    """
     address = client.with_name("socket")
     command = [sys.executable, str(Path(__file__).resolve()), str(address), str(script)]
     server = subprocess.Popen(command, text=True, stdout=subprocess.PIPE)
@@ -54,6 +62,13 @@ def preloaded_moa(client: Path, script: Path) -> Iterator[None]:
 def _imports() -> None:
     for name in _PARTS:
         importlib.import_module(name)
+    # What libraries compute once for each process: transformers' table of old checkpoints, matplotlib's of fonts.
+    from matplotlib.figure import Figure
+    from transformers import AutoModelForCausalLM
+
+    Figure().savefig(io.BytesIO())
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_pretrained(policy_folder(Path(folder)))
 
 
 def _serve(address: str) -> list[str]:
@@ -89,8 +104,16 @@ def _exactly(caller: socket.socket, size: int) -> bytes:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from tests.helpers.tiny import policy_folder
+
+    sys.path.pop()
     _imports()
     command = _serve(sys.argv[1])
+    if command[0] == "-c":
+        sys.argv, sys.path[:0] = command[:1], [""]
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+        sys.exit()
     sys.argv = [sys.argv[2], *command]
     from moa_lightning.cli import main
 
