@@ -1,5 +1,8 @@
 """Collectives over the processes of a run. Everything is a no-op in one process."""
 
+import atexit
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from moa_lightning.errors import UserError
 
@@ -24,6 +28,29 @@ def world_size() -> int:
 def rank() -> int:
     """Index of this process, 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
+
+
+def end_process_group() -> None:
+    """End the process group and its threads, if there is one. Runs at the exit of Python, after an error too.
+
+    A thread of gloo keeps the tensors of its last collective a moment longer than the caller waits. If it releases them
+    while Python shuts down, it asks for Python's lock, which ends a thread by force at that time, and C++ aborts the
+    process: "terminate called without an active exception". So the threads have to end before. They end with the last
+    reference to the group, of which ``destroy_process_group`` drops only its own; what a script keeps in global
+    variables, such as a Trainer, stays.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    for name in ("last_type", "last_value", "last_traceback"):  # an error that nobody caught holds what it ran on
+        vars(sys).pop(name, None)
+    gc.collect()
+    dist.destroy_process_group()
+    for found in gc.get_objects():  # DTensor's caches keep every mesh; read in torch 2.13
+        if type(found) is DeviceMesh:
+            getattr(found, "_pg_registry", {}).clear()
+
+
+atexit.register(end_process_group)
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Runs of a few steps in one process or in two, on the same global batches, for tests that compare them."""
 
+import atexit
 import os
 import resource
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from moa_lightning.combiners import MOPO, Linear
 from moa_lightning.data import PromptData
-from moa_lightning.distributed import all_objects, all_sum, rank, world_size
+from moa_lightning.distributed import all_objects, all_sum, end_process_group, rank, world_size
 from moa_lightning.distributed.shards import full_state_dict
 from moa_lightning.losses import ClippedSurrogate, LossKL, WeightedLikelihood
 from moa_lightning.models import LaggedCopy, LoRA, Policy, PolicyConfig
@@ -217,9 +219,20 @@ def join(number: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
+def require_no_threads_of_the_group() -> None:
+    """Fail the process that still has one: it may abort while Python shuts down."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    if left := [name for name in names if "gloo" in name]:
+        print(f"threads of the process group are left at the end: {left}", file=sys.stderr, flush=True)
+        os._exit(70)
+
+
 def one_of_two(number: int, port: int, cells: Sequence[Cell], folder: Path, job: Job) -> None:
     """This process runs all cells after one another, with its peer."""
     join(number, port)
+    atexit.unregister(end_process_group)
+    atexit.register(require_no_threads_of_the_group)  # runs after the one that is registered next
+    atexit.register(end_process_group)
     for strategy, name, case in cells:
         options = {}
         if "resume" in case:
