@@ -9,6 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moa_lightning.commands.fit.run_config import RunConfig
 from moa_lightning.training.checkpoints import by_steps, newest_valid, steps_of
 from moa_lightning.training.run_checkpoint import RunCheckpoint
 from tests.cli.task import Task, complaint, moa
@@ -139,6 +140,28 @@ def test_a_kill_between_the_best_checkpoint_of_the_last_step_and_the_others(
     assert files(task.root / "checkpoints") == {"best.ckpt": 2}
     moa("fit", "--config", task.config, "--ckpt_path=last")
     assert files(task.root / "checkpoints") == {"best.ckpt": 2, "last.ckpt": 2, "step-2.ckpt": 2}
+
+
+def test_a_kill_while_the_record_is_written(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command starts again: half a ``config.yaml`` would be taken for somebody else's."""
+    record = RunConfig._save
+
+    def cut(self: RunConfig, *arguments: Any) -> None:
+        def write_half(config: Any, path: str, **_: Any) -> None:
+            Path(path).write_text("seed_everything: 7\n")
+            killed()
+
+        patch.setattr(self.parser, "save", write_half)
+        record(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "_save", cut)
+        with pytest.raises(Killed):
+            moa("fit", "--config", task.config, "--ckpt_path=last", "--trainer.max_steps=1")
+    assert not (task.root / "config.yaml").exists()
+    moa("fit", "--config", task.config, "--ckpt_path=last", "--trainer.max_steps=1")
+    assert yaml.safe_load((task.root / "config.yaml").read_text())["trainer"]["max_steps"] == 1
+    assert not list(task.root.glob(".config*"))
 
 
 class Falling(Callback):

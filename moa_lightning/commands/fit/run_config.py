@@ -1,5 +1,6 @@
 """``config.yaml`` in the run folder, and what is said to a user who stops a run."""
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -51,10 +52,17 @@ class RunConfig(SaveConfigCallback):
         self._save(trainer, pl_module, "fit")
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it beside its place and move it there: a run killed meanwhile leaves the record whole, or none."""
+        root, name = Path(trainer.default_root_dir), self.config_filename
+        self.config_filename = f".{name}.partial"
         try:
             super().setup(trainer, pl_module, stage)
+            if trainer.is_global_zero and (root / self.config_filename).exists():
+                os.replace(root / self.config_filename, root / name)
         except OSError as error:
-            raise _unwritable(Path(trainer.default_root_dir), error) from error
+            raise _unwritable(root, error) from error
+        finally:
+            self.config_filename = name
 
     def _take(self, root: Path) -> None:
         try:
