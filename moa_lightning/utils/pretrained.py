@@ -1,5 +1,7 @@
 """Opening Hugging Face folders and hub ids, with errors that say what to do."""
 
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,36 @@ def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> 
         raise UserError(f"'{path}' is a file; give the folder in Hugging Face format that it is in, or a hub id")
     # A hub id is "name" or "owner/name"; anything else can only be a folder.
     if not path or (not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1)):
-        raise UserError(f"folder '{path}' does not exist; give a folder in Hugging Face format, or a hub id")
+        raise UserError(
+            f"folder '{path}' does not exist{_nearest(folder)}; give a folder in Hugging Face format, or a hub id"
+        )
     try:
         return auto_class.from_pretrained(str(folder) if folder.is_dir() else path, **arguments)
     except Exception as error:
         # A broken file makes transformers raise anything, over several lines.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        where = "the folder" if folder.is_dir() else "there is no folder of that name, and as a hub id it"
+        reason = _first_sentences(str(error)) or type(error).__name__
+        where = "the folder" if folder.is_dir() else f"there is no folder of that name{_nearest(folder)}, and the hub"
         raise UserError(f"'{path}' does not open as a {what}: {where} gave: {reason}") from error
+
+
+def _nearest(folder: Path) -> str:
+    """A folder with nearly this name beside it."""
+    beside = [other.name for other in folder.parent.iterdir() if other.is_dir()] if folder.parent.is_dir() else []
+    near = get_close_matches(folder.name, beside, n=1)
+    return f" (did you mean '{folder.with_name(near[0])}'?)" if near else ""
+
+
+def _first_sentences(text: str, limit: int = 200) -> str:
+    """The start of a text in one line, cut behind a sentence if one ends there.
+
+    >>> _first_sentences("We could not connect. Check your connection", 30)
+    'We could not connect.'
+    """
+    line = " ".join(text.split())
+    if len(line) <= limit:
+        return line
+    whole = re.match(r".*[.!?](?= )", line[: limit + 1])
+    return whole[0] if whole else line[:limit]
 
 
 def open_tokenizer(path: str, **arguments: Any) -> Any:
