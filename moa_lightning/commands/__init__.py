@@ -39,7 +39,7 @@ def run(command: str, args: list[str]) -> None:
     elif command == "compare":
         from moa_lightning.commands.compare import compare
 
-        _call(compare, args)
+        _call(compare, _joined(args, "runs"))
     elif command == "combiners":
         from moa_lightning.commands.combiners.pages import combiners
 
@@ -59,6 +59,27 @@ def _named(args: list[str], *names: str) -> list[str]:
         is_value = argument.startswith("--") and "=" not in argument
         named.append(f"--{left.pop(0)}={argument}" if free and left else argument)
     return named
+
+
+def _joined(args: list[str], name: str) -> list[str]:
+    """The arguments with an option that is given several times as one list: the parser would keep the last alone."""
+    import json
+
+    import yaml
+
+    given: list[str] = []
+    others, is_value = args[:1], False
+    for argument in args[1:]:
+        flag, _, value = argument.partition("=")
+        if is_value or (flag == f"--{name}" and "=" in argument):
+            given.append(argument if is_value else value)
+        elif argument != f"--{name}":
+            others.append(argument)
+        is_value = argument == f"--{name}" and not is_value
+    if len(given) < 2:
+        return args
+    runs = [run for text in given for run in (yaml.safe_load(text) if text.startswith("[") else [text])]
+    return [*others, f"--{name}={json.dumps(runs)}"]
 
 
 def _call(function: Callable[..., None], args: list[str], parser: "type[OneLineErrors] | None" = None) -> None:

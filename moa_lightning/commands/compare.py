@@ -43,8 +43,8 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
     side of it, and ``open`` where it holds it.
 
     Args:
-        runs: folders of runs, or ``summary.json`` files, or patterns such as ``runs/mopo-*``; they must share their
-            objectives.
+        runs: folders of runs, or ``summary.json`` files, or patterns such as ``runs/mopo-*``, as a list or each with a
+            ``--runs`` of its own; they must share their objectives.
         output: folder for ``comparison.csv`` and ``comparison.png``; none is written without it.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from moa_lightning.commands.compare import Reached
+from moa_lightning.commands.compare_plot import comparison
 from tests.cli.task import complaint, moa
 
 
@@ -73,6 +76,17 @@ def test_runs_may_be_named_one_by_one_and_thresholds_be_absent(
     assert "thresholds" not in lines[0]
     assert [line.endswith("*") for line in lines[1:]] == [False, True]
     assert len(lines) == 3
+
+
+def test_runs_may_each_have_a_flag(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (
+        [f"--runs={runs / 'a'}", f"--runs={runs / 'b'}", f"--runs={runs / 'c'}"],
+        ["--runs", runs / "a", "--runs", runs / "b", f"--runs={runs}/c*"],
+        [f"--runs=[{runs / 'a'}, {runs / 'b'}]", f"--runs={runs / 'c'}"],
+    ):
+        moa("compare", *flags)
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert [Path(line.split()[0]).name for line in lines] == ["a", "b", "c"]
 
 
 def test_a_pattern_passes_over_what_is_no_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,3 +213,17 @@ def test_runs_whose_values_are_in_different_units_have_no_front(
     rows = table(capsys, one, two)
     assert not [row for row in rows if row.endswith("*")]
     assert rows[-1] == "'cost' is -10 x raw in some runs, raw in others: in different units, no front"
+
+
+def test_the_picture_mixes_no_units_and_writes_no_label_over_another(tmp_path: Path) -> None:
+    def reached(name: str, unit: str, short: float) -> Reached:
+        mean, unknown = {"good": 0.5, "short": short}, {"good": 0.1, "short": math.nan}
+        return Reached(name, "MOPO", 7, mean, unknown, {}, {"good": "", "short": unit}, {"short": 0.6}, {}, ())
+
+    found = [reached("a", "", 0.50), reached("b", "-1 x raw", -2.0), reached("c", "", 0.51)]
+    figure = comparison([*found, reached("d", "", math.nan)], ["good", "short"], [True, False, False, False])
+    assert [axes.get_ylabel() for axes in figure.axes] == ["short", "short (value, -1 x raw)"]
+    assert [len(axes.containers) for axes in figure.axes] == [2, 1]
+    assert [len(axes.texts) for axes in figure.axes] == [0, 0]
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == ["a", "b", "c", "d", "no other run dominates it", "threshold"]
