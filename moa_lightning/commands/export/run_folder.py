@@ -173,6 +173,10 @@ def read_checkpoint(path: Path) -> Saved:
         "evaluated_at": moa.get("evaluated_at"),
         "hypervolume": _hypervolume(callbacks.get("ParetoFront")),
     }
+    constraints = callbacks.get("Constraints") or {}  # an earlier version left the thresholds with its best evaluation
+    thresholds = constraints.get("thresholds") or (constraints.get("best") or {}).get("thresholds")
+    if thresholds:
+        summary["thresholds"] = thresholds
     weights = {k.removeprefix(_PART_OF_POLICY): v for k, v in state.items() if k.startswith(_PART_OF_POLICY)}
     return Saved(weights, list(moa["objectives"]), summary)
 

@@ -90,10 +90,8 @@ def thresholds_held(summary: dict[str, Any]) -> list[str]:
     """A line on each threshold: how long it held, and how far its multiplier moved; and one on the best checkpoint."""
     lines = []
     for name, share in summary.get("thresholds_held", {}).items():
-        line = (
-            f"{name}: threshold held (within the 95 % interval counts) in {share:.0%} of the last "
-            f"{summary['thresholds_held_of']} evaluations"
-        )
+        held = _share_of_last(share, summary["thresholds_held_of"])
+        line = f"{name}: threshold held (within the 95 % interval counts) in {held}"
         if (moved := summary.get("duals_range", {}).get(name)) is not None:
             line += f"; multiplier from {moved[0]:.3g} to {moved[1]:.3g} in the last quarter"
         lines.append(line)
@@ -105,6 +103,18 @@ def thresholds_held(summary: dict[str, Any]) -> list[str]:
             f"thresholds{which} ({_means_and_verdicts(best)}); moa export RUN DIR --checkpoint=best"
         )
     return lines
+
+
+def _share_of_last(share: float, number: int) -> str:
+    """How many of the last evaluations, in words.
+
+    >>> _share_of_last(1.0, 1), _share_of_last(0.5, 4), _share_of_last(0.0, 3)
+    ('the last evaluation', '50% of the last 4 evaluations', 'none of the last 3 evaluations')
+    """
+    if number == 1 and share == 1:
+        return "the last evaluation"
+    quantity = {0.0: "none", 1.0: "all"}.get(share, f"{share:.0%}")
+    return f"{quantity} of the last {number} evaluations" if number > 1 else f"{quantity} of the last evaluation"
 
 
 def _means_and_verdicts(best: dict[str, Any]) -> str:
