@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moa_lightning.commands.demo.processes import Training, train
-from moa_lightning.commands.demo.runs import CONFIG, INFORMATIVE, RUNS, SENTIMENT, Point, Reached, read
+from moa_lightning.commands.demo.runs import CONFIG, INFORMATIVE, RUNS, SENTIMENT, Point, Reached, nearest, read
 from moa_lightning.errors import UserError
 
 _RECORD = ".demo.json"
@@ -132,9 +132,11 @@ def remarks(reached: Sequence[Reached]) -> list[str]:
     lines = []
     for run in reached:
         if run.asked.best is None:
+            near = nearest(run, reached)
             lines.append(
-                f"{run.asked.name}: nothing steers it along the front; it ends {run.end.distance:.2f} from it. With "
-                "Noon it learns only from tokens that are better than average for both objectives."
+                f"{run.asked.name}: nothing steers it along the front. It ends {run.end.distance:.2f} from it, and "
+                f"{near.asked.name}, which ends nearest to it, {near.end.distance:.2f}. With Noon it learns only from "
+                "tokens that are better than average for both objectives."
             )
         if run.asked.threshold is not None:
             lines.append(

@@ -1,6 +1,5 @@
 """The picture of the demo: the exact front, what each run was asked for, and what it reached."""
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from moa_lightning.commands.demo.runs import INFORMATIVE, SENTIMENT, Point, Reached
+from moa_lightning.commands.demo.runs import INFORMATIVE, SENTIMENT, Reached, nearest
 from moa_lightning.data.reviews import front
 from moa_lightning.functional.verdict import Z
 
@@ -29,7 +28,7 @@ def draw(runs: Sequence[Reached], file: Path) -> None:
     axes.plot(f, best, color=_INK, linewidth=1.6, label=f"exact front: {SENTIMENT} = 1 − {INFORMATIVE}²")
     axes.fill_between(f, best, 1.08, color=_FAINT, alpha=0.15, linewidth=0)
     for run, color in zip(runs, _COLORS, strict=False):
-        _draw_run(axes, run, color, _nearest([other.end for other in runs if other is not run], run.end))
+        _draw_run(axes, run, color, nearest(run, runs).end.informative)
     start = runs[0].path[0]
     axes.plot(start.informative, start.sentiment, "s", color=_INK, markersize=7, label="start, before training")
     axes.plot([], [], "o", color=_INK, label="end of a run, with its 95 % interval")
@@ -42,12 +41,8 @@ def draw(runs: Sequence[Reached], file: Path) -> None:
     os.replace(scratch, file)
 
 
-def _nearest(others: Sequence[Point], end: Point) -> Point:
-    return min(others, key=lambda o: math.hypot(o.sentiment - end.sentiment, o.informative - end.informative))
-
-
-def _draw_run(axes: Any, run: Reached, color: str, nearest: Point) -> None:
-    """The name stands away from the nearest other end."""
+def _draw_run(axes: Any, run: Reached, color: str, beside: float) -> None:
+    """``beside`` is informative at the nearest other end: the name stands on the other side."""
     path, end, asked = run.path, run.end, run.asked
     axes.plot([p.informative for p in path], [p.sentiment for p in path], color=color, alpha=0.45, linewidth=1.2)
     axes.errorbar(
@@ -60,7 +55,7 @@ def _draw_run(axes: Any, run: Reached, color: str, nearest: Point) -> None:
         markersize=7,
         zorder=4,
     )
-    to_the_left = 0.3 < end.informative < nearest.informative
+    to_the_left = 0.3 < end.informative < beside
     axes.annotate(
         asked.name,
         (end.informative, end.sentiment),

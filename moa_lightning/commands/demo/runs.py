@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,15 @@ class Reached:
     def end(self) -> Point:
         """The last evaluation."""
         return self.path[-1]
+
+
+def nearest(run: Reached, runs: Sequence[Reached]) -> Reached:
+    """The other run that ends nearest to a run."""
+
+    def distance(other: Reached) -> float:
+        return math.hypot(other.end.sentiment - run.end.sentiment, other.end.informative - run.end.informative)
+
+    return min((other for other in runs if other is not run), key=distance)
 
 
 def read(asked: Asked, folder: Path) -> Reached:
