@@ -55,9 +55,10 @@ def test_what_is_no_command(given: str, capsys: pytest.CaptureFixture[str]) -> N
     assert line == f"the first argument must be a command, one of {', '.join(COMMANDS)}; got '{given}'"
 
 
-def test_the_overview_waits_for_no_library() -> None:
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_overview_waits_for_no_library(option: str) -> None:
     code = (
-        "import sys; from moa_lightning.cli import main; main(['--help'])\n"
+        f"import sys; from moa_lightning.cli import main; main(['{option}'])\n"
         "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ A command of the README takes a second or two; importing torch, Lightning and tr
 caller's arguments, folder, environment and files, and it ends as a process of its own does.
 """
 
+import gc
 import importlib
 import io
 import json
@@ -76,6 +77,8 @@ def _serve(address: str) -> list[str]:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen()
+    gc.collect()
+    gc.freeze()  # else each fork's collector copies the memory that it looks at
     print("ready", flush=True)
     while True:
         caller, _ = listening.accept()
