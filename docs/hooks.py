@@ -69,7 +69,7 @@ def tables() -> dict[str, str]:
 
 
 def _by_combiner(title: str, texts: dict[str, str]) -> str:
-    rows = [f"| [`{name}`](combiners/{name}.md) | {text} |" for name, text in texts.items()]
+    rows = [f"| [{name}](combiners/{name}.md) | {text} |" for name, text in texts.items()]
     return "\n".join([f"| combiner | {title} |", "| --- | --- |", *rows])
 
 

@@ -108,15 +108,15 @@ def _legend(title: str, meanings: dict[str, str]) -> Iterator[str]:
 
 
 def index(known: Sequence[Facts]) -> str:
-    """The comparison as Markdown."""
+    """The comparison as Markdown; what a combiner claims stands on its page."""
     lines = ["# Combiners", ""]
     for family, what in FAMILIES.items():
         lines += [f"## {family}", "", f"{what[0].upper()}{what[1:]}.", ""]
-        lines += [f"| {' | '.join((*_HEAD[:1], 'choose it when', *_HEAD[1:]))} |", f"|{' --- |' * 7}"]
+        lines += ["| combiner | choose it when | reads, remembers | extra backward passes |", f"|{' --- |' * 4}"]
         for one in (f for f in known if f.family == family):
-            name, *cells = _row(one, ", ".join(_claims(one)))
+            name, reads, remembers, passes, *_ = _row(one, "")
             told = one.sections.get("Choose it when", "").removesuffix(".")
-            lines.append(f"| [{name}]({name}.md) | {' | '.join((told, *cells))} |")
+            lines.append(f"| [{name}]({name}.md) | {told} | {reads}; {remembers} | {passes} |")
         lines.append("")
     lines += ["## What the claims mean", "", *(f"* **{c}**: {text}." for c, text in MEANINGS.items()), ""]
     return "\n".join(lines)
