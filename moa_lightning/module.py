@@ -153,13 +153,13 @@ class AlignmentModule(ResumedModule):
         """Load the policy, its value heads and its reference. Called again by some strategies: then nothing happens."""
         if "policy" in self._modules:
             return
-        backbone, bare = load(self.policy_config, self.trainer.strategy)
+        backbone, meta_model = load(self.policy_config, self.trainer.strategy)
         heads = None
         if self.source.needs_values:
             heads = ValueHeads(backbone.config.get_text_config().hidden_size, self.objective_names)
             heads.restore(Path(self.policy_config.path).expanduser())
         self.policy = Policy(backbone, self.tokenizer, heads)
-        place(self.policy, self.reference, self.panel, self.trainer.strategy, bare)
+        place(self.policy, self.reference, self.panel, self.trainer.strategy, meta_model)
         self.encoder = self.source.encoder(self.tokenizer, tuple(self.policy.end_ids), self.encoder.context_length)
 
     # Data: called by the datamodule.

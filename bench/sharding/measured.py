@@ -203,7 +203,7 @@ def _step(policy: Policy, work: Work, fake: bool) -> dict[str, int]:
     tracker.track_inputs(inputs)
     with tracker, AllSelected() if fake else nullcontext():
         before = tracker.bytes("Total")
-        with policy.keep_together(policy):
+        with policy.generation_context(policy):
             found["gathered to sample"] = tracker.bytes("Total") - before
         tracker.gathered = 0
         output = policy(*inputs)

@@ -1,6 +1,6 @@
-"""The only place, with the sharding plan, that talks to torch.distributed.
+"""The only package, besides the sharding plan, that imports torch.distributed.
 
-The collectives are handed on; what shards parameters and reads sharded checkpoints is in ``shards``.
+It re-exports the collectives. Sharded parameters and sharded checkpoints are in ``shards``.
 """
 
 from moa_lightning.distributed.collectives import (

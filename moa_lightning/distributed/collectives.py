@@ -1,4 +1,4 @@
-"""Collectives over the processes of a run. Everything is a no-op in one process."""
+"""Collectives over the processes of a run. In a single process they communicate nothing."""
 
 import atexit
 import gc
@@ -68,7 +68,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def all_min(number: int, device: torch.device) -> int:
-    """The least of the processes' numbers."""
+    """The smallest of the processes' numbers."""
     least = torch.tensor(number, device=device)
     if is_distributed():
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -96,7 +96,7 @@ def all_rows(rows: Tensor) -> Tensor:
 
 
 def all_objects(mine: Any) -> list[Any]:
-    """One object of each process, in the order of their ranks."""
+    """The objects of all processes, in the order of their ranks. They must be picklable."""
     if not is_distributed():
         return [mine]
     objects: list[Any] = [None] * world_size()
@@ -116,9 +116,9 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 (it is raised below, when the others know of it)
         failed = error
-    said = None if failed is None else str(failed) or type(failed).__name__
-    first = next(filter(None, all_objects(said)), None)
+    message = None if failed is None else str(failed) or type(failed).__name__
+    first = next(filter(None, all_objects(message)), None)
     if failed is not None and not isinstance(failed, UserError | OSError):
-        raise failed  # a defect: its traceback is wanted
+        raise failed  # a bug: keep its traceback
     if first is not None:
         raise UserError(first) from failed

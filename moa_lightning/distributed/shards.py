@@ -54,7 +54,7 @@ _IN_METADATA = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
 }
-"""Module and name of everything that the index of a sharded checkpoint refers to, dtypes apart."""
+"""Module and name of every global, apart from dtypes, that the index of a sharded checkpoint may refer to."""
 
 
 def reshard(module: nn.Module) -> bool:
@@ -66,7 +66,7 @@ def reshard(module: nn.Module) -> bool:
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Unsharded state dict of a module. With sharding, every rank calls it and rank 0 gets it, in main memory."""
+    """Unsharded state dict of a module. If it is sharded, every rank calls this and rank 0 gets it, in CPU memory."""
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return module.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -74,7 +74,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def full_tensor_on_first(tensor: Tensor) -> Tensor | None:
-    """The all-gathered tensor, in the main memory of rank 0; ``None`` on the other ranks.
+    """The all-gathered tensor, in the CPU memory of rank 0; ``None`` on the other ranks.
 
     Every rank calls it. A tensor that is not sharded is returned as it is, on every rank.
     """
@@ -85,16 +85,16 @@ def full_tensor_on_first(tensor: Tensor) -> Tensor | None:
 
 
 class ShardReader(FileSystemReader):
-    """Reads a sharded checkpoint without running what is pickled in it.
+    """Reads a sharded checkpoint without executing code from it.
 
-    PyTorch's own reader unpickles the index (``.metadata``) as it comes, which executes whatever a file names.
+    PyTorch's own reader unpickles the index (``.metadata``) without restrictions, so a crafted file can run any code.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index.
+        """Read the index.
 
         Raises:
-            ForeignContentError: it refers to something that no checkpoint holds.
+            ForeignContentError: it refers to something that does not belong in a checkpoint.
             pickle.UnpicklingError: it is damaged.
         """
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
@@ -110,12 +110,12 @@ class ShardReader(FileSystemReader):
 
 
 class ForeignContentError(pickle.UnpicklingError):
-    """A checkpoint refers to what no checkpoint holds. Nothing of it was run."""
+    """A checkpoint refers to something that does not belong in one. None of its code was run."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """A class of the index or a dtype; never anything else, since calling it is how a pickle runs code."""
+        """A class of the index, or a dtype. Refuses anything else: a pickle runs code by calling what it finds here."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _IN_METADATA:
             return super().find_class(module, name)
@@ -123,10 +123,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _PlainLoadPlanner(DefaultLoadPlanner):
-    """Reads what is no tensor, such as an optimiser's learning rate, as plain data; PyTorch's own unpickles it."""
+    """Loads values other than tensors, such as a learning rate, as plain data. PyTorch's own planner unpickles them."""
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        """Take one value in.
+        """Load one value.
 
         Raises:
             ForeignContentError: it is more than plain data.
@@ -141,10 +141,10 @@ class _PlainLoadPlanner(DefaultLoadPlanner):
 
 
 def _load(content: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
-    """Fill these tensors and values from a sharded checkpoint, each process its shards. In place.
+    """Fill these tensors and values from a sharded checkpoint; each process reads its shards. In place.
 
     Raises:
-        UserError: on every process: one of the shards does not hold what the index says.
+        UserError: on every process, if a shard does not hold what the index says.
     """
     try:
         load(content, storage_reader=ShardReader(folder), planner=_PlainLoadPlanner(), no_dist=no_dist)
@@ -154,9 +154,9 @@ def _load(content: dict[str, Any], folder: Path, no_dist: bool = False) -> None:
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The unsharded tensors of a sharded checkpoint whose names start with a prefix, which is removed. In one process.
+    """Unsharded tensors of a sharded checkpoint whose names start with a prefix. The prefix is removed.
 
-    Nothing else is read: of a training checkpoint two thirds are the optimiser's.
+    Runs in one process. It reads nothing else: two thirds of a training checkpoint are optimiser state.
     """
     known = ShardReader(folder).read_metadata().state_dict_metadata
     tensors = {
@@ -165,31 +165,31 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
         if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
         _load(tensors, folder, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The shard of this process, or the tensor itself if it is not sharded."""
+    """The local shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """An unsharded tensor on the device, with the dtype and with the sharding of another one."""
+    """Move an unsharded tensor to the device, dtype and sharding of another tensor."""
     if isinstance(other, DTensor):
         return distribute_tensor(tensor.to(other.device, other.dtype), other.device_mesh, other.placements)
     return tensor.to(other)
 
 
 def stored_shards(folder: Path) -> list[tuple[str, str, int, int]]:
-    """Name, file, offset and length of each shard of a checkpoint that PyTorch's distributed checkpoints wrote."""
+    """Name, file, offset and length (in bytes) of each shard of a sharded checkpoint."""
     stored = ShardReader(folder).read_metadata().storage_data
     return [(index.fqn, shard.relative_path, shard.offset, shard.length) for index, shard in stored.items()]
 
 
 def stored_shapes(folder: Path, part: str) -> dict[str, torch.Size]:
-    """Names and whole shapes of the tensors in one part of such a checkpoint."""
+    """Names and unsharded shapes of the tensors in one part of a sharded checkpoint."""
     stored = ShardReader(folder).read_metadata().state_dict_metadata
     return {
         name.removeprefix(f"{part}."): tensor.size
@@ -199,7 +199,7 @@ def stored_shapes(folder: Path, part: str) -> dict[str, torch.Size]:
 
 
 def save_shards(content: dict[str, Any], folder: Path) -> None:
-    """Write such a checkpoint, each rank its shards.
+    """Write a sharded checkpoint; each rank writes its shards.
 
     Raises:
         OSError: on every process, if one of them cannot write.
@@ -208,26 +208,26 @@ def save_shards(content: dict[str, Any], folder: Path) -> None:
         save(content, checkpoint_id=folder)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
-        # torch.save hides what the system said when a disk is full.
-        raise (first if isinstance(first, OSError) else OSError(errno.EIO, "only a part of it was taken")) from error
+        # torch.save hides the system's error when a disk is full.
+        raise (first if isinstance(first, OSError) else OSError(errno.EIO, "only a part of it was written")) from error
 
 
 def load_shards(folder: Path, module: nn.Module, key: str, names: Collection[str]) -> None:
-    """Read weights of these names from such a checkpoint into a module, each rank its shards. In place."""
+    """Load the weights of these names from a sharded checkpoint into a module; each rank reads its shards. In place."""
     weights = {name: weight for name, weight in get_model_state_dict(module).items() if name in names}
     _load({key: weights}, folder)
     set_model_state_dict(module, weights, options=StateDictOptions(strict=False))
 
 
 def load_optimizer_shards(folder: Path, module: nn.Module, optimizer: Optimizer, key: str) -> None:
-    """Read the state of a module's optimiser from such a checkpoint, each rank its shards. In place."""
+    """Load the optimiser state of a module from a sharded checkpoint; each rank reads its shards. In place."""
     state = get_optimizer_state_dict(module, optimizer)
     _load({key: state}, folder)
     set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
 
 
 def local_rows(tensor: DTensor) -> tuple[int, int]:
-    """Of a tensor that is cut along its first dimension: the first row that this process has, and the one behind."""
+    """Half-open range of rows in the local shard of a tensor that is sharded along its first dimension."""
     first, last = 0, tensor.shape[0]
     for i, placement in enumerate(tensor.placements):
         if isinstance(placement, Shard):
@@ -235,7 +235,7 @@ def local_rows(tensor: DTensor) -> tuple[int, int]:
             each = math.ceil(tensor.shape[0] / tensor.device_mesh.size(i))
             first = min(tensor.device_mesh.get_local_rank(i) * each, last)
             last = min(first + each, last)
-    assert last - first == tensor.to_local().shape[0], "a shard of another size than expected"
+    assert last - first == tensor.to_local().shape[0], "the shard has another size than expected"
     return first, last
 
 
@@ -244,8 +244,8 @@ def fill_shard(tensor: Tensor, read: Callable[[int, int], Tensor], read_all: Cal
 
     Args:
         tensor: sharded or not.
-        read: the rows first <= i < last.
-        read_all: all of it.
+        read: returns the rows first <= i < last.
+        read_all: returns all rows.
     """
     if not isinstance(tensor, DTensor):
         tensor.copy_(read_all())

@@ -1,4 +1,4 @@
-"""What policy to load, and how."""
+"""Configuration of the policy: what to load, and how."""
 
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -16,8 +16,8 @@ class LoRA:
         r: rank.
         lora_alpha: scaling numerator.
         lora_dropout: dropout on the adapter's input.
-        target_modules: names of the layers to adapt, or ``all-linear``; ``None`` takes peft's choice for the model.
-        modules_to_save: layers trained and saved in full beside the adapter.
+        target_modules: names of the layers to adapt, or ``all-linear``; ``None`` uses peft's choice for the model.
+        modules_to_save: layers that are trained and saved in full, besides the adapter.
         options: any other field of ``peft.LoraConfig``.
     """
 
@@ -39,7 +39,7 @@ class LoRA:
             self._check_options()
 
     def _check_options(self) -> None:
-        from peft import LoraConfig  # it takes a while, and few need it
+        from peft import LoraConfig  # a slow import that few runs need
 
         own = {field.name for field in fields(self)} | {"task_type"}
         known = {field.name for field in fields(LoraConfig) if field.init} - own
@@ -52,29 +52,29 @@ class LoRA:
                 raise UserError(f"policy.lora.options: peft.LoraConfig has no field '{name}'{hint}")
         try:
             LoraConfig(**self.options)
-        except Exception as error:  # peft raises anything for a value that it does not take
+        except Exception as error:  # peft raises errors of any type for bad values
             raise UserError(f"policy.lora.options: {' '.join(str(error).split())}") from error
 
 
 @dataclass
 class PolicyConfig:
-    """The policy: any causal language model that ``AutoModelForCausalLM`` opens.
+    """The policy: any causal language model that ``AutoModelForCausalLM`` loads.
 
     Args:
-        path: folder or hub id. Value heads saved there for the same objectives are taken up again.
-        lora: train this adapter instead of all weights; ``None`` is full fine-tuning. A folder that holds an
-            adapter already goes on with that adapter.
-        base: of a folder that holds an adapter, the base model by folder or hub id; ``None`` is the one that the
-            adapter names.
+        path: folder or hub id. Value heads saved there for the same objectives are restored.
+        lora: train this adapter instead of all weights; ``None`` is full fine-tuning. If the folder already holds an
+            adapter, training continues with that adapter.
+        base: base model (folder or hub id) for a folder that holds an adapter; ``None`` is the one that the adapter
+            names.
         dtype: of the weights; ``auto`` is the checkpoint's.
         quantization: fields of ``transformers.BitsAndBytesConfig`` (such as ``load_in_4bit: true``); needs ``lora``.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
         attn_implementation: passed to transformers (``sdpa``, ``flash_attention_2``, …).
-        chat_template: Jinja text that replaces the tokenizer's template. Responses end with the token that ends its
-            turns, or else with the tokenizer's end token.
+        chat_template: Jinja text that replaces the tokenizer's template. Responses end with the template's end-of-turn
+            token, or with the tokenizer's end token if it has none.
         disable_dropout: set every dropout of the loaded model to 0 (an adapter keeps its ``lora_dropout``), so that
             the policy's ratio to itself is exactly 1.
-        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+        trust_remote_code: run code that comes with the checkpoint.
         revision: branch, tag or commit on the hub.
         options: any other argument of ``from_pretrained``.
     """
@@ -94,9 +94,9 @@ class PolicyConfig:
 
     @property
     def is_adapter(self) -> bool:
-        """True when the folder holds a PEFT adapter."""
+        """Whether the folder holds a PEFT adapter."""
         return (Path(self.path) / "adapter_config.json").is_file()
 
     def hub_arguments(self) -> dict[str, Any]:
-        """Arguments that every ``from_pretrained`` of this policy shares."""
+        """Arguments that all ``from_pretrained`` calls for this policy share."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}

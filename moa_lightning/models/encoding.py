@@ -23,16 +23,16 @@ Row = dict[str, Any]
 class Encoder:
     """Turns rows into prompts, and generated tokens into responses.
 
-    A given response to a text prompt ends with the tokenizer's end token; one to chat messages as the chat template
-    ends a turn, if that has a token for it.
+    A given response to a text prompt ends with the tokenizer's end token. A given response to chat messages ends as the
+    chat template ends a turn, if the template has an end-of-turn token.
 
     Args:
         tokenizer: pads on the left.
         end_ids: tokens that end a response.
         context_length: of the policy, in tokens; ``None`` if it has no limit.
-        max_new_tokens: room that a prompt must leave.
-        max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that are too long.
-        with_candidates: rows hold ``responses``, which must fit as well; ``max_new_tokens`` limits their length.
+        max_new_tokens: tokens of the context that a prompt must leave free.
+        max_prompt_length: keep only this many last tokens of a prompt; ``None`` refuses prompts that are too long.
+        with_candidates: rows hold ``responses``, which must fit too; ``max_new_tokens`` limits their length.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class Encoder:
     with_candidates: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse lengths that cannot fit."""
+        """Validate the lengths against the context."""
         longest = (self.max_prompt_length or 1) + self.max_new_tokens
         if self.context_length is not None and longest > self.context_length:
             raise UserError(
@@ -53,11 +53,11 @@ class Encoder:
 
     @cached_property
     def turn(self) -> Turn | None:
-        """What the chat template writes around an answer; ``None`` without an end token of its own."""
+        """What the chat template writes around an answer; ``None`` if it has no end-of-turn token."""
         return answer_turn(self.tokenizer)
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as the policy reads it: text as it is, chat messages through the tokenizer's template."""
+        """The prompt's text for the policy: unchanged text, or chat messages formatted with the chat template."""
         if isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template is None:
@@ -71,13 +71,13 @@ class Encoder:
         """Token ids of one prompt. A template writes its own special tokens; plain text gets the tokenizer's."""
         special = isinstance(prompt, str)
         ids: list[int] = self.tokenizer(self.render(prompt), add_special_tokens=special)["input_ids"]
-        # Some tokenizers close every text with an end token; a prompt must stay open.
+        # Some tokenizers append an end token to every text; a prompt must not end with one.
         while ids and ids[-1] == self.tokenizer.eos_token_id and special:
             ids.pop()
         return ids[-self.max_prompt_length :] if self.max_prompt_length else ids
 
     def problem(self, row: Row) -> str | None:
-        """Why the policy cannot read a row, with what to do; ``None`` if it can."""
+        """Why the policy cannot read a row, and what to do about it; ``None`` if it can."""
         try:
             return self._problem(row)
         except TemplateError as error:
@@ -117,14 +117,14 @@ class Encoder:
         return None
 
     def response_tokens(self, prompt: Prompt, response: str) -> list[int]:
-        """Token ids of a given response, with its end."""
+        """Token ids of a given response, including its end token."""
         if self.turn is not None and not isinstance(prompt, str):
             return closed_answer(self.tokenizer, prompt, response, self.turn)
         ids: list[int] = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         return ids if ids and ids[-1] in self.end_ids else [*ids, self.end_ids[0]]
 
     def encode(self, rows: Sequence[Row]) -> PromptBatch:
-        """A batch of rows, left-padded. It is the collate function of the prompt loaders."""
+        """Collate rows into a left-padded batch, for the prompt loaders."""
         ids = [self.tokens(row["prompt"]) for row in rows]
         width = max(len(i) for i in ids)
         pad = int(self.tokenizer.pad_token_id)
@@ -137,14 +137,14 @@ class Encoder:
         )
 
     def encode_candidates(self, batch: PromptBatch, responses: Sequence[Sequence[str]]) -> tuple[Responses, Tensor]:
-        """Given responses behind their prompts, as if they had been generated.
+        """Append given responses to their prompts, as if they had been generated.
 
         Args:
             batch: the prompts.
             responses: the candidates of each prompt.
 
         Returns:
-            The responses, those of a prompt together, and the prompt that each belongs to, ``group_B``.
+            The responses, grouped by prompt, and ``group_B``, the index of each response's prompt.
         """
         group = [i for i, candidates in enumerate(responses) for _ in candidates]
         ids = [
@@ -169,10 +169,10 @@ class Encoder:
         ), group_B
 
     def decode(self, batch: PromptBatch, sequences_BL: Tensor) -> Responses:
-        """Responses out of generated sequences that start with the batch's prompts."""
+        """Extract the responses from generated sequences, which start with the batch's prompts."""
         tokens_BT = sequences_BL[:, batch.input_ids_BP.shape[1] :]
         is_end_BT = torch.isin(tokens_BT, torch.tensor(self.end_ids, device=tokens_BT.device))
-        mask_BT = (is_end_BT.long().cumsum(1) - is_end_BT.long()) == 0  # up to the first end token, with it
+        mask_BT = (is_end_BT.long().cumsum(1) - is_end_BT.long()) == 0  # up to and including the first end token
         shown_BT = mask_BT if self.turn is None else mask_BT & (tokens_BT != self.turn.end_token)
         texts = [
             self.tokenizer.decode(row[keep], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Opening the parts of a policy, with errors that say what to do."""
+"""Loading a policy's config, tokenizer and model, with errors that say what to do."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
 
 def load_config(policy: PolicyConfig) -> PretrainedConfig:
-    """The model's config alone (an adapter's base model's): cheap, so that mistakes show before weights are read."""
+    """Load the config of the model, or of an adapter's base model. It is cheap: mistakes show before weights load."""
     if not policy.is_adapter:
         config: PretrainedConfig = _open(policy, AutoConfig, "model config")
         _check_sizes(config, policy.path)
@@ -40,7 +40,7 @@ def load_config(policy: PolicyConfig) -> PretrainedConfig:
 
 
 def _check_sizes(config: PretrainedConfig, path: str) -> None:
-    """Refuse a damaged config: transformers builds a model without layers from it."""
+    """Refuse a damaged config, from which transformers would build a model without layers."""
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
         size = getattr(config.get_text_config(), name, 1)
         if isinstance(size, int) and size < 1:
@@ -49,7 +49,7 @@ def _check_sizes(config: PretrainedConfig, path: str) -> None:
 
 
 def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, padding on the left, with a padding token."""
+    """Load the policy's tokenizer. It pads on the left and has a padding token."""
     try:
         tokenizer: PreTrainedTokenizerBase = open_tokenizer(policy.path, **policy.hub_arguments())
     except UserError as error:
@@ -66,7 +66,7 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(policy: PolicyConfig) -> PreTrainedModel:
-    """The causal language model, with a PEFT adapter if the config asks for one or the folder holds one."""
+    """Load the causal language model, with a PEFT adapter if the config asks for one or the folder holds one."""
     check_quantization(policy)
     arguments: dict[str, Any] = {"dtype": policy.dtype, **policy.options}
     if policy.attn_implementation is not None:
@@ -88,10 +88,13 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
 
 
 def load_skeleton(policy: PolicyConfig) -> tuple[PreTrainedModel, Skeleton]:
-    """The same model without the weights of its files, and the way to them; an adapter has its own.
+    """Build the model of :func:`load_model` on the meta device. An adapter has real weights.
+
+    Returns:
+        The model with its adapter, and the skeleton that fills the model's weights.
 
     Raises:
-        UnsuitedError: this model cannot be read piece by piece; :func:`load_model` reads it.
+        UnsuitedError: this model cannot be read shard by shard; use :func:`load_model`.
     """
     check_quantization(policy)
     if policy.quantization is not None:
@@ -111,16 +114,16 @@ def load_skeleton(policy: PolicyConfig) -> tuple[PreTrainedModel, Skeleton]:
     if policy.attn_implementation is not None:
         arguments["attn_implementation"] = policy.attn_implementation
     path, revision = (_base_of(policy), None) if policy.is_adapter else (policy.path, policy.revision)
-    bare = skeleton(AutoModelForCausalLM, path, load_config(policy), policy.dtype, revision, **arguments)
-    _ready(bare.model, policy)
-    with bare.posing():
-        model = _with_adapter(bare.model, policy)
+    meta_model = skeleton(AutoModelForCausalLM, path, load_config(policy), policy.dtype, revision, **arguments)
+    _ready(meta_model.model, policy)
+    with meta_model.placeholder_weights():
+        model = _with_adapter(meta_model.model, policy)
     if (
         any(parameter.is_meta and parameter.requires_grad for parameter in model.parameters())
-        and model is not bare.model
+        and model is not meta_model.model
     ):
         raise UnsuitedError("its adapter trains weights of the model itself")
-    return model, bare
+    return model, meta_model
 
 
 def check_quantization(policy: PolicyConfig) -> None:
@@ -134,7 +137,7 @@ def check_quantization(policy: PolicyConfig) -> None:
 
 
 def _ready(model: Any, policy: PolicyConfig) -> None:
-    # Before the adapter comes in: it keeps its own dropout, and must not be frozen with the quantised weights.
+    # Before the adapter is added: it keeps its own dropout, and must not be frozen with the quantised weights.
     if policy.disable_dropout:
         disable_dropout(model)
     if policy.quantization is not None:
@@ -151,11 +154,11 @@ def _with_adapter(model: Any, policy: PolicyConfig) -> PreTrainedModel:
         model = _open_adapter(model, policy)
     elif policy.lora is not None:
         model = _add_adapter(model, policy)
-    return model  # type: ignore[no-any-return]  # a PeftModel answers like the model inside it
+    return model  # type: ignore[no-any-return]  # a PeftModel forwards attributes to the model inside it
 
 
 def disable_dropout(model: Any) -> None:
-    """Set every dropout of a module to 0: the layers, and the plain numbers that attention layers hold."""
+    """Set every dropout of a module to 0, in place: dropout layers, and the numbers that attention layers hold."""
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
@@ -171,7 +174,7 @@ def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
     assert policy.lora is not None
     lora = policy.lora
     options = dict(lora.options)
-    # GPT-2's layers hold their weights transposed; peft needs to be told, and warns when it has to guess.
+    # GPT-2's layers hold their weights transposed. Without this option peft guesses it and warns.
     options.setdefault("fan_in_fan_out", any(isinstance(layer, Conv1D) for layer in model.modules()))
     config = LoraConfig(
         r=lora.r,
@@ -194,7 +197,7 @@ def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
 
 
 def _check_saved_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Refuse names of layers that the model does not have: peft passes over those to be saved in silence."""
+    """Refuse ``modules_to_save`` that the model does not have: peft ignores them silently."""
     layers = [name for name, _ in model.named_modules() if name]
     for wanted in names:
         if not any(name.endswith(wanted) for name in layers):  # how peft compares them
@@ -229,7 +232,7 @@ def _open_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
 
 @contextmanager
 def _without_peft_noise() -> Iterator[None]:
-    # peft 0.21 asks transformers 5.23 under a name that is deprecated there: nothing that a user could act on.
+    # peft 0.21 uses a name that transformers 5.23 deprecates. Users cannot act on that warning.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield

@@ -24,16 +24,16 @@ from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 class MultiReference(Reference):
     """The policy as it was loaded and other models, as one virtual reference: ``log p~ = -log sum_k a_k / p_k``.
 
-    With loss ``PairwiseLogistic`` this is MRPO. The virtual reference is a probability of whole responses: their
-    first reference's log-probabilities stand at the tokens, and what the others change is added at the last one.
+    With loss ``PairwiseLogistic`` this is MRPO. The virtual reference is defined for complete responses. The tokens
+    carry the first reference's log-probabilities; the difference to the virtual one is added at the last token.
 
     Source: Le et al. 2024, "Multi-Reference Preference Optimization", arXiv 2405.16388.
 
     Args:
         paths: folders or hub ids of the other references. They must share the policy's vocabulary.
-        weights: a, of the policy as loaded and then of each path; divided by their sum. ``None`` weighs them anew for
-            each prompt, by how far apart they put its responses.
-        cliprange: holds the other log-probabilities within 1 +- this times the first one's; ``None`` does not clip.
+        weights: a, of the policy as loaded and then of each path; divided by their sum. ``None`` computes them for each
+            prompt, by how far apart each reference puts its responses.
+        cliprange: clips the other log-probabilities to 1 +- this times the first one's; ``None`` does not clip.
         dtype: of the other references' weights; ``auto`` is the checkpoint's.
         trust_remote_code: run code that comes with the checkpoints. Off unless asked for.
     """
@@ -45,7 +45,7 @@ class MultiReference(Reference):
     trust_remote_code: bool = False
     _first: Reference = field(default_factory=FrozenCopy, init=False, repr=False, compare=False)
     _others: list[Policy] = field(default_factory=list, init=False, repr=False, compare=False)
-    _cut: bool = field(default=False, init=False, repr=False, compare=False)
+    _is_sharded: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate hyperparameters."""
@@ -73,7 +73,7 @@ class MultiReference(Reference):
         """Load the other references and compare their vocabularies with the policy's.
 
         Raises:
-            UserError: a vocabulary is another one.
+            UserError: the vocabularies differ.
         """
         self._first.setup(policy)
         self._others = []
@@ -88,12 +88,12 @@ class MultiReference(Reference):
             disable_dropout(model)
             self._others.append(Policy(model.requires_grad_(False), policy.tokenizer).eval())
 
-    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
-        """Cut each of them."""
-        self._first.shard(policy, cut)
+    def shard(self, policy: Policy, shard_policy: Callable[[Policy], None]) -> None:
+        """Shard each of the references."""
+        self._first.shard(policy, shard_policy)
         for other in self._others:
-            cut(other)
-        self._cut = True
+            shard_policy(other)
+        self._is_sharded = True
 
     @torch.no_grad()
     def logprobs(
@@ -105,15 +105,15 @@ class MultiReference(Reference):
         temperature: float,
         group_B: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities whose sum over a response is that of the virtual reference."""
+        """Log-probabilities whose sum over a response is the virtual reference's log-probability."""
         inputs = (input_ids_BL, attention_mask_BL, mask_BT, temperature)
         first_BT = self._first.logprobs(policy, *inputs)
         sums = [first_BT.sum(1)]
         for other in self._others:
-            if not self._cut:
+            if not self._is_sharded:
                 other.to(input_ids_BL.device)
             output: PolicyOutput = other(*inputs)
-            reshard(other)  # no backward pass will make the root let go of what it gathered
+            reshard(other)  # the root reshards in a backward pass only, and there is none
             sums.append(output.logprobs_BT.sum(1))
         logprobs_BK = torch.stack(sums, 1)
         if self.weights is not None:

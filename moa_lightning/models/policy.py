@@ -33,7 +33,7 @@ from moa_lightning.utils.atomic_folder import atomic_folder
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite, some
 
 RECORD = "moa.json"
-"""What a folder with a policy says of it, for programs."""
+"""Machine-readable facts about the policy in a folder."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,28 @@ class PolicyOutput:
 
 
 class FiniteLogits(LogitsProcessor):
-    """Notes rows of logits that no token can be drawn from, and draws any: an error on a GPU ends the process.
+    """Records whether a row of logits cannot be sampled from, and samples any token there.
 
-    A logit of minus infinity is a token that never comes, and is fine. Nothing is read from the device here.
+    Without it, sampling fails in a GPU kernel, which ends the process. A logit of minus infinity is fine: that token is
+    never sampled. The processor does not synchronise with the device.
     """
 
     def __init__(self) -> None:
         self.failed: Tensor = torch.tensor(False)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits (B, V), where they are fine."""
+        """The logits (B, V), with 0 in the rows that cannot be sampled from."""
         bad_B = ~torch.isfinite(scores.amax(-1, keepdim=True))
         self.failed = self.failed.to(scores.device) | bad_B.any()
         return scores.masked_fill(bad_B, 0.0)
 
 
 class Policy(nn.Module):
-    """A causal language model whose one forward pass gives log-probabilities and N values.
+    """A causal language model whose forward pass gives log-probabilities, and N values from the same hidden states.
 
     Args:
         backbone: a ``PreTrainedModel`` for causal language modelling, or a ``PeftModel`` around one.
-        tokenizer: saved with the policy; gives the padding and end tokens.
+        tokenizer: saved with the policy; has the padding and end tokens.
         value_heads: N heads on the last hidden state; ``None`` without critics.
     """
 
@@ -79,8 +80,8 @@ class Policy(nn.Module):
         self.value_heads = value_heads
         self.tokenizer = tokenizer
         self.end_ids = _end_ids(self.causal_lm, tokenizer)
-        # While it samples: what a sharding does, and whether processes must keep step.
-        self.keep_together: Callable[[nn.Module], AbstractContextManager[bool]] = lambda policy: nullcontext(False)
+        # For sampling from a sharded policy. It yields whether all processes must run equally many forward passes.
+        self.generation_context: Callable[[nn.Module], AbstractContextManager[bool]] = lambda policy: nullcontext(False)
         self._watch = FiniteLogits()
         self._takes_positions = "position_ids" in inspect.signature(self.causal_lm.get_decoder().forward).parameters
 
@@ -92,13 +93,13 @@ class Policy(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The decoder's blocks, in order; empty where the architecture is not known to have any."""
+        """The decoder's blocks, in order; empty if the decoder has no ``ModuleList``."""
         rows = [m for m in self.causal_lm.get_decoder().children() if isinstance(m, nn.ModuleList)]
         return [block for row in rows for block in row]
 
     @property
     def has_adapter(self) -> bool:
-        """True when the backbone is a PEFT model."""
+        """Whether the backbone is a PEFT model."""
         return hasattr(self.backbone, "peft_config") and hasattr(self.backbone, "get_base_model")
 
     def forward(
@@ -115,7 +116,7 @@ class Policy(nn.Module):
             input_ids_BL: prompts, left-padded, followed by responses, right-padded.
             attention_mask_BL: 1 on real tokens.
             mask_BT: bool, the response tokens to compute.
-            temperature: of the distribution.
+            temperature: divides the logits.
             with_values: whether to run the value heads, if there are any.
         """
         length = mask_BT.shape[1]
@@ -144,9 +145,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_logits(self) -> None:
-        """Compare :meth:`logits` with the model's own on two tokens, so that no unknown scaling goes unnoticed.
+        """Compare :meth:`logits` with the model's own logits on two tokens, to detect an unknown scaling.
 
         Raises:
+            NonFiniteError: the model's logits are not finite.
             UserError: they differ.
         """
         device = next(self.backbone.parameters()).device
@@ -166,13 +168,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: GenerationConfig) -> Tensor:
-        """Prompts with sampled responses, (B, P + T); padded behind the end token. Stops when all have ended.
+        """Sample responses; returns prompts and responses, (B, P + T), padded after the end token.
 
-        ``sampled_from_finite`` says afterwards whether all logits were finite.
+        It stops when all responses have ended. Afterwards, ``sampled_from_finite`` is whether all logits were finite.
         """
         watch = FiniteLogits()
         self._watch = watch
-        with self._nothing_but(config), self.keep_together(self) as in_step:
+        with self._only_generation_config(config), self.generation_context(self) as in_step:
             return self.backbone.generate(  # type: ignore[no-any-return]  # a PreTrainedModel's or a PeftModel's
                 input_ids=input_ids_BP,
                 attention_mask=attention_mask_BP,
@@ -183,16 +185,16 @@ class Policy(nn.Module):
 
     @property
     def sampled_from_finite(self) -> bool:
-        """Whether all logits of the last :meth:`generate` were finite. Reads the device."""
+        """Whether all logits of the last :meth:`generate` were finite. Synchronises with the device."""
         return not bool(self._watch.failed)
 
     @contextmanager
-    def _nothing_but(self, config: GenerationConfig) -> Iterator[None]:
-        """Within it the model has no generation settings of its own.
+    def _only_generation_config(self, config: GenerationConfig) -> Iterator[None]:
+        """Context manager: the model has no generation config of its own.
 
-        transformers takes from the model's what ``config`` leaves open (repetition penalty, least length, suppressed
-        tokens, …): responses would be sampled from another distribution than the one whose log-probabilities are
-        trained. Afterwards the model has its settings again, and they are saved with it.
+        transformers fills what ``config`` leaves unset (repetition penalty, minimum length, suppressed tokens, …) from
+        the model's generation config. Responses would be sampled from another distribution than the one whose
+        log-probabilities are trained. The model's own config is restored afterwards, and saved with the policy.
         """
         holders = [model for model in (self.causal_lm, self.backbone) if hasattr(model, "generation_config")]
         own = [model.generation_config for model in holders]
@@ -208,20 +210,20 @@ class Policy(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """Within it the policy answers as its base model does."""
+        """Context manager: disables the adapter, if there is one."""
         with self.backbone.disable_adapter() if self.has_adapter else nullcontext():
             yield
 
     def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Trained parameters of the model, and of the value heads."""
+        """Trained parameters of the model and of the value heads, as two lists."""
         heads = list(self.value_heads.parameters()) if self.value_heads is not None else []
         return [p for p in self.backbone.parameters() if p.requires_grad], heads
 
     def parameters_at(self, place: GradientPlace) -> list[nn.Parameter] | None:
-        """Trained parameters there; ``None`` for the representation, which has none.
+        """Trained parameters at a place of the model; ``None`` for the representation, which has none.
 
         Raises:
-            UserError: the architecture has no blocks in a row, or none of them is trained.
+            UserError: the decoder has no list of blocks, or none of them is trained.
         """
         if place is GradientPlace.REPRESENTATION:
             return None
@@ -236,13 +238,13 @@ class Policy(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
-        """Write the policy in Hugging Face format: the adapter alone if there is one, else the whole model.
+        """Write the policy, its tokenizer and its value heads in Hugging Face format.
 
-        The tokenizer and the value heads lie beside it. Every process calls it; the first one writes. A folder that
-        is there already stays until the new one is whole.
+        With an adapter, the base model is not written. Every process calls this method, and rank 0 writes. It replaces
+        an existing folder once the new one is complete.
 
         Args:
-            folder: where to.
+            folder: the folder to write.
             record: plain values about this policy, written as ``moa.json``.
 
         Raises:
@@ -259,7 +261,7 @@ class Policy(nn.Module):
         if rank() != 0:
             return
         for copied, origin in self.causal_lm.all_tied_weights_keys.items():
-            if model.get(origin) is not None:  # put together from pieces, a tied weight is there twice
+            if model.get(origin) is not None:  # a state dict that was gathered from shards holds tied weights twice
                 model.pop(copied, None)
         with atomic_folder(folder, overwrite=True, only_writer=True) as target:
             self.backbone.save_pretrained(target, state_dict=model)

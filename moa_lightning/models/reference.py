@@ -1,4 +1,4 @@
-"""References: what the policy must not drift away from.
+"""Reference policies: what the policy must not drift away from.
 
 Legend: B sequences, T response tokens, L prompt and response tokens.
 """
@@ -19,30 +19,34 @@ from moa_lightning.models.sharding import copy_shards
 
 
 class Reference(ABC):
-    """Gives log-probabilities of responses under the reference policy."""
+    """Computes log-probabilities of responses under the reference policy."""
 
     def check(self, has_adapter: bool) -> None:
-        """Refuse a combination that cannot work, before any model is loaded."""
+        """Refuse a policy that this reference cannot work with, before any model is loaded."""
 
     @abstractmethod
     def setup(self, policy: Policy) -> None:
-        """Take what is needed from the freshly loaded policy, before a checkpoint is restored into it."""
+        """Copy what is needed from the freshly loaded policy, before a checkpoint is restored into it."""
 
-    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
-        """The policy has been cut into pieces and has its weights: do the same to what was taken from it.
+    def shard(self, policy: Policy, shard_policy: Callable[[Policy], None]) -> None:
+        """Shard what :meth:`setup` copied. The policy has been sharded and has its weights by now.
 
-        When that was taken, the policy may have been without weights (on the meta device).
+        During :meth:`setup` the policy may have been on the meta device, without weights.
+
+        Args:
+            policy: sharded, with its weights.
+            shard_policy: shards a policy in place.
         """
 
     def advance(self, policy: Policy, step: int) -> None:
         """Called before each collected batch, with the number of optimiser steps so far."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: plain containers and tensors."""
+        """State for the checkpoint: plain containers and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it up again, after :meth:`setup`."""
+        """Restore the state from a checkpoint, after :meth:`setup`."""
 
     def behaviour_logprobs(
         self, policy: Policy, input_ids_BL: Tensor, attention_mask_BL: Tensor, mask_BT: Tensor, temperature: float
@@ -62,12 +66,12 @@ class Reference(ABC):
     ) -> Tensor:
         """Log-probabilities (B, T), float32, nats, 0 on masked tokens; without gradient.
 
-        ``group_B`` says which responses answer the same prompt, where several do.
+        ``group_B`` is the index of each response's prompt. ``None``: no two responses share a prompt.
         """
 
 
 class AdapterOff(Reference):
-    """The policy with its adapter switched off: no second copy of the model in memory. For LoRA."""
+    """The policy with its adapter disabled, so that no second copy of the model is in memory. For LoRA."""
 
     def check(self, has_adapter: bool) -> None:
         """Refuse a policy without an adapter."""
@@ -78,7 +82,7 @@ class AdapterOff(Reference):
             )
 
     def setup(self, policy: Policy) -> None:
-        """Take nothing."""
+        """Copy nothing: the base model is part of the policy."""
 
     @torch.no_grad()
     def logprobs(
@@ -101,20 +105,20 @@ class FrozenCopy(Reference):
 
     def __init__(self) -> None:
         self._copy: Policy | None = None
-        self._cut = False
+        self._is_sharded = False
 
     def setup(self, policy: Policy) -> None:
-        """Copy the backbone."""
+        """Copy the backbone and freeze the copy."""
         backbone: nn.Module = copy.deepcopy(policy.backbone)
         backbone.requires_grad_(False)
         self._copy = Policy(backbone, policy.tokenizer).eval()
 
-    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
-        """Cut the copy too, and take each piece from the policy's."""
+    def shard(self, policy: Policy, shard_policy: Callable[[Policy], None]) -> None:
+        """Shard the copy too, and copy the policy's shards into it."""
         assert self._copy is not None, "setup was not called"
-        cut(self._copy)
+        shard_policy(self._copy)
         copy_shards(policy.backbone, self._copy.backbone)
-        self._cut = True
+        self._is_sharded = True
 
     @torch.no_grad()
     def logprobs(
@@ -128,18 +132,18 @@ class FrozenCopy(Reference):
     ) -> Tensor:
         """Log-probabilities under the copy, which follows the policy to its device."""
         assert self._copy is not None, "setup was not called"
-        if not self._cut:  # pieces are where the strategy wants them
+        if not self._is_sharded:  # the strategy has placed shards already
             self._copy.to(input_ids_BL.device)
         output: PolicyOutput = self._copy(input_ids_BL, attention_mask_BL, mask_BT, temperature)
-        reshard(self._copy)  # no backward pass will make the root let go of what it gathered
+        reshard(self._copy)  # the root reshards in a backward pass only, and there is none
         return output.logprobs_BT
 
 
 class LaggedCopy(Reference):
     """The policy as it was a while ago: every ``interval`` steps the policy of ``interval`` steps before.
 
-    Only what is trained is kept (of LoRA the adapter alone), and it is put in place of the present weights for
-    each evaluation: no second model. It is saved in the checkpoint.
+    It keeps the trained weights only (with LoRA, the adapter's) and swaps them in for each forward pass, so there is no
+    second model. The checkpoint holds them.
 
     Source: the lagged reference of Agnihotri et al., arXiv 2505.10892, Algorithm 1, where ``interval`` is t0.
 
@@ -152,7 +156,7 @@ class LaggedCopy(Reference):
             raise UserError(f"LaggedCopy.interval must be at least 1, got {interval}")
         self.interval = interval
         self._step = 0  # of the last refresh
-        self._first: list[Tensor] = []  # as loaded: the policy that the data are taken to come from
+        self._first: list[Tensor] = []  # as loaded: the policy that the data are assumed to come from
         self._lagged: list[Tensor] = []
         self._next: list[Tensor] = []  # becomes the lagged one at the next refresh
 
@@ -160,12 +164,12 @@ class LaggedCopy(Reference):
         """Copy the trained weights."""
         self._first = self._lagged = self._next = _copy_of(policy)
 
-    def shard(self, policy: Policy, cut: Callable[[Policy], None]) -> None:
-        """Copy the pieces instead."""
+    def shard(self, policy: Policy, shard_policy: Callable[[Policy], None]) -> None:
+        """Copy the shards instead."""
         self.setup(policy)
 
     def advance(self, policy: Policy, step: int) -> None:
-        """Refresh when the interval is over."""
+        """Refresh the lagged weights when the interval is over."""
         if step >= self._step + self.interval:
             self._lagged, self._next = self._next, _copy_of(policy)
             self._step = step
@@ -197,7 +201,7 @@ class LaggedCopy(Reference):
         return output.logprobs_BT
 
     def state_dict(self) -> dict[str, Any]:
-        """The two copies that move and the step of the last refresh; of pieces, on the first process alone."""
+        """The two copies that change and the step of the last refresh. Sharded weights are gathered on rank 0 only."""
         moved = self._lagged is not self._first
         return {
             "step": self._step,
@@ -206,15 +210,15 @@ class LaggedCopy(Reference):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; the policy's folder gives what has not moved."""
+        """Restore the copies and the step. Copies that never changed come from the policy's folder."""
         self._step = state["step"]
 
-        def taken(saved: list[Tensor] | None) -> list[Tensor]:
+        def restored(saved: list[Tensor] | None) -> list[Tensor]:
             if saved is None:
                 return self._first
             return [shard_like(new, old) for new, old in zip(saved, self._first, strict=True)]
 
-        self._lagged, self._next = taken(state["lagged"]), taken(state["next"])
+        self._lagged, self._next = restored(state["lagged"]), restored(state["next"])
 
 
 def _copy_of(policy: Policy) -> list[Tensor]:
@@ -224,25 +228,25 @@ def _copy_of(policy: Policy) -> list[Tensor]:
 
 @contextmanager
 def _weights(policy: Policy, weights: list[Tensor]) -> Iterator[None]:
-    """Within it the policy's trained weights are these.
+    """Context manager: replaces the policy's trained weights.
 
-    Whole tensors change places, without a copy. Pieces are copied over: the sharding knows them by their memory.
+    Unsharded tensors are swapped without a copy. Shards are copied over, because FSDP holds on to their memory.
     """
-    cut = reshard(policy)  # which changes what its parameters are
+    is_sharded = reshard(policy)  # replaces the parameters by their shards
     parameters = policy.trainable()[0]
-    present = _copy_of(policy) if cut else [parameter.data for parameter in parameters]
+    present = _copy_of(policy) if is_sharded else [parameter.data for parameter in parameters]
 
-    def put(those: list[Tensor]) -> None:
+    def set_weights(values: list[Tensor]) -> None:
         reshard(policy)
-        for parameter, weight in zip(parameters, those, strict=True):
-            if cut:
+        for parameter, weight in zip(parameters, values, strict=True):
+            if is_sharded:
                 parameter.data.copy_(weight)
             else:
                 parameter.data = weight.to(parameter.device)
-        torch.clear_autocast_cache()  # it knows a parameter by its object, not by its data
+        torch.clear_autocast_cache()  # its keys are parameter objects, which stay the same
 
     try:
-        put(weights)
+        set_weights(weights)
         yield
     finally:
-        put(present)
+        set_weights(present)

@@ -1,4 +1,4 @@
-"""Models without weights, and the way from their files into pieces: no process ever holds such a model whole."""
+"""Models on the meta device, and reading their shards from files: no process ever holds such a model unsharded."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class UnsuitedError(Exception):
-    """A model cannot be read piece by piece; the message says why."""
+    """A model cannot be read shard by shard; the message says why."""
 
 
 class WeightFiles:
@@ -34,7 +34,7 @@ class WeightFiles:
         revision: branch, tag or commit on the hub.
 
     Raises:
-        UnsuitedError: there are none.
+        UnsuitedError: there are none, or one is missing or damaged.
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:
@@ -75,13 +75,13 @@ class WeightFiles:
         rows: Tensor = self._slice(key)[first:last]
         return rows
 
-    def whole(self, key: str) -> Tensor:
-        """A tensor."""
-        whole: Tensor = self._open(key).get_tensor(key)
-        return whole
+    def tensor(self, key: str) -> Tensor:
+        """All rows of a tensor."""
+        tensor: Tensor = self._open(key).get_tensor(key)
+        return tensor
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._opened.clear()
 
     def _slice(self, key: str) -> Any:
@@ -103,15 +103,15 @@ def _opened(file: Path) -> Any:
 
 @dataclass
 class Skeleton:
-    """A model whose parameters are on the meta device, with what each of them is called in its files.
+    """A model whose parameters are on the meta device, with the name of each parameter in its files.
 
-    A parameter is known by the module that holds it, which stays the same object when adapters come around it or when
-    it is cut into pieces.
+    It identifies a parameter by the module that holds it: that object stays the same when adapters wrap it and when it
+    is sharded.
 
     Args:
         model: the model; its buffers are real.
-        places: module, attribute and name in the files; of tied weights, each place has the same name.
-        files: what to read.
+        places: module, attribute and name in the files. The places of tied weights share one name.
+        files: the files to read.
     """
 
     model: PreTrainedModel
@@ -119,10 +119,10 @@ class Skeleton:
     files: WeightFiles
 
     @contextmanager
-    def posing(self) -> Iterator[None]:
-        """Within it parameters look real to code that asks for their device, without memory of their own.
+    def placeholder_weights(self) -> Iterator[None]:
+        """Context manager: parameters appear to be on the CPU, but take no memory.
 
-        Adapters are then made where they would be made beside real weights, with the same random numbers.
+        Adapters that are created in it get the device and the random numbers that they would get with real weights.
         """
         self._replace(lambda parameter: torch.empty((), dtype=parameter.dtype).expand(parameter.shape))
         try:
@@ -141,13 +141,13 @@ class Skeleton:
 
     @torch.no_grad()
     def fill(self, what: str) -> None:
-        """Read every process's pieces from the files. The model has been cut, and its pieces have memory.
+        """Read this process's shards from the files. The model has been sharded, and its shards have memory.
 
         Args:
-            what: the model is, for the progress bar of the first process.
+            what: name of the model, for the progress bar and the error.
 
         Raises:
-            UserError: a file has gone, or breaks off.
+            UserError: a file is gone or truncated.
         """
         try:
             self._read(what)
@@ -164,13 +164,13 @@ class Skeleton:
             if id(parameter) in read:
                 continue
             read.add(id(parameter))
-            fill_shard(parameter, partial(self.files.rows, key), partial(self.files.whole, key))
+            fill_shard(parameter, partial(self.files.rows, key), partial(self.files.tensor, key))
 
 
 def skeleton(
     auto_class: Any, path: str, config: PretrainedConfig, dtype: str, revision: str | None = None, **arguments: Any
 ) -> Skeleton:
-    """A model as ``auto_class.from_pretrained(path)`` gives it, without its weights.
+    """Build the model that ``auto_class.from_pretrained(path)`` gives, without its weights.
 
     Args:
         auto_class: one of transformers' ``AutoModelFor…`` classes.
@@ -181,8 +181,8 @@ def skeleton(
         arguments: for ``from_config``.
 
     Raises:
-        UnsuitedError: the files do not hold the model's weights one by one, or transformers changes them when it
-            loads them.
+        UnsuitedError: the files do not hold the model's weights as they are, or transformers changes them while
+            loading.
     """
     wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
     if wanted is None:
@@ -202,9 +202,9 @@ def skeleton(
             name = _name_in(files, key, model)
             if name is None or files.shape(name) != tuple(buffer.shape):
                 raise UnsuitedError(f"its files do not hold {key}")
-            buffer.copy_(files.whole(name))
+            buffer.copy_(files.tensor(name))
     if model.can_generate():
-        with suppress(OSError):  # without the file it stays the one that from_config makes from the config
+        with suppress(OSError):  # without the file, the one that from_config made stays
             folder = Path(path).expanduser()
             where = str(folder) if folder.is_dir() else path
             model.generation_config = GenerationConfig.from_pretrained(where, revision=revision or "main")
@@ -222,7 +222,7 @@ def _places(model: PreTrainedModel, files: WeightFiles) -> list[tuple[nn.Module,
     for _, _, parameter, key in found:
         name = _name_in(files, key, model)
         if name is not None and files.shape(name) == tuple(parameter.shape):
-            names.setdefault(id(parameter), name)  # of tied weights one is in the files
+            names.setdefault(id(parameter), name)  # the files hold tied weights once
     for _, _, parameter, key in found:
         if id(parameter) not in names:
             raise UnsuitedError(f"its files do not hold {key}, or with another shape")
@@ -230,14 +230,14 @@ def _places(model: PreTrainedModel, files: WeightFiles) -> list[tuple[nn.Module,
 
 
 def _name_in(files: WeightFiles, key: str, model: PreTrainedModel) -> str | None:
-    """What the files call a weight: some hold the model inside the head alone, without its prefix, or the reverse."""
+    """Name of a weight in the files. They may lack the prefix of the model inside the head, or add it."""
     prefix = f"{model.base_model_prefix}."
     return next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in files), None)
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within it modules make parameters without memory, and buffers as ever: those that no file holds are computed."""
+    """Context manager: new modules have parameters on the meta device. Buffers stay real: files lack some of them."""
     register = nn.Module.register_parameter
 
     def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -245,8 +245,8 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = without_memory  # type: ignore[assignment,method-assign]  # put back below
+    nn.Module.register_parameter = without_memory  # type: ignore[assignment,method-assign]  # restored below
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]  # as it was
+        nn.Module.register_parameter = register  # type: ignore[method-assign]  # restored

@@ -17,9 +17,9 @@ FILE_NAME = "value_heads.safetensors"
 
 
 class ValueHeads(nn.Module):
-    """One linear layer from the last hidden state to N values, float32 under mixed precision too.
+    """One linear layer from the last hidden state to N values. It stays in float32 under mixed precision.
 
-    It starts at 0, so that the first advantages are the rewards themselves.
+    Weights and biases start at 0, so that the first advantages are the rewards themselves.
 
     Args:
         hidden_size: D.
@@ -40,16 +40,21 @@ class ValueHeads(nn.Module):
         return values_BTN.float()
 
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the heads and their objectives' names beside the policy; ``state`` is theirs if it was in pieces."""
-        whole = self.state_dict() if state is None else state
-        tensors = {name.removeprefix("linear."): value.detach().cpu().contiguous() for name, value in whole.items()}
+        """Write the heads and the names of their objectives into the policy's folder.
+
+        Args:
+            folder: the policy's.
+            state: the unsharded state dict; ``None`` takes the heads' own, which must not be sharded.
+        """
+        state = self.state_dict() if state is None else state
+        tensors = {name.removeprefix("linear."): value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(tensors, Path(folder) / FILE_NAME, metadata={"objectives": "\n".join(self.objectives)})
 
     def restore(self, folder: str | Path) -> bool:
-        """Read heads that were saved for the same objectives, in whatever order; False if there is no file.
+        """Load heads that were saved for the same objectives, in any order. Returns False if there is no file.
 
         Raises:
-            UserError: the file is of other objectives or of another hidden size.
+            UserError: the file is for other objectives or another hidden size.
         """
         file = Path(folder) / FILE_NAME
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""Rewards and objectives: what the policy is aligned to.
+"""Rewards and objectives that the policy is aligned to.
 
 Legend: B responses.
 """
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from moa_lightning.errors import UserError
 from moa_lightning.schedules import Weight, check_weights, weight_at
 
-Cut = Callable[[nn.Module], Callable[[nn.Module], AbstractContextManager[bool]]]
-"""Cuts a model that only answers into pieces over the processes, in place. What it returns, called with the model, must
-surround its forward passes; where that yields True, processes must run the same number of them."""
+ShardModel = Callable[[nn.Module], Callable[[nn.Module], AbstractContextManager[bool]]]
+"""Shards a frozen model over the processes, in place. It returns a function that, called with the model, gives the
+context manager for its forward passes. If that yields True, all processes must run equally many forward passes."""
 
 
 class Reward(ABC):
-    """Scores responses under one criterion; bigger is better (turn a cost's sign with ``Objective.scale: -1``).
+    """Scores responses by one criterion; higher is better (flip the sign of a cost with ``Objective.scale: -1``).
 
     Subclasses are dataclasses that hold configuration; anything heavy (a model) is loaded in :meth:`setup`.
     """
 
-    gives_wins: ClassVar[bool] = False  # the score is a mean win probability among the responses to a prompt already
-    of_data_alone: ClassVar[bool] = False  # knows the responses of the data, not new ones
+    gives_wins: ClassVar[bool] = False  # whether scores are mean win probabilities among the responses to a prompt
+    of_data_alone: ClassVar[bool] = False  # whether it can score only the data's responses, not new ones
 
     @property
     def title(self) -> str:
-        """What messages call this reward."""
+        """Name of this reward in messages."""
         return type(self).__name__
 
     @property
@@ -47,42 +47,42 @@ class Reward(ABC):
             columns: names of the data's columns.
 
         Raises:
-            UserError: one line that says what to write instead.
+            UserError: one line that says how to correct it.
         """
 
     def setup(self, device: torch.device) -> None:
-        """Load what the reward needs onto the device, before the first score.
+        """Load what the reward needs onto the device, before the first call of :meth:`score`.
 
-        May be called again, with the same device or another one.
+        It may be called again, with the same device or another one.
         """
 
-    def shard(self, cut: Cut) -> None:
-        """Called before :meth:`setup` where processes hold models in pieces: load the reward's model and cut it.
+    def shard(self, shard_model: ShardModel) -> None:
+        """Load the reward's model and shard it. Called before :meth:`setup` if the strategy shards models.
 
-        All processes call :meth:`score` equally often, with different numbers of responses. Nothing to do for rewards
-        without a model; a model that is left whole takes its memory on every process.
+        All processes call :meth:`score` equally often, with different numbers of responses. The default does nothing: a
+        model that is not sharded takes its full memory on every process.
         """
 
     @abstractmethod
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """One number per response; None or NaN where this reward has no opinion."""
+        """Score responses: one number each, or None or NaN to skip a response."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """One reward and its place in the panel: the value is ``clip(scale * raw + shift)``.
 
-    The value is what trains, what thresholds are written in, and what fronts and comparisons are made of. Where it
-    differs from the raw score, logs, tables and files show the raw score beside it.
+    Training, thresholds, fronts and comparisons use the value. Where it differs from the raw score, logs, tables and
+    files show the raw score too.
 
     Args:
-        reward: what is scored.
-        weight: of this objective where a combiner has no weights of its own (linear scalarisation); >= 0. A number, or
-            a schedule by ``class_path``: ``LinearWeight``, ``PiecewiseWeight``.
+        reward: computes the raw score.
+        weight: of this objective, for combiners that have no weights of their own; >= 0. A number, or a schedule by
+            ``class_path``: ``LinearWeight``, ``PiecewiseWeight``.
         scale: factor of the raw score; ``-1`` turns a cost into a reward.
         shift: added after scaling.
         clip: lowest and highest value, after scaling and shifting; ``None`` does not clip.
-        eval_only: score and log it, but keep it out of the training.
+        eval_only: score and log it, but do not train on it.
     """
 
     reward: Reward
@@ -104,7 +104,7 @@ class Objective:
 
     @property
     def transform(self) -> str:
-        """How the value follows from the raw score, in words; empty where they are the same."""
+        """Formula of the value in terms of the raw score, for messages; empty if they are equal."""
         return transform_in_words(self.scale, self.shift, self.clip)
 
     def value(self, raw_B: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Objective:
 
 
 def check_transform(scale: float, shift: float, clip: Sequence[float] | None, of: str = "an objective's ") -> None:
-    """Validate what turns an objective's raw score into its value.
+    """Validate the transform from an objective's raw score to its value.
 
     Args:
         scale: factor of the raw score.
@@ -135,7 +135,7 @@ def check_transform(scale: float, shift: float, clip: Sequence[float] | None, of
 
 
 def transform_in_words(scale: float, shift: float, clip: Sequence[float] | None) -> str:
-    """How an objective's value follows from its raw score; empty where they are the same.
+    """Formula of an objective's value in terms of its raw score; empty if they are equal.
 
     Example:
         >>> transform_in_words(-1.0, 2.0, [0.0, 1.0])

@@ -156,10 +156,10 @@ class TextClassifier(RewardWithModel):
         def score(rows: list[int]) -> list[float]:
             return self._score_batch({name: [values[i] for i in rows] for name, values in encoded.items()})
 
-        def stand_in() -> object:
+        def placeholder_pass() -> object:
             return self._score_batch({"input_ids": [[0]], "attention_mask": [[1]]})
 
-        return self._in_batches([len(ids) for ids in encoded["input_ids"]], score, stand_in)
+        return self._in_batches([len(ids) for ids in encoded["input_ids"]], score, placeholder_pass)
 
     def _encode(self, prompts: list[str], completions: list[str]) -> Any:
         limit = self.max_length or self._limit(self._tokenizer)

@@ -75,7 +75,7 @@ class ImplicitReward(RewardWithModel):
         )
         return model
 
-    def _to_cut(self) -> nn.Module:
+    def _sharded_module(self) -> nn.Module:
         model: nn.Module = self._model.base_model.model  # peft's own layers stay around it
         return model
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.errors import RewardError, UserError
-from moa_lightning.rewards.base import Cut, Objective, Reward
+from moa_lightning.rewards.base import Objective, Reward, ShardModel
 from moa_lightning.schedules import Weight, weight_at
 from moa_lightning.types import Columns, RewardTable
 
@@ -110,9 +110,9 @@ class RewardPanel:
         """Load the rewards' models onto the device. May be called again."""
         self._each(lambda reward: reward.setup(device))
 
-    def shard(self, cut: Cut) -> None:
+    def shard(self, shard_model: ShardModel) -> None:
         """Load the rewards' models in pieces, before :meth:`setup`."""
-        self._each(lambda reward: reward.shard(cut))
+        self._each(lambda reward: reward.shard(shard_model))
 
     def _each(self, call: Callable[[Reward], None]) -> None:
         for name, objective in self.objectives.items():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from moa_lightning.errors import UserError
-from moa_lightning.rewards.base import Cut, Reward
+from moa_lightning.rewards.base import Reward, ShardModel
 
 
 @dataclass
@@ -71,9 +71,9 @@ class WinProbability(Reward):
         """The reward's."""
         self.reward.setup(device)
 
-    def shard(self, cut: Cut) -> None:
+    def shard(self, shard_model: ShardModel) -> None:
         """The reward's."""
-        self.reward.shard(cut)
+        self.reward.shard(shard_model)
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """Mean probability of each completion to win."""

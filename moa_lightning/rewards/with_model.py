@@ -1,4 +1,4 @@
-"""What rewards with a frozen model of their own share: where it is, and scoring in batches."""
+"""Base class of rewards with a frozen model: placement on devices, and scoring in batches."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -9,37 +9,37 @@ import torch
 from torch import nn
 
 from moa_lightning.distributed import all_max
-from moa_lightning.rewards.base import Cut, Reward
+from moa_lightning.rewards.base import Reward, ShardModel
 
 
 class RewardWithModel(Reward):
-    """A reward with a frozen model: whole on each process, or in pieces over all of them."""
+    """A reward with a frozen model: a full copy on each process, or sharded over all of them."""
 
     batch_size: int
     _model: Any = None
     _device = torch.device("cpu")
-    _together: Any = None  # of a model in pieces: what surrounds its forward passes
+    _forward_context: Any = None  # of a sharded model: gives the context manager for its forward passes
 
     @abstractmethod
     def _load(self) -> nn.Module:
-        """The model, in main memory. Called once, after :meth:`check`."""
+        """Load the model into CPU memory. Called once, after :meth:`check`."""
 
-    def _to_cut(self) -> nn.Module:
-        """The part of the model that is cut into pieces."""
+    def _sharded_module(self) -> nn.Module:
+        """The part of the model that is sharded."""
         return self._model  # type: ignore[no-any-return]  # as loaded
 
     def setup(self, device: torch.device) -> None:
-        """Load the weights, the first time, and move them to the device."""
+        """Load the weights on the first call, and move them to the device unless they are sharded."""
         self._read()
         self._device = device
-        if self._together is None:
+        if self._forward_context is None:
             self._model.to(device)
 
-    def shard(self, cut: Cut) -> None:
-        """Load the weights and cut them into pieces."""
-        if self._together is None:
+    def shard(self, shard_model: ShardModel) -> None:
+        """Load the weights and shard them."""
+        if self._forward_context is None:
             self._read()
-            self._together = cut(self._to_cut())
+            self._forward_context = shard_model(self._sharded_module())
 
     def _read(self) -> None:
         if self._model is None:
@@ -48,24 +48,26 @@ class RewardWithModel(Reward):
 
     @torch.no_grad()
     def _in_batches(
-        self, lengths: Sequence[int], score: Callable[[list[int]], list[float]], stand_in: Callable[[], object]
+        self, lengths: Sequence[int], score: Callable[[list[int]], list[float]], placeholder_pass: Callable[[], object]
     ) -> list[float | None]:
-        """Scores of so many texts, in their order; texts without tokens have none.
+        """Score texts in batches. Returns the scores in the order of the texts; ``None`` for texts without tokens.
 
         Args:
             lengths: of the texts, in tokens.
-            score: the texts of these indices, in one forward pass.
-            stand_in: a forward pass that counts nowhere, for processes that hold pieces and wait for this one's.
+            score: scores the texts with these indices in one forward pass.
+            placeholder_pass: runs a forward pass on a placeholder batch, so that processes that share a sharded model
+                run equally many.
         """
-        # Texts of similar length together: less padding. The longest first: too little memory shows at once.
+        # Texts of similar length share a batch, for less padding. The longest come first, to run out of memory early.
         order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         scores: list[float | None] = [None] * len(lengths)
-        with nullcontext(False) if self._together is None else self._together(self._to_cut()) as in_step:
+        context = self._forward_context(self._sharded_module()) if self._forward_context else nullcontext(False)
+        with context as in_step:
             passes = all_max(len(batches), self._device) if in_step else len(batches)
             for rows in batches:
                 for i, found in zip(rows, score(rows), strict=True):
                     scores[i] = found
             for _ in range(passes - len(batches)):
-                stand_in()
+                placeholder_pass()
         return scores

@@ -20,12 +20,12 @@ from moa_lightning.models.loading import load_model, load_skeleton
 from moa_lightning.models.policy import Policy
 from moa_lightning.models.reference import Reference
 from moa_lightning.models.sharding import (
+    ForwardContext,
     Generation,
-    KeepTogether,
     Mesh,
     Precision,
     ShardingPlan,
-    give_memory,
+    allocate_parameters,
     replicated,
 )
 from moa_lightning.models.skeleton import Skeleton, UnsuitedError
@@ -43,22 +43,22 @@ from moa_lightning.training.checkpoints import (
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Parameters, gradients and optimiser state in pieces over the processes (PyTorch's ``fully_shard``).
+    """Shards parameters, gradients and optimiser state over the processes with PyTorch's ``fully_shard``.
 
     Args:
-        replicas: copies of the sharded model; 1 shards over all processes, the number of nodes keeps the gathering
-            of parameters within each node (HSDP). It divides the number of processes.
-        generation: how the policy samples. ``gathered`` puts it together once for each batch of prompts, which takes
-            the memory of the whole model; ``layerwise`` puts one block together at a time, for each token.
-            Two processes on a CPU took 1.1 and 2.0 times as long as with a whole copy each
+        replicas: copies of the sharded model. 1 shards over all processes. The number of nodes all-gathers parameters
+            within each node only (HSDP). It must divide the number of processes.
+        generation: how the policy samples. ``gathered`` all-gathers it once for each batch of prompts, which takes the
+            memory of the full model. ``layerwise`` all-gathers one block at a time, for each token.
+            Two processes on a CPU took 1.1 and 2.0 times as long as with an unsharded copy each
             (``bench.sharding.generation``).
         param_dtype: of the computation: ``bfloat16`` is mixed precision; ``None`` is that of the parameters.
-        reduce_dtype: of the gradients while they are summed.
-        cpu_offload: keep the pieces in the main memory, and the optimiser there.
-        reshard_after_forward: drop a block's gathered parameters between its forward and its backward pass.
-        save_distributed_checkpoint: write a folder with each process's pieces, not one file.
-        process_group_backend: ``nccl`` or ``gloo``; ``None`` goes by the device.
-        timeout_seconds: after which a process that hears nothing from the others gives up.
+        reduce_dtype: of the gradients while they are reduced.
+        cpu_offload: keep the shards and the optimiser state in CPU memory.
+        reshard_after_forward: free a block's gathered parameters between its forward and its backward pass.
+        save_distributed_checkpoint: write a folder with the shards of each process instead of a single file.
+        process_group_backend: ``nccl`` or ``gloo``; ``None`` depends on the device.
+        timeout_seconds: for collectives, after which a process that waits for the others fails.
     """
 
     def __init__(
@@ -86,36 +86,35 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.mesh: Mesh
 
     def setup_environment(self) -> None:
-        """Start the process group; one mesh over all processes, or replicas times pieces."""
+        """Start the process group and build the mesh: all processes, or replicas times shards."""
         processes = self.num_nodes * self.num_processes
         if processes % self.replicas:
             raise UserError(
                 f"FSDP2Strategy.replicas {self.replicas} does not divide the {processes} processes of the run"
             )
         self._data_parallel_size = processes
-        if self._checkpoint_io is None:  # the Trainer was given none
+        if self._checkpoint_io is None:  # the Trainer has no checkpoint plugin
             self.checkpoint_io = AtomicCheckpointIO()
         if self.plan.cpu_offload and self.root_device.type == "cpu":
-            raise UserError("FSDP2Strategy.cpu_offload is for GPUs: on a CPU the pieces are in main memory already")
+            raise UserError("FSDP2Strategy.cpu_offload is for GPUs: on a CPU the shards are in CPU memory already")
         if self.plan.cpu_offload and self._process_group_backend is None:
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradients in main memory are summed for their norm
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # the gradient norm reduces over CPU tensors
         super().setup_environment()
         self.mesh = self.device_mesh["data_parallel"]
         if self.replicas > 1:
             self.mesh = replicated(self.root_device.type, self.replicas, processes)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write one file, or a folder with the pieces of all processes; whole or not at all.
+        """Atomically write one file, or a folder with the shards of all processes.
 
         Raises:
             UserError: on every process, one line with why it could not be written.
         """
         where = self.broadcast(filepath)
         if not self._save_distributed_checkpoint:
-            with (
-                raise_on_all_ranks()
-            ):  # not by Lightning's parent class: it removes a folder that is there before it writes
-                self._first_alone(partial(self.checkpoint_io.save_checkpoint, checkpoint, where, storage_options))
+            # Lightning's parent class would remove an existing folder before it writes.
+            with raise_on_all_ranks():
+                self._on_rank_zero(partial(self.checkpoint_io.save_checkpoint, checkpoint, where, storage_options))
             return
         target = Path(where)
         content = {"state_dict": checkpoint.pop("state_dict")}
@@ -123,25 +122,25 @@ class FSDP2Strategy(ModelParallelStrategy):
         replacement = Replacement(target)
         try:
             for write in (
-                partial(self._first_alone, partial(replacement.prepare, folder=True)),
+                partial(self._on_rank_zero, partial(replacement.prepare, folder=True)),
                 partial(save_shards, content, replacement.path),
-                partial(self._first_alone, partial(save_file, checkpoint, replacement.path / META)),
-                partial(self._first_alone, replacement.commit),
+                partial(self._on_rank_zero, partial(save_file, checkpoint, replacement.path / META)),
+                partial(self._on_rank_zero, replacement.commit),
             ):
                 with raise_on_all_ranks(), explained(target, bytes_of(content)):
                     write()
         finally:
-            self._first_alone(replacement.clear)
+            self._on_rank_zero(replacement.clear)
 
-    def _first_alone(self, action: Callable[[], object]) -> None:
+    def _on_rank_zero(self, action: Callable[[], object]) -> None:
         if self.is_global_zero:
             action()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Compare names and shapes of the weights first: loading itself does not mind what is missing.
+        """Load a checkpoint after comparing names and shapes of its weights: loading alone ignores missing weights.
 
         Raises:
-            UserError: on every process: it is not whole, or of another model.
+            UserError: on every process, if it is not valid or of another model.
         """
         path = Path(self.broadcast(checkpoint_path))
         with raise_on_all_ranks():
@@ -154,7 +153,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return super().load_checkpoint(path, weights_only)
 
     def _load_sharded(self, path: Path) -> dict[str, Any]:
-        """Lightning would look for frozen weights too, which are in no checkpoint."""
+        """Load a sharded checkpoint. Lightning would expect frozen weights too, which no checkpoint holds."""
         module: Any = self.lightning_module
         saved = stored_shapes(path, "state_dict")
         module.check_weights(saved)
@@ -166,58 +165,63 @@ class FSDP2Strategy(ModelParallelStrategy):
         rest: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
         return rest
 
-    def cut(self, policy: Policy) -> None:
-        """Shard a policy over the mesh, in place, and give its pieces memory."""
+    def shard_policy(self, policy: Policy) -> None:
+        """Shard a policy over the mesh and allocate memory for its shards. In place."""
         self.plan.apply(policy, self.mesh)
-        give_memory(policy, torch.device("cpu") if self.plan.cpu_offload else self.root_device)
+        allocate_parameters(policy, torch.device("cpu") if self.plan.cpu_offload else self.root_device)
 
-    def cut_frozen(self, model: nn.Module) -> KeepTogether:
-        """Shard a model that only answers; see :meth:`ShardingPlan.apply_frozen`."""
+    def shard_frozen(self, model: nn.Module) -> ForwardContext:
+        """Shard a model that is not trained; see :meth:`ShardingPlan.apply_frozen`."""
         return self.plan.apply_frozen(model, self.mesh)
 
 
 def load(config: PolicyConfig, strategy: Strategy) -> tuple[PreTrainedModel, Skeleton | None]:
-    """The policy's model; without its weights, if the strategy cuts it into pieces and their files allow that.
+    """Load the policy's model; on the meta device if the strategy shards it and its files allow that.
+
+    Returns:
+        The model, and the skeleton that reads its weights once it is sharded; ``None`` if it has its weights.
 
     Raises:
-        UserError: it does not open; under sharding on every process.
+        UserError: the model does not load. Under sharding it is raised on every process.
     """
     if not isinstance(strategy, FSDP2Strategy):
         return load_model(config), None
-    bare, reason = None, None
+    loaded, reason = None, None
     with raise_on_all_ranks():
         try:
-            bare = load_skeleton(config)
+            loaded = load_skeleton(config)
         except UnsuitedError as error:
             reason = str(error)
-    # Files may differ between nodes, and all processes must go the same way from here.
+    # Files may differ between nodes, but all processes must take the same branch.
     if (first := next(filter(None, all_objects(reason)), None)) is None:
-        assert bare is not None
-        return bare
-    rank_zero_warn(f"each process reads '{config.path}' whole into main memory before it is cut into pieces: {first}")
+        assert loaded is not None
+        return loaded
+    rank_zero_warn(f"each process loads all of '{config.path}' into CPU memory before it is sharded: {first}")
     with raise_on_all_ranks():
         return load_model(config), None
 
 
-def place(policy: Policy, reference: Reference, panel: RewardPanel, strategy: Strategy, bare: Skeleton | None) -> None:
-    """Put a freshly loaded policy, its reference and the rewards' models where they compute: cut into pieces, or whole.
+def place(
+    policy: Policy, reference: Reference, panel: RewardPanel, strategy: Strategy, meta_model: Skeleton | None
+) -> None:
+    """Move or shard a freshly loaded policy, and set up its reference and the rewards' models.
 
     Raises:
-        UserError: the policy's logits are not what they are taken to be.
+        UserError: the policy computes its logits in an unknown way.
     """
     if not isinstance(strategy, FSDP2Strategy):
         policy.to(strategy.root_device).check_logits()
         reference.setup(policy)
         return
     reference.setup(policy)
-    strategy.cut(policy)
-    with raise_on_all_ranks():  # a file may be gone on one node
-        if bare is not None:
-            bare.fill("policy")
+    strategy.shard_policy(policy)
+    with raise_on_all_ranks():  # a file may be missing on one node
+        if meta_model is not None:
+            meta_model.fill("policy")
     policy.check_logits()
     reshard(policy)
-    reference.shard(policy, strategy.cut)
-    panel.shard(strategy.cut_frozen)
+    reference.shard(policy, strategy.shard_policy)
+    panel.shard(strategy.shard_frozen)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="PyTorch's fully_shard over all processes")

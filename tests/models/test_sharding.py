@@ -52,7 +52,7 @@ def test_sampling_leaves_the_choice_to_reshard_as_it_was(mesh, reshard):
         return found
 
     assert in_pieces_after_a_forward_pass() == {reshard}
-    with policy.keep_together(policy):
+    with policy.generation_context(policy):
         assert not any(isinstance(parameter, DTensor) for parameter in policy.parameters())
     assert in_pieces_after_a_forward_pass() == {reshard}
 

@@ -19,7 +19,7 @@ from bench.combiners.memory import MemoryTracker
 from moa_lightning.distributed.shards import full_state_dict, reshard
 from moa_lightning.models import LoRA, Policy, PolicyConfig, ValueHeads
 from moa_lightning.models.loading import load_model, load_skeleton, load_tokenizer
-from moa_lightning.models.sharding import ShardingPlan, copy_shards, give_memory
+from moa_lightning.models.sharding import ShardingPlan, allocate_parameters, copy_shards
 from moa_lightning.models.skeleton import UnsuitedError
 from moa_lightning.rewards import ImplicitReward, TextClassifier
 from moa_lightning.training import strategies
@@ -89,11 +89,11 @@ def config_of(name: str, folder: Path) -> PolicyConfig:
 def read(config: PolicyConfig, plan: ShardingPlan, mesh: torch.distributed.device_mesh.DeviceMesh) -> Policy:
     """As the strategy does."""
     torch.manual_seed(0)
-    model, bare = load_skeleton(config)
+    model, meta_model = load_skeleton(config)
     policy = Policy(model, load_tokenizer(config), ValueHeads(model.config.hidden_size, ["one", "two"]))
     plan.apply(policy, mesh)
-    give_memory(policy, torch.device("cpu"))
-    bare.fill("policy")
+    allocate_parameters(policy, torch.device("cpu"))
+    meta_model.fill("policy")
     policy.check_logits()
     reshard(policy)
     return policy
@@ -117,7 +117,7 @@ def one_of_two(number: int, port: int, folder: Path) -> None:
         found[name] = full_state_dict(policy.backbone), tied, rows, settings
     twin = Policy(load_skeleton(config_of("tied", folder))[0], policy.tokenizer)
     ShardingPlan().apply(twin, mesh)
-    give_memory(twin, torch.device("cpu"))
+    allocate_parameters(twin, torch.device("cpu"))
     source = read(config_of("tied", folder), ShardingPlan(), mesh)
     copy_shards(source.backbone, twin.backbone)
     found["twin"] = full_state_dict(twin.backbone)
@@ -229,18 +229,18 @@ def test_all_processes_read_the_policy_whole_where_one_has_to(folder, monkeypatc
     policy = PolicyConfig(str(folder / "tied"))
     assert strategies.load(policy, FSDP2Strategy())[1] is not None
     monkeypatch.setattr(strategies, "all_objects", lambda mine: [mine, "its weights are not in safetensors files"])
-    with pytest.warns(UserWarning, match="whole into main memory before it is cut into pieces: its weights are not in"):
-        model, bare = strategies.load(policy, FSDP2Strategy())
-    assert bare is None
+    with pytest.warns(UserWarning, match="into CPU memory before it is sharded: its weights are not in"):
+        model, meta_model = strategies.load(policy, FSDP2Strategy())
+    assert meta_model is None
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_file_that_is_gone_is_the_users_to_know(folder, tmp_path):
     gone = tmp_path / "gone"
     shutil.copytree(folder / "tied", gone)
-    _, bare = load_skeleton(PolicyConfig(str(gone)))
-    bare.files.close()
+    _, meta_model = load_skeleton(PolicyConfig(str(gone)))
+    meta_model.files.close()
     (gone / "model.safetensors").unlink()
-    give_memory(bare.model, torch.device("cpu"))
+    allocate_parameters(meta_model.model, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"the weights of the policy cannot be read: .*model.safetensors"):
-        bare.fill("policy")
+        meta_model.fill("policy")
