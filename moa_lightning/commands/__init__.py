@@ -37,7 +37,7 @@ def run(command: str, args: list[str]) -> None:
 
         _call(label, args, LabelParser)
     elif command == "compare":
-        from moa_lightning.commands.compare import compare
+        from moa_lightning.commands.compare.command import compare
 
         _call(compare, _joined(args, "runs"))
     elif command == "combiners":

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from moa_lightning.commands.compare import Reached
-from moa_lightning.commands.compare_plot import comparison
+from moa_lightning.commands.compare.picture import comparison
+from moa_lightning.commands.compare.reached import Reached
 from tests.cli.task import complaint, moa
 
 

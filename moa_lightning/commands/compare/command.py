@@ -1,38 +1,12 @@
 """``moa compare``: what several runs reached, side by side."""
 
 import csv
-import json
 import math
-from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
 
+from moa_lightning.commands.compare.reached import Reached, read
 from moa_lightning.errors import UserError
-
-
-@dataclass(frozen=True)
-class Reached:
-    """The end of one run. Means are of values; NaN where a run recorded raw means only and values do not follow."""
-
-    run: str
-    combiner: str
-    steps: int
-    mean: dict[str, float]
-    interval: dict[str, float]  # half width of the 95 % interval; NaN where it is not known
-    raw: dict[str, float]  # means of raw scores, of objectives whose value is not the raw score
-    transform: dict[str, str | None]  # how values follow from raw scores, in words; None where nobody knows
-    thresholds: dict[str, float]
-    verdict: dict[str, str]  # of each threshold: met, missed, open or unknown
-    lacks: tuple[str, ...]  # lines on what an old run did not record
-
-    def cell(self, name: str) -> str:
-        """Mean and interval, and the raw mean where it is another number."""
-        if math.isnan(self.mean[name]):
-            return f"? (raw {self.raw[name]:.3f})"
-        interval = "" if math.isnan(self.interval[name]) else f" ± {self.interval[name]:.3f}"
-        raw = f" (raw {self.raw[name]:.3f})" if name in self.raw else ""
-        return f"{self.mean[name]:.3f}{interval}{raw}"
 
 
 def compare(runs: str | list[str], output: str | None = None) -> None:
@@ -51,7 +25,7 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
         UserError: a folder holds no summary, or the runs have other objectives.
     """
     patterns = [runs] if isinstance(runs, str) else runs
-    found = [_read(run) for pattern in patterns for run in _matching(pattern)]
+    found = [read(run) for pattern in patterns for run in _matching(pattern)]
     if len(found) < 2:
         raise UserError(f"--runs needs two or more runs, got {len(found)}; such as --runs='runs/mopo-*'")
     names = list(found[0].mean)
@@ -77,40 +51,6 @@ def _matching(pattern: str) -> list[str]:
     if matches == [pattern]:
         return matches
     return [m for m in matches if Path(m).suffix == ".json" or (Path(m) / "summary.json").is_file()] or [pattern]
-
-
-def _read(run: str) -> Reached:
-    import yaml
-
-    from moa_lightning.commands.run_summary import in_values, verdict
-    from moa_lightning.functional.verdict import Z
-
-    path = Path(run) / "summary.json" if Path(run).is_dir() else Path(run)
-    config = path.with_name("config.yaml")
-    try:
-        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        summary, lacks = in_values(recorded, settings)
-        objectives = summary["objectives"]
-        thresholds = {name: t for name, t in summary.get("thresholds", {}).items() if name in objectives}
-        return Reached(
-            run,
-            summary["combiner"],
-            summary["steps"],
-            mean={name: _number(o["end"]) for name, o in objectives.items()},
-            interval={name: Z * _number(o["std_error"]) for name, o in objectives.items()},
-            raw={name: _number(o["raw_end"]) for name, o in objectives.items() if "raw_end" in o},
-            transform={name: o["transform"] for name, o in objectives.items()},
-            thresholds=thresholds,
-            verdict={name: verdict(summary, name) for name in thresholds},
-            lacks=tuple(lacks),
-        )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"'{run}' holds no summary.json of a run; give folders that moa fit wrote") from error
-
-
-def _number(recorded: float | None) -> float:
-    return math.nan if recorded is None else recorded
 
 
 def _on_front(found: list[Reached], names: list[str]) -> tuple[list[bool], list[str]]:
@@ -170,6 +110,6 @@ def _write(found: list[Reached], names: list[str], on_front: list[bool], folder:
             ]
             writer.writerow([_cell(run.run), _cell(run.combiner), run.steps, int(keep), *cells])
 
-    from moa_lightning.commands.compare_plot import draw_comparison
+    from moa_lightning.commands.compare.picture import draw_comparison
 
     draw_comparison(found, names, on_front, folder / "comparison.png")

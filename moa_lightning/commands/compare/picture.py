@@ -3,26 +3,25 @@
 import math
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-if TYPE_CHECKING:
-    from moa_lightning.commands.compare import Reached
+from moa_lightning.commands.compare.reached import Reached
 
 _INK, _FAINT, _FRONT = "#222222", "#b8b8b8", "#d1495b"
 _COLORS = ("#00798c", "#edae49", "#8f5d9b", "#66a182", "#d1495b", "#2e4057", "#c07f4f")
 _MARKERS = "osD^vP"
 
 
-def draw_comparison(found: "list[Reached]", names: list[str], on_front: list[bool], file: Path) -> None:
+def draw_comparison(found: list[Reached], names: list[str], on_front: list[bool], file: Path) -> None:
     """Write :func:`comparison` as a picture."""
     comparison(found, names, on_front).savefig(file, format="png")
 
 
-def comparison(found: "list[Reached]", names: list[str], on_front: list[bool]) -> Figure:
+def comparison(found: list[Reached], names: list[str], on_front: list[bool]) -> Figure:
     """The ends of runs with their 95 % intervals, one panel for each pair of objectives.
 
     Runs whose objectives are in other units have panels of their own. The legend names the runs, which may lie close
@@ -62,11 +61,11 @@ def comparison(found: "list[Reached]", names: list[str], on_front: list[bool]) -
     return figure
 
 
-def _unit(run: "Reached", name: str) -> str:
+def _unit(run: Reached, name: str) -> str:
     return run.transform[name] or "raw"
 
 
-def _is_known(run: "Reached", a: str, b: str) -> bool:
+def _is_known(run: Reached, a: str, b: str) -> bool:
     """False for an old run whose values are not known."""
     return not math.isnan(run.mean[a] + run.mean[b])
 
@@ -79,7 +78,7 @@ def _marker(run: int) -> str:
     return _MARKERS[run // len(_COLORS) % len(_MARKERS)]
 
 
-def _panel(axes: Any, found: "list[Reached]", on_front: list[bool], a: str, b: str, units: tuple[str, str]) -> None:
+def _panel(axes: Any, found: list[Reached], on_front: list[bool], a: str, b: str, units: tuple[str, str]) -> None:
     shown = [i for i, run in enumerate(found) if _is_known(run, a, b) and (_unit(run, a), _unit(run, b)) == units]
     for i in shown:
         run = found[i]
