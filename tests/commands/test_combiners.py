@@ -97,6 +97,7 @@ def test_families_and_costs_are_read_off_the_classes() -> None:
         assert by_name[name].family == family
     assert by_name["Linear"].extra_passes == "none"
     assert by_name["MGDAUB"].extra_passes == "one, through the head"
+    assert by_name["PAMA"].mathematics == ("moa_lightning.functional.pama",)
     assert by_name["Lagrangian"].remembered[:3] == ("duals", "thresholds", "values")
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ class Facts:
     combiner: Combiner | None  # with its default settings; None where it has settings without a default
     preset: str  # YAML
     module: str  # dotted path of the file
+
+    @property
+    def mathematics(self) -> tuple[str, ...]:
+        """Modules of the pure functions that its file uses."""
+        used = {getattr(value, "__module__", "") for value in vars(sys.modules[self.module]).values()}
+        return tuple(sorted(name for name in used if str(name).startswith("moa_lightning.functional.")))
 
     @property
     def test(self) -> str:

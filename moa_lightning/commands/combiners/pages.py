@@ -146,7 +146,8 @@ def page(one: Facts) -> str:
     lines += ["## YAML", "", "```yaml", one.preset.rstrip(), "```", ""]
     lines += _section("What to watch in the logs", told.get("Watch"))
     lines += _section("Source", told.get("Source"), deviations and f"Deviations: {deviations}")
-    lines += _section("Code and test", f"Code: `{one.module}`", one.test and f"Test: `{one.test}`")
+    code = ", ".join(f"`{module}`" for module in (one.module, *one.mathematics))
+    lines += _section("Code and test", f"Code: {code}", one.test and f"Test: `{one.test}`")
     return "\n".join(lines)
 
 
