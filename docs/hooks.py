@@ -7,10 +7,12 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Files of the repository that are pages as well, and those that they link to.
@@ -40,11 +42,13 @@ def help_page(command: str) -> str:
     """What ``moa COMMAND --help`` prints."""
     from moa_lightning.cli import main
 
-    os.environ["COLUMNS"] = "100"
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+    terminal = (patch.dict(os.environ, COLUMNS="84"), patch.object(sys, "argv", ["moa"]))  # as wide as a page
+    with terminal[0], terminal[1], contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main([command, "--help"])
-    return f"# moa {command}\n\n```text\n{printed.getvalue().strip()}\n```\n"
+    # The usage names every option, and each of them follows below it with what it does.
+    shown = re.sub(r"\Ausage: .*?\n\n", f"usage: moa {command} [options]\n\n", printed.getvalue(), flags=re.DOTALL)
+    return f"# moa {command}\n\n```text\n{shown.strip()}\n```\n"
 
 
 def file_page(file: str) -> str:

@@ -165,6 +165,7 @@ def test_files_modules_and_links_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     folders = "moa_lightning|callbacks|configs|tests|scripts|bench|docs"
     files = re.findall(rf"(?<![\w/]|\.)((?:{folders})/[\w./-]+\.(?:py|yaml|md|sh|sbatch|png|svg))\b", text)
+    files += re.findall(rf"`((?:{folders})/(?:\w+/)*)`", text)
     modules = re.findall(r"python -m ([\w.]+)", text)
     names = re.findall(r"(?<![\w/.])(moa_lightning(?:\.\w+)+)\b(?!/)", text)
     links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
@@ -185,6 +186,7 @@ def test_generated_pages() -> None:
     pages = {name: write() for name, write in hooks.generated().items()}
     assert {f"combiners/{name}.md" for name in DEFAULTS} | {f"reference/{name}.md" for name in COMMANDS} <= pages.keys()
     assert "--model.combiner" in pages["reference/fit.md"]
+    assert "usage: moa fit [options]\n" in pages["reference/fit.md"]
     for page in ("kl.md", "missing-scores.md"):
         shown = hooks.on_page_markdown((ROOT / "docs" / page).read_text(encoding="utf-8"))
         assert [name for name in DEFAULTS if f"| [{name}](combiners/{name}.md) | " not in shown] == []
