@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -19,23 +19,20 @@ Run = tuple[Any, Any]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """Trainer and module of finished runs: rollouts with a critic, ratios to a reference, and labelled pairs."""
+def started(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trainer and module of a run that has not begun."""
     found: list[Run] = []
-    task, pairs = make(tmp_path_factory.mktemp("task")), preference_task.make(tmp_path_factory.mktemp("pairs"))
-    rollouts = [f"--config={task.config}", "--model.objectives.short.scale=2", "--trainer.max_steps=2"]
-    several = ["--model.source.num_generations=4", "--trainer.default_root_dir=" + str(task.folder / "other")]
-    mopo = [
-        "--model.combiner=MOPO",
-        "--model.combiner.thresholds={short: 0.5}",
-        "--model.source.advantages=GroupRelative",
-    ]
+
+    def stop(*run: Any) -> NoReturn:
+        found.append(run)
+        raise KeyboardInterrupt
+
+    config = make(tmp_path_factory.mktemp("task")).config
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "check_monitors", lambda trainer, module: found.append((trainer, module)))
-        moa("fit", *rollouts)
-        moa("fit", *rollouts, *several, *mopo)
-        moa("fit", f"--config={pairs / 'run.yaml'}", "--trainer.max_steps=3")
-    return found
+        patch.setattr(command, "check_monitors", stop)
+        with pytest.raises(KeyboardInterrupt):
+            moa("fit", f"--config={config}", "--model.objectives.short.scale=2")
+    return found[0]
 
 
 def follow(run: Run, *names: str, beside: tuple[Any, ...] = ()) -> None:
@@ -44,11 +41,23 @@ def follow(run: Run, *names: str, beside: tuple[Any, ...] = ()) -> None:
     check_monitors(SimpleNamespace(callbacks=[*ours, *watching, *beside]), run[1])  # type: ignore[arg-type]
 
 
-def test_all_that_is_logged_may_be_followed(runs: list[Run]) -> None:
-    for run in runs:
+@pytest.mark.slow
+def test_all_that_is_logged_may_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rollouts with a critic, rollouts with ratios to a reference, and labelled pairs."""
+    found: list[Run] = []
+    monkeypatch.setattr(command, "check_monitors", lambda *run: found.append(run))
+    task, pairs = make(tmp_path), preference_task.make(tmp_path / "pairs")
+    rollouts = [f"--config={task.config}", "--model.objectives.short.scale=2", "--trainer.val_check_interval=2"]
+    several = ["--model.source.num_generations=4", "--model.source.advantages=GroupRelative"]
+    mopo = ["--model.combiner=MOPO", "--model.combiner.thresholds={short: 0.5}"]
+    moa("fit", *rollouts)
+    moa("fit", *rollouts, *several, *mopo, f"--trainer.default_root_dir={task.folder / 'other'}")
+    moa("fit", f"--config={pairs / 'run.yaml'}", "--trainer.max_steps=3")
+    for run in found:
         logged = [name for name in run[0].callback_metrics if name != "step"]
         assert len(logged) > 20
         follow(run, *logged)
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize(
@@ -61,19 +70,19 @@ def test_all_that_is_logged_may_be_followed(runs: list[Run]) -> None:
         ("thresholds_held/god", "did you mean 'thresholds_held/good'?"),
     ],
 )
-def test_what_nobody_logs_is_refused(runs: list[Run], name: str, says: str) -> None:
+def test_what_nobody_logs_is_refused(started: Run, name: str, says: str) -> None:
     with pytest.raises(UserError, match=says.replace("?", r"\?")):
-        follow(runs[0], name)
+        follow(started, name)
 
 
-def test_callbacks_of_others_may_log_what_they_like_but_not_for_ours(runs: list[Run]) -> None:
+def test_callbacks_of_others_may_log_what_they_like_but_not_for_ours(started: Run) -> None:
     class Mine(EarlyStopping):
         """Of a user."""
 
     for other in (Mine("val/rewards/good/mean"), LearningRateMonitor()):
-        follow(runs[0], "nothing", "val/mine", "lr-AdamW", beside=(other,))
+        follow(started, "nothing", "val/mine", "lr-AdamW", beside=(other,))
         with pytest.raises(UserError, match="no metric 'val/rewards/god/mean'"):
-            follow(runs[0], "val/rewards/god/mean", beside=(other,))
+            follow(started, "val/rewards/god/mean", beside=(other,))
 
 
 def test_a_run_with_a_misspelt_monitor_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

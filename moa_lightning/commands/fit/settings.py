@@ -95,7 +95,7 @@ def check_nulls(value: Any, hint: Any, name: str) -> None:
     kinds = _members(hint)
     if isinstance(value, Namespace) and "class_path" in value:
         inside: Mapping[str, Any] = vars(value["init_args"]) if value.get("init_args") else {}
-        kind = import_dotted(value.class_path)
+        kind = _class_of(value.class_path)
     elif isinstance(value, Namespace):
         inside = vars(value)
         kind = next((kind for kind in kinds if inspect.isclass(kind) and (is_dataclass(kind) or hint is kind)), None)
@@ -113,6 +113,13 @@ def check_nulls(value: Any, hint: Any, name: str) -> None:
             use = "" if default is inspect.Parameter.empty else f", or leave it out for its default{own}"
             raise UserError(f"{_shown(name)}.{field} must not be null; give a value{use}")
         check_nulls(part, wanted, f"{name}.{field}")
+
+
+def _class_of(path: str) -> Any:
+    try:
+        return import_dotted(path)
+    except UserError:  # the parser found it in another way, and builds it
+        return None
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
