@@ -4,10 +4,10 @@ import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _INK, _FAINT, _FRONT, _END = "#222222", "#b8b8b8", "#d1495b", "#00798c"
 
@@ -30,6 +30,9 @@ def draw_front(
         file: the PNG to write.
         transforms: how values follow from raw scores, in words, of the objectives where they differ.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     names = list(points[0]["mean"])
     pairs = list(combinations(names, 2)) or [(names[0], names[0])]
     columns = min(len(pairs), 3)
@@ -54,7 +57,7 @@ def _label(name: str, transforms: Mapping[str, str]) -> str:
 
 def _panel(
     axes: Any,
-    figure: Figure,
+    figure: "Figure",
     points: list[dict[str, Any]],
     on_front: list[bool],
     reference: dict[str, float],

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -42,7 +44,7 @@ def is_chat(value: Any) -> bool:
     )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str | None = None) -> str:
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], answer: str | None = None) -> str:
     """The text of a conversation.
 
     Args:
@@ -61,7 +63,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answ
         raise TemplateError(f"the chat template refuses the messages: {reason}") from error
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a chat template that is no Jinja text. One that only refuses some messages is fine.
 
     Raises:
@@ -74,7 +76,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             raise TemplateError(f"the chat template is not Jinja: {error.__cause__.message}") from error
 
 
-def answer_turn(tokenizer: PreTrainedTokenizerBase) -> Turn | None:
+def answer_turn(tokenizer: "PreTrainedTokenizerBase") -> Turn | None:
     """What the tokenizer's template writes around an answer: found by rendering one.
 
     The end token is the first special or added token behind the answer; failing that, what stands there if it is one
@@ -99,14 +101,14 @@ def answer_turn(tokenizer: PreTrainedTokenizerBase) -> Turn | None:
     return Turn(start if prompt.endswith(start) else "", end, ends[0]) if ends else None
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that end a response: the tokenizer's first, then the one that ends a turn of its chat template."""
     turn = answer_turn(tokenizer)
     ids = [tokenizer.eos_token_id, None if turn is None else turn.end_token]
     return list(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, turn: Turn) -> list[int]:
+def answer_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str, answer: str, turn: Turn) -> list[int]:
     """Tokens of an answer whose prompt is text that a template has written, closed as the template closes it.
 
     Args:
@@ -119,7 +121,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, 
 
 
 def closed_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: str, turn: Turn
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], answer: str, turn: Turn
 ) -> list[int]:
     """Tokens of an answer to chat messages, with all that the template writes behind it.
 
@@ -143,7 +145,7 @@ def closed_answer(
     return _behind(tokenizer, prompt, whole, answer + turn.end)
 
 
-def _behind(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str, otherwise: str) -> list[int]:
+def _behind(tokenizer: "PreTrainedTokenizerBase", prompt: str, whole: str, otherwise: str) -> list[int]:
     """Tokens of ``whole`` behind those of ``prompt``; where it does not start with them, of the text behind it."""
     before: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer(whole, add_special_tokens=False)["input_ids"]

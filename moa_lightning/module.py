@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
-from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.chat import end_tokens
 from moa_lightning.combiners import PAMA, Combiner
@@ -40,6 +39,9 @@ from moa_lightning.training.scheduled_weights import ScheduledWeights
 from moa_lightning.training.strategies import load, place
 from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
 from moa_lightning.utils.random_state import run_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.claims import CONVEX, Claim
@@ -206,6 +205,8 @@ def solve_dual(
     first_N = asked_N.minimum(largest_N)
     beyond_N = (asked_N > largest_N) | (thresholds_N.isfinite() & (found is None))
     for i in (beyond_N & (state["warned"] == 0)).nonzero().flatten().tolist():
+        from lightning.pytorch.utilities import rank_zero_warn
+
         why = _doubt(found, i, float(largest_N[i]))
         starts = f"Its multiplier starts at {float(first_N[i]):.3g}"
         rank_zero_warn(f"CAID's threshold {float(thresholds_N[i]):.3g} for '{names[i]}' {why}. {starts}")

@@ -5,13 +5,11 @@ Legend: N objectives.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torchjd.aggregation import DualProjWeighting, MGDAWeighting, UPGradWeighting, Weighting
-from torchjd.linalg import Matrix
 
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.shared.gradients import GradientCombiner, Place
@@ -19,12 +17,24 @@ from moa_lightning.errors import UserError
 from moa_lightning.types import Experience, State
 from moa_lightning.utils.random_state import run_seed
 
+if TYPE_CHECKING:  # TorchJD brings solvers that only this combiner and its like need
+    from torchjd.aggregation import Weighting
+
 _NO_CONFLICT = CONVEX | {Claim.ONE_OBJECTIVE, Claim.NON_CONFLICT}
-_BY_WEIGHTING: dict[type, frozenset[Claim]] = {  # by their theorems; nothing is claimed of others
-    UPGradWeighting: _NO_CONFLICT,
-    DualProjWeighting: _NO_CONFLICT,
-    MGDAWeighting: _NO_CONFLICT | {Claim.MIN_NORM},
-}
+
+
+def _claims_of(weighting: "Weighting[Any] | None") -> frozenset[Claim]:
+    """By the weightings' theorems; nothing is claimed of others."""
+    if weighting is None:
+        return _NO_CONFLICT
+    from torchjd.aggregation import DualProjWeighting, MGDAWeighting, UPGradWeighting
+
+    claims = {
+        UPGradWeighting: _NO_CONFLICT,
+        DualProjWeighting: _NO_CONFLICT,
+        MGDAWeighting: _NO_CONFLICT | {Claim.MIN_NORM},
+    }
+    return claims.get(type(weighting), frozenset())
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,8 @@ class Gramian(GradientCombiner):
     in a batch calm them.
 
     Args:
-        weighting: from the Gram matrix, its largest diagonal element 1, to the weights.
+        weighting: from the Gram matrix, its largest diagonal element 1, to the weights; ``None`` is
+            ``UPGradWeighting``.
         at: where gradients are taken: at the last hidden state (``representation``, MGDA-UB's choice, one
             backward pass through the head for all objectives), at the trained parameters of the last block
             (``last_layer``, N short passes), or at all trained ``parameters`` (N whole passes and N gradients in
@@ -60,7 +71,7 @@ class Gramian(GradientCombiner):
         norm_power: divide each gradient by its norm to this power first; 0 leaves it as it is.
     """
 
-    weighting: Weighting = field(default_factory=UPGradWeighting)  # type: ignore[type-arg]  # of a Gram matrix
+    weighting: "Weighting | None" = None  # type: ignore[type-arg]  # of a Gram matrix
     at: Place = "representation"
     norm_power: float = 0.0
 
@@ -69,10 +80,16 @@ class Gramian(GradientCombiner):
     @property
     def claimed(self) -> frozenset[Claim]:
         """What is known of the weighting as well."""
-        return super().claimed | _BY_WEIGHTING.get(type(self.weighting), frozenset())
+        return super().claimed | _claims_of(self.weighting)
 
     def __post_init__(self) -> None:
         """Refuse weightings that read something else, or that remember."""
+        if not 0 <= self.norm_power < math.inf:
+            raise UserError(f"Gramian.norm_power must be a finite number >= 0, got {self.norm_power}")
+        if self.weighting is None:
+            return
+        from torchjd.linalg import Matrix
+
         name = type(self.weighting).__name__
         instead = "UPGradWeighting, MGDAWeighting, CAGradWeighting or another one of a Gram matrix"
         if hasattr(self.weighting, "reset"):
@@ -81,8 +98,6 @@ class Gramian(GradientCombiner):
             )
         if Matrix in get_type_hints(self.weighting.forward).values():
             raise UserError(f"Gramian: {name} reads the gradients themselves, not their Gram matrix; use {instead}")
-        if not 0 <= self.norm_power < math.inf:
-            raise UserError(f"Gramian.norm_power must be a finite number >= 0, got {self.norm_power}")
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """Nothing drawn; what weightings draw goes by the run's seed.
@@ -91,6 +106,8 @@ class Gramian(GradientCombiner):
             UserError: the weighting is not for this many objectives.
         """
         state = {"batches": torch.zeros(()), "seed": torch.tensor(float(run_seed() % 2**24))}  # exact in float32
+        if self.weighting is None:  # UPGrad weighs any number of objectives
+            return state
         count = len(objectives)
         try:
             weights_N = self.weigh(torch.eye(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool), state)
@@ -118,12 +135,15 @@ class Gramian(GradientCombiner):
             return self._of_any_size(gram_NN, present_N)
 
     def _of_any_size(self, gram_NN: Tensor, present_N: Tensor) -> Tensor:
+        from torchjd.aggregation import UPGradWeighting
+
+        weighting = self.weighting or UPGradWeighting()
         try:
-            weights_N: Tensor = self.weighting(gram_NN)
+            weights_N: Tensor = weighting(gram_NN)
         except (ValueError, RuntimeError):  # not defined for fewer than all: then those without gradient take part
             if present_N.all():
                 raise
             whole_NN = gram_NN.new_zeros(len(present_N), len(present_N))
             whole_NN[present_N.outer(present_N)] = gram_NN.flatten()
-            weights_N = self.weighting(whole_NN)[present_N]
+            weights_N = weighting(whole_NN)[present_N]
         return weights_N

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
@@ -339,6 +338,8 @@ def warn_of_votes(batch: Comparisons, names: Sequence[str]) -> None:
     votes_N, responses = batch.votes()
     named = [name for name, votes in zip(names, votes_N.tolist(), strict=True) if votes]
     if named and responses < FEW_RESPONSES:
+        from lightning.pytorch.utilities import rank_zero_warn
+
         rank_zero_warn(
             f"MOPO's labels of {', '.join(map(repr, named))} are single votes among {responses:.2g} responses to a "
             "prompt. The weights follow each vote, so the policy stays farther from the constrained optimum, and the "
@@ -358,6 +359,8 @@ def warn_of_unlabelled(state: State, patience: int, names: Sequence[str]) -> Non
     if int(state["batches"]) + 1 != patience:
         return
     for i in ((state["primary"] == 0) & state["thresholds"].isfinite() & (state["seen"] == 0)).nonzero().flatten():
+        from lightning.pytorch.utilities import rank_zero_warn
+
         rank_zero_warn(
             f"MOPO's threshold {float(state['thresholds'][i]):.3g} for '{names[i]}' has not moved its multiplier: in "
             f"{patience} batches no prompt had this label for all of its responses. Label whole prompts (moa label "

@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -36,8 +36,9 @@ class UsageError(UserError):
 class OneLineErrors(ArgumentParser):
     """A parser whose errors are one line with what to write instead."""
 
-    nameable: ClassVar[Sequence[type]] = ()
-    """The classes whose subclasses a user may name."""
+    def nameable(self) -> Sequence[type]:
+        """The classes whose subclasses a user may name."""
+        return ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and stop with exit code 2."""
@@ -47,7 +48,7 @@ class OneLineErrors(ArgumentParser):
             fields = [flag for flag in flags if flag.isidentifier() and flag not in {"h", "help", "print_shtab"}]
             innermost = "is not accepted" in message and "(fields: " not in message
             super().error(f"{message} (fields: {', '.join(fields)})" if innermost else message, ex)
-        raise UsageError(explain(message, self.nameable, flags)) from ex
+        raise UsageError(explain(message, self.nameable(), flags)) from ex
 
 
 def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linprog, nnls
-from scipy.sparse import coo_array
 from torch import Tensor
 
 from moa_lightning.functional.preference import group_count, group_logsumexp, group_softmax, group_sum
@@ -154,6 +152,9 @@ def _largest_slack(excess_BM: Tensor, group_B: Tensor, log_prior_B: Tensor) -> t
     count, constraints = supported_BM.shape
     if constraints == 0:
         return math.inf, excess_BM.new_zeros(0)
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_array
+
     # max t  subject to  t <= E_pi[excess_j] for every j, pi on the simplex of each prompt.
     solution = linprog(
         np.r_[np.zeros(count), -1.0],
@@ -214,6 +215,8 @@ def _minimise(start_B: Tensor, excess_BM: Tensor, group_B: Tensor) -> Tensor:
 
 def _least_on_orthant(hessian_MM: Tensor, at_M: Tensor, gradient_M: Tensor) -> Tensor:
     """Where the quadratic with this gradient at a point is least among vectors of at least 0."""
+    from scipy.optimize import nnls
+
     curvature_M, axes_MM = torch.linalg.eigh(hessian_MM)
     # What is added keeps the step finite where an objective hardly varies any more.
     root_M = (curvature_M.clamp(min=0.0) + 1e-14 + 1e-12 * curvature_M[-1]).sqrt()

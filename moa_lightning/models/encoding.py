@@ -6,15 +6,17 @@ Legend: B sequences, P prompt tokens, T response tokens, L = P + T.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from moa_lightning.chat import Prompt, TemplateError, Turn, answer_turn, closed_answer, render
 from moa_lightning.errors import UserError
 from moa_lightning.types import PromptBatch, Responses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 
@@ -35,7 +37,7 @@ class Encoder:
         with_candidates: rows hold ``responses``, which must fit too; ``max_new_tokens`` limits their length.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     end_ids: tuple[int, ...]
     context_length: int | None
     max_new_tokens: int

@@ -5,17 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from moa_lightning.chat import check_template
 from moa_lightning.errors import UserError
@@ -23,9 +15,14 @@ from moa_lightning.models.config import PolicyConfig
 from moa_lightning.models.skeleton import Skeleton, UnsuitedError, skeleton
 from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-def load_config(policy: PolicyConfig) -> PretrainedConfig:
+
+def load_config(policy: PolicyConfig) -> "PretrainedConfig":
     """Load the config of the model, or of an adapter's base model. It is cheap: mistakes show before weights load."""
+    from transformers import AutoConfig
+
     if not policy.is_adapter:
         config: PretrainedConfig = _open(policy, AutoConfig, "model config")
         _check_sizes(config, policy.path)
@@ -39,7 +36,7 @@ def load_config(policy: PolicyConfig) -> PretrainedConfig:
     return config
 
 
-def _check_sizes(config: PretrainedConfig, path: str) -> None:
+def _check_sizes(config: "PretrainedConfig", path: str) -> None:
     """Refuse a damaged config, from which transformers would build a model without layers."""
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
         size = getattr(config.get_text_config(), name, 1)
@@ -48,7 +45,7 @@ def _check_sizes(config: PretrainedConfig, path: str) -> None:
             raise UserError(f"policy.path: the config.json of '{path}' has {own} {size}; it must be at least 1")
 
 
-def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(policy: PolicyConfig) -> "PreTrainedTokenizerBase":
     """Load the policy's tokenizer. It pads on the left and has a padding token."""
     try:
         tokenizer: PreTrainedTokenizerBase = open_tokenizer(policy.path, **policy.hub_arguments())
@@ -65,8 +62,10 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(policy: PolicyConfig) -> PreTrainedModel:
+def load_model(policy: PolicyConfig) -> "PreTrainedModel":
     """Load the causal language model, with a PEFT adapter if the config asks for one or the folder holds one."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     check_quantization(policy)
     arguments: dict[str, Any] = {"dtype": policy.dtype, **policy.options}
     if policy.attn_implementation is not None:
@@ -87,7 +86,7 @@ def load_model(policy: PolicyConfig) -> PreTrainedModel:
     return _with_adapter(model, policy)
 
 
-def load_skeleton(policy: PolicyConfig) -> tuple[PreTrainedModel, Skeleton]:
+def load_skeleton(policy: PolicyConfig) -> "tuple[PreTrainedModel, Skeleton]":
     """Build the model of :func:`load_model` on the meta device. An adapter has real weights.
 
     Returns:
@@ -96,6 +95,8 @@ def load_skeleton(policy: PolicyConfig) -> tuple[PreTrainedModel, Skeleton]:
     Raises:
         UnsuitedError: this model cannot be read shard by shard; use :func:`load_model`.
     """
+    from transformers import AutoModelForCausalLM
+
     check_quantization(policy)
     if policy.quantization is not None:
         raise UnsuitedError("it is quantised while it is loaded")
@@ -149,7 +150,7 @@ def _ready(model: Any, policy: PolicyConfig) -> None:
         model.enable_input_require_grads()
 
 
-def _with_adapter(model: Any, policy: PolicyConfig) -> PreTrainedModel:
+def _with_adapter(model: Any, policy: PolicyConfig) -> "PreTrainedModel":
     if policy.is_adapter:
         model = _open_adapter(model, policy)
     elif policy.lora is not None:
@@ -167,7 +168,7 @@ def disable_dropout(model: Any) -> None:
                 setattr(layer, name, 0.0)
 
 
-def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
+def _add_adapter(model: "PreTrainedModel", policy: PolicyConfig) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
@@ -196,7 +197,7 @@ def _add_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
             raise UserError(f"policy.lora does not fit {type(model).__name__}: {reason}") from error
 
 
-def _check_saved_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
+def _check_saved_modules(model: "PreTrainedModel", names: Sequence[str]) -> None:
     """Refuse ``modules_to_save`` that the model does not have: peft ignores them silently."""
     layers = [name for name, _ in model.named_modules() if name]
     for wanted in names:
@@ -219,7 +220,7 @@ def _base_of(policy: PolicyConfig) -> str:
     return policy.base or str(config.base_model_name_or_path)
 
 
-def _open_adapter(model: PreTrainedModel, policy: PolicyConfig) -> Any:
+def _open_adapter(model: "PreTrainedModel", policy: PolicyConfig) -> Any:
     from peft import PeftModel
 
     with _without_peft_noise():

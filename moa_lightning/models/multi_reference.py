@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from moa_lightning.distributed.shards import reshard
 from moa_lightning.errors import UserError
@@ -65,6 +64,8 @@ class MultiReference(Reference):
 
     def check(self, has_adapter: bool) -> None:
         """Open each reference's config."""
+        from transformers import AutoConfig
+
         self._first = AdapterOff() if has_adapter else FrozenCopy()
         for path in self.paths:
             self._open(AutoConfig, path, "model config")
@@ -75,6 +76,8 @@ class MultiReference(Reference):
         Raises:
             UserError: the vocabularies differ.
         """
+        from transformers import AutoModelForCausalLM
+
         self._first.setup(policy)
         self._others = []
         for path in self.paths:

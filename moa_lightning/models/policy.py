@@ -10,17 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from moa_lightning.chat import end_tokens
 from moa_lightning.distributed import any_rank, rank
@@ -31,6 +24,9 @@ from moa_lightning.models.value_heads import ValueHeads
 from moa_lightning.signals import GradientPlace
 from moa_lightning.utils.atomic_folder import atomic_folder
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite, some
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "moa.json"
 """Machine-readable facts about the policy in a folder."""
@@ -46,8 +42,8 @@ class PolicyOutput:
     hidden_BTD: Tensor  # the shared representation: last hidden state before token t
 
 
-class FiniteLogits(LogitsProcessor):
-    """Records whether a row of logits cannot be sampled from, and samples any token there.
+class FiniteLogits:
+    """A logits processor that records whether a row of logits cannot be sampled from, and samples any token there.
 
     Without it, sampling fails in a GPU kernel, which ends the process. A logit of minus infinity is fine: that token is
     never sampled. The processor does not synchronise with the device.
@@ -73,7 +69,7 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, backbone: Any, tokenizer: PreTrainedTokenizerBase, value_heads: ValueHeads | None = None
+        self, backbone: Any, tokenizer: "PreTrainedTokenizerBase", value_heads: ValueHeads | None = None
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -86,7 +82,7 @@ class Policy(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(self.causal_lm.get_decoder().forward).parameters
 
     @property
-    def causal_lm(self) -> PreTrainedModel:
+    def causal_lm(self) -> "PreTrainedModel":
         """The model inside an adapter, or the backbone itself."""
         model: PreTrainedModel = self.backbone.get_base_model() if self.has_adapter else self.backbone
         return model
@@ -167,11 +163,13 @@ class Policy(nn.Module):
             )
 
     @torch.no_grad()
-    def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: GenerationConfig) -> Tensor:
+    def generate(self, input_ids_BP: Tensor, attention_mask_BP: Tensor, config: "GenerationConfig") -> Tensor:
         """Sample responses; returns prompts and responses, (B, P + T), padded after the end token.
 
         It stops when all responses have ended. Afterwards, ``sampled_from_finite`` is whether all logits were finite.
         """
+        from transformers import LogitsProcessorList
+
         watch = FiniteLogits()
         self._watch = watch
         with self._only_generation_config(config), self.generation_context(self) as in_step:
@@ -189,13 +187,15 @@ class Policy(nn.Module):
         return not bool(self._watch.failed)
 
     @contextmanager
-    def _only_generation_config(self, config: GenerationConfig) -> Iterator[None]:
+    def _only_generation_config(self, config: "GenerationConfig") -> Iterator[None]:
         """Context manager: the model has no generation config of its own.
 
         transformers fills what ``config`` leaves unset (repetition penalty, minimum length, suppressed tokens, …) from
         the model's generation config. Responses would be sampled from another distribution than the one whose
         log-probabilities are trained. The model's own config is restored afterwards, and saved with the policy.
         """
+        from transformers import GenerationConfig
+
         holders = [model for model in (self.causal_lm, self.backbone) if hasattr(model, "generation_config")]
         own = [model.generation_config for model in holders]
         for model in holders:
@@ -272,7 +272,7 @@ class Policy(nn.Module):
                 (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Tokens that end a response: the tokenizer's, its chat template's, and those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     several: Sequence[int | None] = configured if isinstance(configured, list) else [configured]

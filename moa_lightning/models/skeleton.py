@@ -6,18 +6,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.utils.hub import cached_file
 
 from moa_lightning.distributed.shards import fill_shard
 from moa_lightning.errors import UserError
 from moa_lightning.utils.console import progress
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -38,6 +38,8 @@ class WeightFiles:
     """
 
     def __init__(self, path: str, revision: str | None = None) -> None:
+        from transformers.utils.hub import cached_file
+
         def found(name: str) -> Path | None:
             try:
                 file = cached_file(
@@ -114,7 +116,7 @@ class Skeleton:
         files: the files to read.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     places: list[tuple[nn.Module, str, str]]
     files: WeightFiles
 
@@ -168,7 +170,7 @@ class Skeleton:
 
 
 def skeleton(
-    auto_class: Any, path: str, config: PretrainedConfig, dtype: str, revision: str | None = None, **arguments: Any
+    auto_class: Any, path: str, config: "PretrainedConfig", dtype: str, revision: str | None = None, **arguments: Any
 ) -> Skeleton:
     """Build the model that ``auto_class.from_pretrained(path)`` gives, without its weights.
 
@@ -184,6 +186,9 @@ def skeleton(
         UnsuitedError: the files do not hold the model's weights as they are, or transformers changes them while
             loading.
     """
+    from transformers import GenerationConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
     if wanted is None:
         raise UnsuitedError("its config does not say the dtype of its weights")
@@ -211,7 +216,7 @@ def skeleton(
     return Skeleton(model.eval(), places, files)
 
 
-def _places(model: PreTrainedModel, files: WeightFiles) -> list[tuple[nn.Module, str, str]]:
+def _places(model: "PreTrainedModel", files: WeightFiles) -> list[tuple[nn.Module, str, str]]:
     names: dict[int, str] = {}
     found = [
         (module, attribute, parameter, f"{prefix}.{attribute}" if prefix else attribute)
@@ -229,7 +234,7 @@ def _places(model: PreTrainedModel, files: WeightFiles) -> list[tuple[nn.Module,
     return [(module, attribute, names[id(parameter)]) for module, attribute, parameter, _ in found]
 
 
-def _name_in(files: WeightFiles, key: str, model: PreTrainedModel) -> str | None:
+def _name_in(files: WeightFiles, key: str, model: "PreTrainedModel") -> str | None:
     """Name of a weight in the files. They may lack the prefix of the model inside the head, or add it."""
     prefix = f"{model.base_model_prefix}."
     return next((name for name in (key, key.removeprefix(prefix), prefix + key) if name in files), None)

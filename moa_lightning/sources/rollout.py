@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from moa_lightning.distributed import all_sum, any_rank, rank
 from moa_lightning.errors import UserError
@@ -24,6 +24,9 @@ from moa_lightning.sources.advantages import GAE, AdvantageEstimator
 from moa_lightning.sources.base import Actors, Source, check_prompt_length
 from moa_lightning.types import Evaluation, Experience, PromptBatch, Responses, RewardTable
 from moa_lightning.utils.non_finite import NonFiniteError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 @dataclass
@@ -251,7 +254,9 @@ class Rollout(Source):
             sequences_BL = actors.policy.generate(batch.input_ids_BP, batch.attention_mask_BP, config)
         return actors.encoder.decode(batch, sequences_BL)
 
-    def _generation_config(self, policy: Policy) -> GenerationConfig:
+    def _generation_config(self, policy: Policy) -> "GenerationConfig":
+        from transformers import GenerationConfig
+
         return GenerationConfig(
             do_sample=True,
             max_new_tokens=self.max_new_tokens,

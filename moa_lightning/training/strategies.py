@@ -4,13 +4,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import PreTrainedModel
 
 from moa_lightning.distributed import all_objects, raise_on_all_ranks
 from moa_lightning.distributed.shards import load_optimizer_shards, load_shards, reshard, save_shards, stored_shapes
@@ -40,6 +39,9 @@ from moa_lightning.training.checkpoints import (
     require_valid,
     save_file,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -175,7 +177,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return self.plan.apply_frozen(model, self.mesh)
 
 
-def load(config: PolicyConfig, strategy: Strategy) -> tuple[PreTrainedModel, Skeleton | None]:
+def load(config: PolicyConfig, strategy: Strategy) -> "tuple[PreTrainedModel, Skeleton | None]":
     """Load the policy's model; on the meta device if the strategy shards it and its files allow that.
 
     Returns:

@@ -13,21 +13,19 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
-
-import datasets
-import pyarrow as pa
-from datasets.exceptions import DatasetGenerationError
-from pyarrow.json import ReadOptions, read_json
+from typing import IO, TYPE_CHECKING, Any
 
 from moa_lightning.errors import UserError
+
+if TYPE_CHECKING:  # with pandas and pyarrow, 80 MB that a command needs only once it reads a file
+    import datasets
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PART = 10 << 20  # characters
 _KNOWN = "use .jsonl, .ndjson, .json, .csv or .tsv (each also with .gz), or .parquet"
 
 
-def load_rows(path: str, split: str | None = None, subset: str | None = None) -> datasets.Dataset:
+def load_rows(path: str, split: str | None = None, subset: str | None = None) -> "datasets.Dataset":
     """Rows of a JSONL, JSON, CSV, TSV or Parquet file, or of a data set on the hub or in a folder of its own.
 
     They are memory-mapped from the cache of ``datasets`` (``HF_DATASETS_CACHE``); nothing is written beside the file.
@@ -67,7 +65,10 @@ def load_rows(path: str, split: str | None = None, subset: str | None = None) ->
     return rows
 
 
-def _load(builder: str, file: Path, options: dict[str, Any]) -> datasets.Dataset:
+def _load(builder: str, file: Path, options: dict[str, Any]) -> "datasets.Dataset":
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
     load = partial(datasets.load_dataset, builder, data_files=str(file), split="train", **options)
     try:
         return load()
@@ -81,8 +82,12 @@ def _load(builder: str, file: Path, options: dict[str, Any]) -> datasets.Dataset
         raise
 
 
-def _all_fields(file: Path) -> datasets.Features:
+def _all_fields(file: Path) -> "datasets.Features":
     """The fields of all lines of a JSONL file, read in parts."""
+    import datasets
+    import pyarrow as pa
+    from pyarrow.json import ReadOptions, read_json
+
     schema = pa.schema([])
     with _open_text(file) as lines:
         while part := "".join(lines.readlines(_PART)).encode():
@@ -91,7 +96,7 @@ def _all_fields(file: Path) -> datasets.Features:
     return datasets.Features.from_arrow_schema(schema)
 
 
-def require_columns(rows: datasets.Dataset, names: Iterable[str], path: str) -> None:
+def require_columns(rows: "datasets.Dataset", names: Iterable[str], path: str) -> None:
     """Refuse rows that lack one of the columns.
 
     Raises:
@@ -256,6 +261,8 @@ def _open_text(file: Path, newline: str | None = None) -> Iterator[IO[str]]:
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
     """Reading a file here is no download; the user's own setting is put back."""
+    import datasets
+
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -265,7 +272,9 @@ def _without_progress_bar() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _from_hub(path: str, split: str, subset: str | None) -> datasets.Dataset:
+def _from_hub(path: str, split: str, subset: str | None) -> "datasets.Dataset":
+    import datasets
+
     try:
         return datasets.load_dataset(path, subset, split=split)
     except Exception as error:

@@ -165,7 +165,7 @@ def test_a_cost_gives_the_same_front_as_its_negative(tmp_path):
 def test_the_axes_say_that_a_value_is_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "moa_lightning.callbacks.front_plot.Figure",
+        "matplotlib.figure.Figure",
         lambda **options: drawn.append(Figure(**options)) or drawn[-1],
     )
     trainer(tmp_path, ParetoFront(), max_steps=1).fit(as_cost())

@@ -6,7 +6,6 @@ Legend: B sequences, N objectives, W batches of a window.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combiner
@@ -131,6 +130,8 @@ def warn_if_stuck(
     named_N = stuck_N >= patience if impossible_N is None else (stuck_N >= patience) | impossible_N
     named_N = named_N & (state["warned"] == 0)
     for i in named_N.nonzero().flatten().tolist():
+        from lightning.pytorch.utilities import rank_zero_warn
+
         rank_zero_warn(message(i, float(best_N[i])))
     return {"best": best_N, "stuck": stuck_N, "warned": state["warned"].masked_fill(named_N, 1.0)}
 

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torchjd.aggregation import MGDAWeighting
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import Claim
@@ -92,6 +91,8 @@ class MinNorm(GradientCombiner):
 
     def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
         """The min-norm point."""
+        from torchjd.aggregation import MGDAWeighting
+
         weights_N: Tensor = MGDAWeighting(epsilon=self.epsilon, max_iters=self.max_iters)(gram_NN)
         return weights_N
 

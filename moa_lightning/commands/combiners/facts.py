@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ class Facts:
     settings: tuple[Setting, ...]
     needs: tuple[Signal, ...]
     combiner: Combiner | None  # with its default settings; None where it has settings without a default
-    preset: str  # YAML
     module: str  # dotted path of the file
 
     @property
@@ -78,6 +78,15 @@ class Facts:
         stem = self.module.rpartition(".")[2]
         return f"tests/combiners/test_{stem}.py" if self.module.startswith(f"{package.__name__}.") else ""
 
+    @cached_property
+    def preset(self) -> str:
+        """Its YAML: read when a page shows it, since the table does not."""
+        for path in sorted(PRESETS.glob("*.yaml")):
+            text = path.read_text(encoding="utf-8")
+            if yaml.safe_load(text)["model"]["combiner"]["class_path"] == self.class_path:
+                return text
+        return f"model:\n  combiner:\n    class_path: {self.class_path}\n"
+
     @property
     def kl_charge(self) -> str:
         """Where a KL penalty in the reward reaches what is trained on."""
@@ -85,7 +94,7 @@ class Facts:
             return "in each advantage"
         return "off the combined score" if self.combiner is None or self.combiner.charged_kl else "not at all"
 
-    @property
+    @cached_property
     def state(self) -> State:
         """What it remembers, as it begins with two objectives."""
         return {} if self.combiner is None else self.combiner.init(("first", "second"), torch.ones(2))
@@ -146,7 +155,6 @@ def facts(combiner: type[Combiner], class_path: str) -> Facts:
         settings=_settings(combiner, args),
         needs=tuple(sorted(combiner.needs)),
         combiner=_by_default(combiner),
-        preset=_preset(class_path),
         module=combiner.__module__,
     )
 
@@ -171,11 +179,3 @@ def _settings(combiner: type[Any], args: str) -> tuple[Setting, ...]:
             default = type(made).__name__
         found.append(Setting(field.name, default, meanings.get(field.name, "")))
     return tuple(found)
-
-
-def _preset(class_path: str) -> str:
-    for path in sorted(PRESETS.glob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if yaml.safe_load(text)["model"]["combiner"]["class_path"] == class_path:
-            return text
-    return f"model:\n  combiner:\n    class_path: {class_path}\n"

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from torchjd.aggregation import Weighting
 
 from moa_lightning import combiners, data, losses, models, rewards, sources
 from moa_lightning.callbacks import (
@@ -67,26 +67,30 @@ _CHECKPOINTS_THAT_LIGHTNING_FINDS = ("hpc", "registry")
 class AlignmentParser(OneLineErrors, LightningArgumentParser):
     """The parser of one command."""
 
-    nameable = (
-        combiners.Combiner,
-        combiners.DualUpdate,
-        sources.Source,
-        sources.AdvantageEstimator,
-        losses.PolicyLoss,
-        losses.KLPenalty,
-        models.Reference,
-        models.LoRA,
-        rewards.Reward,
-        rewards.Objective,
-        WeightSchedule,  # before Weighting: a key "weight" is in both names
-        Weighting,
-        data.PromptData,
-        data.PreferenceFormat,
-        torch.optim.Optimizer,
-        torch.optim.lr_scheduler.LRScheduler,
-        Callback,
-        Logger,
-    )
+    def nameable(self) -> Sequence[type]:
+        """Every base class of a setting."""
+        from torchjd.aggregation import Weighting
+
+        return (
+            combiners.Combiner,
+            combiners.DualUpdate,
+            sources.Source,
+            sources.AdvantageEstimator,
+            losses.PolicyLoss,
+            losses.KLPenalty,
+            models.Reference,
+            models.LoRA,
+            rewards.Reward,
+            rewards.Objective,
+            WeightSchedule,  # before Weighting: a key "weight" is in both names
+            Weighting,
+            data.PromptData,
+            data.PreferenceFormat,
+            torch.optim.Optimizer,
+            torch.optim.lr_scheduler.LRScheduler,
+            Callback,
+            Logger,
+        )
 
 
 class AlignmentCLI(LightningCLI):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,7 +26,9 @@ from moa_lightning.rewards import ClassifierOutput, LengthUnit, Objective, Rewar
 class LabelParser(OneLineErrors):
     """The parser of ``moa label``."""
 
-    nameable: ClassVar[Sequence[type]] = (PreferenceFormat, Reward, Objective, ClassifierOutput, ScoredText, LengthUnit)
+    def nameable(self) -> Sequence[type]:
+        """Every base class of a setting."""
+        return (PreferenceFormat, Reward, Objective, ClassifierOutput, ScoredText, LengthUnit)
 
 
 def label(
