@@ -12,24 +12,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moa_lightning.commands import COMMANDS, run
 from moa_lightning.errors import UserError
 from moa_lightning.utils.console import is_main_process, launched_as
 
 PACKAGE = Path(__file__).resolve().parent
-
-COMMANDS = {
-    "fit": "align a policy",
-    "validate": "score a policy's responses to the validation prompts",
-    "test": "score a policy's responses to the test prompts",
-    "predict": "write responses with their scores as JSONL",
-    "sft": "build or fine-tune a policy on text (the supervised stage)",
-    "reward": "train a reward model on chosen/rejected pairs",
-    "label": "fill in preference labels that are missing, from rewards",
-    "compare": "put the objectives and thresholds of several runs side by side",
-    "combiners": "compare the ways N objectives become one, or print the page of one",
-    "export": "write a run's policy as a plain Hugging Face folder",
-    "demo": "the embedded task: several methods, one table, one picture",
-}
 
 _SECONDS_TO_BE_SECOND = 3
 _PEER = "This process lost contact: another process has ended, and its message, above or in its log, says why."
@@ -54,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS or args[0] != command:
         _fail(f"the first argument must be a command, one of {', '.join(COMMANDS)}; got '{args[0]}'")
     try:
-        _run(command, args)
+        run(command, args)
     except Exception as error:
         mistake = next((cause for cause in _causes(error) if isinstance(cause, UserError)), None)
         if mistake is None and _in_a_collective(error):
@@ -64,12 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("MOA_DEBUG") or mistake is None:
             raise
         _fail(str(mistake), shared=mistake.shared, cause=mistake.__cause__ if mistake.shows_cause else None)
-
-
-def _run(command: str, args: list[str]) -> None:
-    from moa_lightning import commands
-
-    commands.run(command, args)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -121,7 +102,7 @@ def _fail(message: str, shared: bool = False, cause: BaseException | None = None
 
 def _overview() -> str:
     lines = ["usage: moa COMMAND [options]", "", "Multi-objective alignment of language models.", ""]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "'moa COMMAND --help' lists a command's options."])
 
 

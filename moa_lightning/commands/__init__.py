@@ -1,53 +1,89 @@
-"""The commands behind ``moa``."""
+"""The commands behind ``moa``, in one list; what a command imports waits until it is run."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from moa_lightning.commands.errors import OneLineErrors
+from moa_lightning.utils.console import quiet_libraries
+from moa_lightning.utils.light_imports import import_lightning_for_help
+
+_PACKAGE = "moa_lightning"
+_PARSER = "commands.errors:OneLineErrors"
 
 
-def run(command: str, args: list[str]) -> None:
+@dataclass(frozen=True)
+class Command:
+    """One of ``moa``'s commands. Paths are ``module:attribute`` in this package."""
+
+    summary: str  # its line of ``moa --help``
+    function: str  # its signature is the command line; with ``parser=None`` it takes the arguments themselves
+    parser: str | None = _PARSER
+    positional: Sequence[str] = ()  # options that may be given without their names
+    repeatable: Sequence[str] = ()  # options that may be given several times, or once as a list
+    loads_models: bool = True  # with Lightning and transformers
+
+
+_CLI = "commands.fit.cli:AlignmentCLI.run_command"
+COMMANDS = {
+    "fit": Command("align a policy", _CLI, parser=None),
+    "validate": Command("score a policy's responses to the validation prompts", _CLI, parser=None),
+    "test": Command("score a policy's responses to the test prompts", _CLI, parser=None),
+    "predict": Command("write responses with their scores as JSONL", _CLI, parser=None),
+    "sft": Command("build or fine-tune a policy on text (the supervised stage)", "stages.supervised:supervised"),
+    "reward": Command("train a reward model on chosen/rejected pairs", "stages.reward_model:reward_model"),
+    "label": Command(
+        "fill in preference labels that are missing, from rewards",
+        "commands.label.command:label",
+        parser="commands.label.command:LabelParser",
+    ),
+    "compare": Command(
+        "put the objectives and thresholds of several runs side by side",
+        "commands.compare.command:compare",
+        repeatable=("runs",),
+        loads_models=False,
+    ),
+    "combiners": Command(
+        "compare the ways N objectives become one, or print the page of one",
+        "commands.combiners.pages:combiners",
+        loads_models=False,
+    ),
+    "export": Command(
+        "write a run's policy as a plain Hugging Face folder",
+        "commands.export.command:export",
+        positional=("run", "output"),
+    ),
+    "demo": Command("the embedded task: several methods, one table, one picture", "commands.demo.command:demo"),
+}
+
+
+def run(name: str, args: list[str]) -> None:
     """Run one command; ``args`` starts with its name."""
-    from moa_lightning.utils.console import quiet_libraries
-
-    quiet_libraries()
+    command = COMMANDS[name]
+    shows_help = args[1:] in (["--help"], ["-h"])
+    quiet_libraries(with_models=command.loads_models and not shows_help)
+    if command.loads_models and shows_help:
+        import_lightning_for_help()
     if str(Path.cwd()) not in sys.path:  # classes of your own, beside which you run moa; last, so as to hide nothing
         sys.path.append(str(Path.cwd()))
-    if command in {"fit", "validate", "test", "predict"}:
-        from moa_lightning.commands.fit.cli import AlignmentCLI
+    function = _load(command.function)
+    if command.parser is None:
+        function(args)
+        return
+    args = _named(args, *command.positional)
+    for option in command.repeatable:
+        args = _joined(args, option)
+    _call(function, args, _load(command.parser))
 
-        AlignmentCLI.run_command(args)
-    elif command == "demo":
-        from moa_lightning.commands.demo.command import demo
 
-        _call(demo, args)
-    elif command == "sft":
-        from moa_lightning.stages.supervised import supervised
-
-        _call(supervised, args)
-    elif command == "reward":
-        from moa_lightning.stages.reward_model import reward_model
-
-        _call(reward_model, args)
-    elif command == "label":
-        from moa_lightning.commands.label.command import LabelParser, label
-
-        _call(label, args, LabelParser)
-    elif command == "compare":
-        from moa_lightning.commands.compare.command import compare
-
-        _call(compare, _joined(args, "runs"))
-    elif command == "combiners":
-        from moa_lightning.commands.combiners.pages import combiners
-
-        _call(combiners, args)
-    else:
-        from moa_lightning.commands.export.command import export
-
-        _call(export, _named(args, "run", "output"))
+def _load(path: str) -> Any:
+    module, _, names = path.partition(":")
+    found: Any = import_module(f"{_PACKAGE}.{module}")
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def _named(args: list[str], *names: str) -> list[str]:
@@ -82,17 +118,17 @@ def _joined(args: list[str], name: str) -> list[str]:
     return [*others, f"--{name}={json.dumps(runs)}"]
 
 
-def _call(function: Callable[..., None], args: list[str], parser: "type[OneLineErrors] | None" = None) -> None:
+def _call(function: Callable[..., None], args: list[str], parser: Any) -> None:
     from jsonargparse import auto_cli
 
-    from moa_lightning.commands.errors import OneLineErrors, check_config_files
+    from moa_lightning.commands.errors import check_config_files
 
     check_config_files(args)
     auto_cli(
         function,
         args=args[1:],
         as_positional=False,
-        parser_class=parser or OneLineErrors,
+        parser_class=parser,
         prog=f"moa {args[0]}",
         allow_abbrev=False,
     )

@@ -48,10 +48,13 @@ def without_progress_bars() -> None:
     huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # it is there
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(with_models: bool = True) -> None:
     """Silence start-up chatter of Lightning, transformers and datasets; their warnings and errors still show.
 
     Of several processes, only the main one prints more than errors.
+
+    Args:
+        with_models: whether the command loads models, and so transformers.
     """
     # By their full names: Lightning sets the levels of the packages above when it is imported.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -59,13 +62,17 @@ def quiet_libraries() -> None:
     for message in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
 
+    others = not is_main_process(launched_as())
+    if others:
+        logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
+        warnings.simplefilter("ignore")
+    if not with_models:
+        return
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not is_main_process(launched_as()):
-        logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
-        warnings.simplefilter("ignore")
+    if others:
         without_progress_bars()
 
 
