@@ -75,6 +75,7 @@ def command(folder: Path, options: argparse.Namespace, steps: int) -> list[str]:
         "trainer.enable_progress_bar": "false",
         "data.batch_size": 4,
         "data.val_batch_size": 16,
+        "data.val_repeats": 2,
         "model.source.num_iterations": 2,
     }
     if options.processes > 1:
