@@ -100,11 +100,17 @@ KINDS = [
 ]
 
 
-def fork(action: Callable[[], None], log: Path, seconds: float | None = None) -> int:
-    """Exit code of an action in a fork of this process, negative for a signal; killed after ``seconds``."""
+def start(action: Callable[[], None], log: Path) -> int:
+    """Number of a fork of this process that does it."""
     child = os.fork()
     if child == 0:
         _act(action, log)
+    return child
+
+
+def fork(action: Callable[[], None], log: Path, seconds: float | None = None) -> int:
+    """Exit code of an action in a fork of this process, negative for a signal; killed after ``seconds``."""
+    child = start(action, log)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
@@ -249,6 +255,14 @@ def unbroken(kind: Kind, shared: Path, root: Path, steps: int) -> Whole:
     return Whole(root, operations(root), time.monotonic() - began)
 
 
+def prepare() -> None:
+    """What is done once, before the forks."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for name in ("matplotlib.backends.backend_agg", "peft", "moa_lightning.commands.fit.cli"):
+        importlib.import_module(name)
+    torch.set_num_threads(1)  # a fork has no other threads
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Kill, resume, compare, print."""
     parser = argparse.ArgumentParser(prog="python -m bench.kills.files", description=(__doc__ or "").split("\n")[0])
@@ -258,10 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="kinds of runs whose name holds this text")
     parser.add_argument("--keep", type=Path, help="leave runs and logs there")
     options = parser.parse_args(arguments)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    for name in ("matplotlib.backends.backend_agg", "peft", "moa_lightning.commands.fit.cli"):
-        importlib.import_module(name)  # before the forks
-    torch.set_num_threads(1)  # a fork has no other threads
+    prepare()
 
     with tempfile.TemporaryDirectory() as scratch:
         shared: Path = (options.keep or Path(scratch)).resolve()
