@@ -3,8 +3,9 @@
     python -m bench.kills.pairs [--kills 12] [--seed 0] [--steps 5] [--only MOPO] [--keep DIR]
 
 Runs of ``bench.kills.files``, drawn by the seed, on two processes under DDP or FSDP2. Of each the first process dies
-alone while it writes one of the run's files, the second one dies alone at a moment drawn uniformly over the run, and
-both die while the first one writes. A process that is left alone has to end by itself. The same command, with
+alone while it writes one of the run's files, the second one dies alone at a moment when the first one writes, and both
+die while the first one writes. A process that is left alone has to end by itself: here is no launcher, which ends it
+also before the two have met. The same command, with
 ``--ckpt_path=last`` and two processes, brings the run to its end, which is compared as there.
 """
 
@@ -28,7 +29,7 @@ from bench.kills.writes import TARGETS, WHEN, Death, Writes
 
 STRATEGIES = ("ddp", "fsdp2")
 VICTIMS = ("the first", "the second", "both")
-PATIENCE = 240.0  # seconds in which a process that lost its peer has to end
+PATIENCE = 60.0  # seconds in which a process that lost its peer has to end
 
 
 def on_two(kind: Kind, strategy: str) -> Kind:
@@ -44,7 +45,7 @@ def on_two(kind: Kind, strategy: str) -> Kind:
 
 
 def run(
-    arguments: Sequence[str], root: Path, victims: str = "", death: Death | None = None, seconds: float | None = None
+    arguments: Sequence[str], root: Path, victims: str = "", death: Death | None = None, reached: int | None = None
 ) -> list[int]:
     """Exit codes of the two processes of a run, each a fork, negative for a signal; -100 for one that had to be ended.
 
@@ -53,7 +54,7 @@ def run(
         root: the run folder; logs and the operations of the first process are beside it.
         victims: one of ``VICTIMS``, or none.
         death: at an operation of the first process.
-        seconds: after which the second one dies.
+        reached: operation of the first process at which the second one dies.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,9 +80,11 @@ def run(
 
     logs = [root.with_suffix(".log"), root.with_suffix(".second.log")]
     children = [start(lambda rank=rank: process(rank), log) for rank, log in enumerate(logs)]  # type: ignore[misc]
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(children[1], signal.SIGKILL)
+    while reached is not None:  # the first operation comes when they have met
+        if root.with_suffix(".writes").exists() and len(operations(root)) > reached:
+            os.kill(children[1], signal.SIGKILL)
+            break
+        time.sleep(0.003)
     codes: dict[int, int] = {}
     alone_since = None
     while len(codes) < len(children):
@@ -137,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command = kind.command(shared, root, options.steps)
             if victims == "the second":
                 aim, when = MOMENT, ""
-                codes = run(command, root, victims, seconds=draw.uniform(0, whole.seconds))
+                codes = run(command, root, victims, reached=draw.randrange(len(whole.targets) - 1))
             else:
                 aim, when = draw.choice(sorted(set(TARGETS) & set(whole.targets))), draw.choice(WHEN)
                 place = draw.choice([i for i, target in enumerate(whole.targets) if target == aim])
