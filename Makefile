@@ -6,8 +6,9 @@ STAMP  := $(VENV)/.installed
 # Pinned once, in constraints.txt. torch goes first and alone, so that nothing later can choose another build of it.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
-# Strict: mkdocs.yml says that a warning is an error. The variable leaves out its maker's note about a successor.
-MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build
+# Strict: mkdocs.yml says that a warning is an error. Not with --quiet, under which MkDocs 1.6 counts none. The variable
+# leaves out its maker's note about a successor.
+MKDOCS := out=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>&1) || { echo "$$out"; exit 1; }
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format docs bench bench-constrained bench-family bench-mopo bench-sharding audit clean

@@ -193,6 +193,15 @@ def test_generated_pages() -> None:
         assert "<!-- generated" not in shown
 
 
+def test_a_warning_fails_the_build_that_lint_runs() -> None:
+    """With ``--quiet`` MkDocs would count no warnings, and build a site with broken links."""
+    makefile = (ROOT / "Makefile").read_text()
+    lint = makefile.partition("\nlint:")[2].partition("\n\n")[0]
+    assert "$(MKDOCS)" in lint
+    assert re.search(r"^MKDOCS := .*/mkdocs build 2>&1\) \|\| \{ .*exit 1; \}$", makefile, re.MULTILINE)
+    assert re.search(r"^strict: true$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+
+
 def test_the_citation_has_what_the_format_asks_for() -> None:
     import moa_lightning
 
