@@ -67,7 +67,7 @@ def tables() -> dict[str, str]:
     kl = {one.name: one.kl_charge for one in known}
     missing = {one.name: one.sections["Missing score"] for one in known}
     return {
-        "kl": _by_combiner("where the charge counts", kl),
+        "kl": _by_combiner("the charge of `RewardKL`", kl),
         "missing": _by_combiner("an objective without a score for a response", missing),
     }
 

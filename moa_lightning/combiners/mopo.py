@@ -67,7 +67,8 @@ class MOPO(Combiner):
     ``radius``.
     Missing score: takes the mean of the prompt's others in ``rho``; the prompt is left out of that objective's values.
     Watch: ``values/<name>`` against ``thresholds/<name>``; ``believed/<name>`` far above ``held_out/<name>`` means that
-    the labels do not carry over to other prompts; ``ess`` near 1 response a prompt means that ``tau`` is small.
+    the labels do not carry over to other prompts; ``ess`` near one over the responses to a prompt means that ``tau`` is
+    small, and that each prompt trains on one of them.
 
     Args:
         primary: name of the primary objective; ``None`` is the first.

@@ -91,8 +91,9 @@ class Facts:
     def kl_charge(self) -> str:
         """Where a KL penalty in the reward reaches what is trained on."""
         if Signal.ADVANTAGES in self.needs:
-            return "in each advantage"
-        return "off the combined score" if self.combiner is None or self.combiner.charged_kl else "not at all"
+            return "counts in each advantage"
+        charged = self.combiner is None or self.combiner.charged_kl
+        return "is taken off the combined score" if charged else "does not count"
 
     @cached_property
     def state(self) -> State:
