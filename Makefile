@@ -59,7 +59,7 @@ bench-mopo: install  ## MOPO against exact fronts, trained policies, ablations; 
 	@$(BIN)/python -m bench.mopo --votes
 	@$(BIN)/python -m bench.mopo --cost
 
-bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes, without a GPU; the cost of sampling in pieces.
+bench-sharding: install  ## Memory of GPT-2 XL and Llama 7B on 1 to 64 processes, without a GPU; the cost of sampling from a sharded policy.
 	@$(BIN)/python -m bench.sharding
 	@$(BIN)/python -m bench.sharding.generation
 

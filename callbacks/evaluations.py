@@ -73,7 +73,7 @@ class EvaluationCallback(Callback):
 
 
 def step_of(trainer: Trainer, pl_module: LightningModule) -> int:
-    """Updates behind the weights: of the run, or of the checkpoint that is evaluated alone."""
+    """Updates of the weights: of the run, or of the checkpoint that is evaluated alone."""
     return int(getattr(pl_module, "steps_done", trainer.global_step))
 
 

@@ -109,7 +109,7 @@ class MetricsFile(Logger):
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._columns and not self.path.is_file():
-            rank_zero_warn(f"{self.path} is gone: somebody removed or moved it while the run works; it is begun anew")
+            rank_zero_warn(f"{self.path} is gone: it was removed or moved during the run; a new one is started")
             self._columns = []
         if not self._opened:
             drop_cut_line(self.path)

@@ -108,7 +108,7 @@ class ParetoFront(EvaluationCallback):
             then = ", ".join(f"{name} = {self._transforms.get(name, 'raw')}" for name in changed)
             now = ", ".join(f"{name} = {transforms.get(name, 'raw')}" for name in changed)
             rank_zero_warn(
-                f"the checkpoint's Pareto front is in other units ({then}) than this run ({now}): it starts anew here"
+                f"the checkpoint's Pareto front is in other units ({then}) than this run ({now}): it is started again"
             )
             self.points = []
             self.reference = self.reference if self._given else None

@@ -43,7 +43,7 @@ class RunFiles(EvaluationCallback):
         self.save_policy, self._writing = save_policy, Writing()
         self._first: dict[str, Mean] = {}
         self._last: dict[str, Mean] = {}
-        self._seconds_before = 0.0  # of the run that this one goes on from
+        self._seconds_before = 0.0  # of the run that this one resumes
         self._rate: float | None = None  # tokens per second, of this run or the one before
         self._started: float | None = None
 
@@ -82,9 +82,9 @@ class RunFiles(EvaluationCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the policy and the summary; the clock stops."""
         self._seconds_before, self._started = self._seconds(), None
-        if self.save_policy:  # by every process: pieces are put together
+        if self.save_policy:  # by every rank: shards are gathered
             policy: Any = pl_module.policy
-            with raise_on_all_ranks():  # the first one writes, and the others go on to what they do together
+            with raise_on_all_ranks():  # rank 0 writes, and the others continue to the next collective
                 policy.save_pretrained(Path(trainer.default_root_dir) / "policy", _record(trainer, pl_module))
         self._write(trainer, pl_module)
 

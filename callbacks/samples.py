@@ -48,8 +48,8 @@ def _by_name(names: tuple[str, ...], numbers_N: Tensor, chosen: Collection[str] 
 class SampleTable(EvaluationCallback):
     """Appends the first responses of each evaluation to ``samples.jsonl``, and logs them as a wandb table.
 
-    The prompts and the random numbers are the same at every evaluation, so the lines of one prompt tell its story.
-    Only the main process writes; what is in the file stays there.
+    The prompts and the random numbers are the same at every evaluation, so the lines of one prompt show how its
+    response changes. Only the main process writes; what is in the file stays there.
 
     Args:
         rows: responses per evaluation; 0 writes none.

@@ -26,7 +26,7 @@ if ((processes == 0)); then
     exit 2
 fi
 # torch 2.13 has one store for all rounds and takes each to have its own: after a restart processes look for each other
-# where the former ones were, and the agents that are left do not tell a new one where to meet.
+# where the former ones were, and the agents that are left do not tell a new one the rendezvous address.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if ((nodes == 1)); then
     meeting=(--standalone)

@@ -28,7 +28,7 @@ class Case:
         late: it can be refused only after a run folder is there.
         command: of ``moa``.
         preferences: starts from the config on preference rows.
-        resumed: goes on from a checkpoint of the good config's run.
+        resumed: resumes from a checkpoint of the good config's run.
     """
 
     kind: str

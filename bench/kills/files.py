@@ -4,7 +4,7 @@
 
 MOPO on rollouts and on preference rows, CAID, Lagrangian, CTWA, DynamicWeights and PAMA, each with all weights trained
 and with LoRA, evaluate and save after every step. One run of each goes through without a break. Then, for each kill,
-the same run is started anew and dies by ``SIGKILL`` before, during or after the writing of one of its files (in turn:
+the same run is started again and dies by ``SIGKILL`` before, during or after the writing of one of its files (in turn:
 a checkpoint by step, ``last.ckpt``, ``best.ckpt``, ``metrics.csv``, ``samples.jsonl``, ``front.csv``, ``front.png``,
 ``summary.json``, ``policy/``, ``config.yaml``), or at a moment drawn uniformly over the run. The same command, with
 ``--ckpt_path=last``, brings it to its end. It ends alike if

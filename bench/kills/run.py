@@ -2,7 +2,7 @@
 
     python -m bench.kills [--kills 20] [--seed 0] [--steps 8] [--processes 1] [--strategy ddp] [--keep DIR]
 
-One run of the embedded task goes through without a break. Then, for each kill, the same run is started anew, gets
+One run of the embedded task goes through without a break. Then, for each kill, the same run is started again, gets
 ``SIGKILL`` (with all its processes), and is called once more by the same command: with ``--ckpt_path=last`` it goes on
 from its last checkpoint, or starts anew where there is none. Each run evaluates and saves after every step. Every
 other kill comes at a moment drawn uniformly over the whole run; those between are aimed, at random within the phases
@@ -65,7 +65,7 @@ def draw(number: int, trace: Sequence[tuple[float, str]], end: float, random_num
 
 
 def command(folder: Path, options: argparse.Namespace, steps: int) -> list[str]:
-    """A short run of the embedded task with a checkpoint after every step; the same command goes on with it."""
+    """A short run of the embedded task with a checkpoint after every step; the same command resumes it."""
     flags = {
         "ckpt_path": "last",
         "trainer.default_root_dir": folder,

@@ -1,4 +1,4 @@
-"""The commands behind ``moa``, in one list; what a command imports waits until it is run."""
+"""The commands of ``moa``, in one list; what a command imports waits until it is run."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def run(name: str, args: list[str]) -> None:
     quiet_libraries(with_models=command.loads_models and not shows_help)
     if command.loads_models and shows_help:
         import_lightning_for_help()
-    if str(Path.cwd()) not in sys.path:  # classes of your own, beside which you run moa; last, so as to hide nothing
+    if str(Path.cwd()) not in sys.path:  # the user's classes in the working directory; last, so as to hide nothing
         sys.path.append(str(Path.cwd()))
     function = _load(command.function)
     if command.parser is None:

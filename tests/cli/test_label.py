@@ -59,7 +59,7 @@ def test_ctrl_c_says_how_to_go_on(config: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as stop:
         moa("label", "--config", config, "--output", tmp_path / "out.jsonl")
     assert stop.value.code == 130
-    line = f"stopped; what is in {tmp_path / 'out.jsonl'} is kept, and the same command goes on from there"
+    line = f"stopped; what is in {tmp_path / 'out.jsonl'} is kept, and the same command resumes from there"
     assert capsys.readouterr().err.splitlines()[-1] == line
 
 

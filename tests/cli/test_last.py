@@ -47,7 +47,7 @@ def test_checkpoints_elsewhere(task: Task, capsys: pytest.CaptureFixture[str], m
         with pytest.raises(SystemExit):
             moa("fit", "--config", task.config, there, "--trainer.max_steps=3", "--run_files.save_policy=false")
     told = capsys.readouterr().err
-    assert f"the last checkpoint is of step 1; go on with: moa fit --config {task.root}/config.yaml" in told
+    assert f"the last checkpoint is of step 1; resume with: moa fit --config {task.root}/config.yaml" in told
     assert f"--ckpt_path={kept}/last.ckpt" in told
     refused = complaint(capsys, "fit", "--config", task.config, there, "--trainer.default_root_dir=runs/new")
     assert refused.startswith(
@@ -78,7 +78,7 @@ def test_a_kill_between_two_files_of_a_step(
     assert "stopped at step 3; the last checkpoint is of step 2;" in told
     assert "--ckpt_path=" + str(task.root / "checkpoints" / "step-2.ckpt") in told
     moa("fit", "--config", task.config, "--ckpt_path=last", "--trainer.max_steps=3")
-    assert f"goes on from {task.root}/checkpoints/step-2.ckpt" in capsys.readouterr().out
+    assert f"resumes from {task.root}/checkpoints/step-2.ckpt" in capsys.readouterr().out
     assert files(task.root / "checkpoints")["last.ckpt"] == 3
 
 

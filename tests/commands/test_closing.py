@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_lightning.commands.fit.summary import tell
+from moa_lightning.commands.fit.summary import print_summary
 
 SUMMARY = {
     "combiner": "MOPO",
@@ -36,7 +36,7 @@ SUMMARY = {
 def test_numbers_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     (tmp_path / "front.png").touch()
-    tell(tmp_path)
+    print_summary(tmp_path)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "objective before after change change / s.e. threshold" in lines
     assert "good 0.500 0.700 +0.200 +4.0 0.65 open" in lines  # .2 / sqrt(.03^2 + .04^2); 1.96 * .03 is over .05
@@ -51,16 +51,16 @@ def test_numbers_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tell(tmp_path)
+    print_summary(tmp_path)
     assert capsys.readouterr().out == ""
     worse = {**SUMMARY, "hypervolume": {**SUMMARY["hypervolume"], "start": 0.0, "end": 0.0}}
     (tmp_path / "summary.json").write_text(json.dumps(worse))
-    tell(tmp_path)
+    print_summary(tmp_path)
     assert "it is 0 because no evaluation is better than the reference point" in capsys.readouterr().out
     bare = {**SUMMARY, "hypervolume": None, "tokens_per_second": None}
     del bare["thresholds"]
     (tmp_path / "summary.json").write_text(json.dumps(bare))
-    tell(tmp_path)
+    print_summary(tmp_path)
     printed = capsys.readouterr().out
     assert "hypervolume" not in printed and "threshold" not in printed and "tokens" not in printed
     assert "80 steps in 61 s\n" in printed
@@ -71,7 +71,7 @@ def test_a_folder_and_names_are_text(tmp_path: Path, capsys: pytest.CaptureFixtu
     root.mkdir(parents=True)
     (root / "summary.json").write_text(json.dumps({**SUMMARY, "combiner": "[/red]"}))
     (root / "config.yaml").touch()
-    tell(root)
+    print_summary(root)
     printed = capsys.readouterr().out
     assert f"{root / 'config.yaml'}  the record" in printed
     assert "[/red]: means" in printed

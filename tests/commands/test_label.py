@@ -314,7 +314,7 @@ def test_wherever_the_file_was_cut_the_rest_is_the_same(
         assert output.read_bytes() == content, cut
         kept = sum(end <= cut for end in ends)
         printed = capsys.readouterr().out.splitlines()
-        assert (f"{output} holds {kept} of 23 rows; going on from there" in printed) == (kept > 0)
+        assert (f"{output} holds {kept} of 23 rows; resuming from there" in printed) == (kept > 0)
         assert "c: 0 labels were there, 23 filled, 0 left open" in printed  # those of the first part count
 
 

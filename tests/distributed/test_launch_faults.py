@@ -59,7 +59,7 @@ def test_torchrun_starts_again_what_was_asked_to_stop_and_what_was_killed(pair: 
     assert restarted.returncode == 0, restarted.stderr
     saved = f"moa: stopped at step 1 as asked; saved {pair.folder}/restarted/checkpoints/last.ckpt"
     assert saved in restarted.stderr
-    assert restarted.stdout.count("ckpt_path=last: goes on from") == 2
+    assert restarted.stdout.count("ckpt_path=last: resumes from") == 2
     torch.testing.assert_close(policy(pair.folder / "restarted"), policy(pair.folder / "straight"), rtol=0, atol=0)
 
 

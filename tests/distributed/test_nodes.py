@@ -160,7 +160,7 @@ def test_a_node_that_was_lost_comes_back_and_nothing_has_changed(undisturbed: Ru
     again = run.start(**both)
     assert (first.wait(), again.wait()) == (0, 0), run.log.read_text()
     assert 1 <= reached < STEPS
-    assert "ckpt_path=last: goes on from" in run.log.read_text()
+    assert "ckpt_path=last: resumes from" in run.log.read_text()
     run.assert_same(undisturbed)
 
 

@@ -85,7 +85,7 @@ def test_observers_warn_once_and_catch_up(disk: Path) -> None:
 def test_a_folder_that_is_removed_is_reported(tmp_path: Path) -> None:
     root = tmp_path / "run"
     gone = At(step2=lambda: shutil.rmtree(root))
-    with pytest.warns(UserWarning, match=r"metrics.csv is gone: somebody removed or moved it while the run works"):
+    with pytest.warns(UserWarning, match=r"metrics.csv is gone: it was removed or moved during the run"):
         trainer(root, ObjectiveMetrics(), gone, logger=MetricsFile(str(root)), max_steps=4).fit(played(4))
     steps = [row["step"] for row in table(root / "metrics.csv") if row["clip_ratio"]]
     assert steps == ["1", "2", "3"]  # step 1 waited in memory; the file has its header

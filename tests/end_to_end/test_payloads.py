@@ -80,7 +80,7 @@ def test_no_command_runs_a_payload(
         assert line.startswith(f"checkpoint {path} {why}"), line
         with pytest.warns(UserWarning, match=r"step-9.ckpt is left out: it could run code"):
             line = complaint(capsys, command, "--config", task.config, "--ckpt_path=last")
-        assert line.startswith(f"ckpt_path: 'last' finds no whole checkpoint in {folder}"), line
+        assert line.startswith(f"ckpt_path: 'last' finds no valid checkpoint in {folder}"), line
     line = complaint(capsys, "export", task.root, task.folder / "out", f"--checkpoint={path}")
     assert why in line
     with pytest.warns(UserWarning, match=r"step-9.ckpt is left out: it could run code"):

@@ -51,7 +51,7 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
     with (task.root / "metrics.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["step"] == "0"
     moa(*again, "--trainer.max_steps=4")
-    assert f"goes on from {task.root}/checkpoints/last.ckpt" in capsys.readouterr().out
+    assert f"resumes from {task.root}/checkpoints/last.ckpt" in capsys.readouterr().out
     torch.testing.assert_close(policy(task.root), policy(straight), rtol=0, atol=0)
     moa(*again, "--trainer.max_steps=4")  # it is at its end: nothing more happens to it
     assert json.loads((task.root / "summary.json").read_text())["tokens_per_second"] > 0  # of before
@@ -70,11 +70,11 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
         cut_off(broken)
     with pytest.warns(UserWarning, match="is left out"):
         found = complaint(capsys, *again)
-    assert found.startswith(f"ckpt_path: 'last' finds no whole checkpoint in {task.root}/checkpoints, but broken ones")
+    assert found.startswith(f"ckpt_path: 'last' finds no valid checkpoint in {task.root}/checkpoints, only broken ones")
     assert (task.root / "metrics.csv").exists()
     nothing = f"--trainer.default_root_dir={task.folder / 'none'}"
     found = complaint(capsys, "validate", "--config", task.config, "--ckpt_path=last", nothing)
-    assert found == f"ckpt_path: 'last' finds no whole checkpoint in {task.folder / 'none/checkpoints'}; give a path"
+    assert found == f"ckpt_path: 'last' finds no valid checkpoint in {task.folder / 'none/checkpoints'}; give a path"
 
 
 def test_the_newest_whole_one_is_by_step(tmp_path: Path) -> None:

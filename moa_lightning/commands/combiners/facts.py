@@ -54,7 +54,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a page or a row of the table tells."""
+    """What a page or a row of the table shows."""
 
     name: str
     class_path: str  # as in YAML

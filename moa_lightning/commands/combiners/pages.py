@@ -79,7 +79,7 @@ def table(known: Sequence[Facts]) -> list[str]:
 def _row(one: Facts, claims: str) -> tuple[str, ...]:
     left = len(one.remembered) - _SHOWN
     remembered = ", ".join(one.remembered[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
-    convergence = one.sections.get("Convergence", "not told").removesuffix(".").replace("`", "")
+    convergence = one.sections.get("Convergence", "not stated").removesuffix(".").replace("`", "")
     return (one.name, ", ".join(one.needs), remembered or "nothing", one.extra_passes, claims, convergence)
 
 

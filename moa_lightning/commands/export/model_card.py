@@ -285,7 +285,7 @@ def _thresholds(facts: Mapping[str, Any]) -> str:
 
 
 def _steps(facts: Mapping[str, Any]) -> str | None:
-    """Updates behind these weights, and the step of the evaluation above where it is another one."""
+    """Updates of these weights, and the step of the evaluation above where it is another one."""
     steps, evaluated = facts.get("steps"), facts.get("evaluated_at")
     if steps is None or evaluated in (None, steps):
         return None if steps is None else str(steps)

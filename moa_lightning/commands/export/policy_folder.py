@@ -57,7 +57,7 @@ class Export:
         self._model: Any = None  # an adapter that lies there already is left as it is
         self._config = self._policy_config()
         self._tokenizer: Any = None
-        if saved is None and run.went_on:
+        if saved is None and run.continued:
             self.notes.append(f"{run.policy} is of step {run.record()['steps']}; --checkpoint=last takes a later one")
 
     def load(self, merge: bool) -> None:
@@ -149,7 +149,7 @@ class Export:
         if self.saved is not None:
             return self.run.policy_config(self.base)
         found = PolicyConfig(str(self.run.policy), dtype="auto")
-        if found.is_adapter and self.run.settings:  # the base is read anew, as the run read it
+        if found.is_adapter and self.run.settings:  # the base is read again, as the run read it
             found = replace(self.run.policy_config(None), path=found.path, lora=None, revision=None)
         return replace(found, base=self.base) if found.is_adapter else found
 

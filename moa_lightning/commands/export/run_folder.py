@@ -143,17 +143,17 @@ class RunFolder:
         return _json(self.policy / RECORD) if self.policy is not None else {}
 
     @property
-    def went_on(self) -> bool:
-        """Whether the run went on after ``policy/`` was written, so that its summary is of a later step."""
+    def continued(self) -> bool:
+        """Whether the run continued after ``policy/`` was written, so that its summary is of a later step."""
         return bool(_json(self.folder / "summary.json").get("steps", 0) > self.record().get("steps", math.inf))
 
     def summary(self) -> dict[str, Any]:
         """``summary.json``, if it is of the policy in ``policy/``."""
-        return {} if self.went_on else _json(self.folder / "summary.json")
+        return {} if self.continued else _json(self.folder / "summary.json")
 
 
 def read_checkpoint(path: Path) -> Saved:
-    """The trained weights in a whole checkpoint, and the numbers of its last evaluation. A file, or a folder of pieces.
+    """The trained weights in a checkpoint, and the numbers of its last evaluation. A file, or a sharded folder.
 
     Raises:
         UserError: it is none of an alignment.

@@ -35,7 +35,7 @@ from moa_lightning.commands.fit.resume_settings import settle
 from moa_lightning.commands.fit.run_config import RunConfig
 from moa_lightning.commands.fit.seeds import seed_run
 from moa_lightning.commands.fit.settings import check_nulls, check_settings, count_in_epochs
-from moa_lightning.commands.fit.summary import tell
+from moa_lightning.commands.fit.summary import print_summary
 from moa_lightning.commands.start_folder import (
     RunPlace,
     free_folder,
@@ -157,7 +157,7 @@ class AlignmentCLI(LightningCLI):
         """Leave it to :meth:`before_instantiate_classes`, which knows the run that is resumed."""
 
     def before_instantiate_classes(self) -> None:
-        """Give the run a folder of its own, or that of the checkpoint it goes on from; evaluations get one inside it.
+        """Give the run a folder of its own, or that of the checkpoint it resumes from; evaluations get one inside it.
 
         Each process decides this for itself: nothing is written there before all have met.
 
@@ -252,12 +252,12 @@ class AlignmentCLI(LightningCLI):
         """What ``ckpt_path: last`` means: the newest valid checkpoint of the run folder, or a start in it."""
         folder, found = place.checkpoints, place.newest()
         if found is None and self.subcommand != "fit":
-            raise UserError(f"ckpt_path: 'last' finds no whole checkpoint in {folder}; give a path")
+            raise UserError(f"ckpt_path: 'last' finds no valid checkpoint in {folder}; give a path")
         if found is None and any(folder.glob("*.ckpt")):  # a start would write over what may be all there is of a run
             raise UserError(
-                f"ckpt_path: 'last' finds no whole checkpoint in {folder}, but broken ones; remove them to start anew"
+                f"ckpt_path: 'last' finds no valid checkpoint in {folder}, only broken ones; remove them to start over"
             )
-        verb = "goes on from" if self.subcommand == "fit" else "loads"
+        verb = "resumes from" if self.subcommand == "fit" else "loads"
         how = f"{verb} {found}" if found else f"starts in {place.root}: there is no checkpoint yet"
         rank_zero_only(print)(f"ckpt_path=last: {how}")
         return None if found is None else str(found)
@@ -350,11 +350,11 @@ class AlignmentCLI(LightningCLI):
             print(f"responses written to {', '.join(map(str, writer.files(self.trainer)))}")
 
     def after_fit(self) -> None:
-        """Evaluate the policy that the run ends with, unless the last evaluation was of it already; tell of the run."""
+        """Evaluate the final policy, unless the last evaluation was of it already; print the summary."""
         if self.trainer.global_step and self.model.evaluated_at != self.trainer.global_step:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
-            tell(Path(self.trainer.default_root_dir))
+            print_summary(Path(self.trainer.default_root_dir))
         self._release()
 
     def after_validate(self) -> None:

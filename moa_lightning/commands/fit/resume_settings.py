@@ -99,7 +99,7 @@ RULES = (  # the first one that fits counts
     Rule("data.*", Verdict.TAKEN, "from the next batch on"),
     Rule("trainer.*", Verdict.TAKEN, "the Trainer's own"),
     Rule("checkpoint.*", Verdict.TAKEN, "for checkpoints to come"),
-    Rule("pareto_front.*", Verdict.TAKEN, "all points are measured from it anew"),
+    Rule("pareto_front.*", Verdict.TAKEN, "all points are measured from it again"),
     Rule("constraints.*", Verdict.TAKEN, "for evaluations to come"),
     Rule("sample_table.*", Verdict.TAKEN, "for evaluations to come"),
     Rule("run_files.*", Verdict.TAKEN, "at the end"),

@@ -36,7 +36,7 @@ class RunConfig(SaveConfigCallback):
         """Nothing yet."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the folder and write. What a resumed run went on from is left out: the file is for running it anew.
+        """Take the folder and write. ``ckpt_path`` is left out: the file repeats the run from its start.
 
         Raises:
             UserError: on every process, one line: another process runs there, or the folder cannot be written.
@@ -98,7 +98,7 @@ class RunConfig(SaveConfigCallback):
         newest = by_steps(Path(callback.dirpath) if callback is not None else root / "checkpoints")
         goes_on = (
             f"the last checkpoint is of step {steps_of(newest[0])}; "
-            f"go on with: moa fit --config {root / 'config.yaml'} --ckpt_path={newest[0]}"
+            f"resume with: moa fit --config {root / 'config.yaml'} --ckpt_path={newest[0]}"
             if newest
             else "no checkpoint had been written yet; they are at each evaluation (trainer.val_check_interval)"
         )

@@ -1,4 +1,4 @@
-"""What a finished run tells: each objective before and after, and where its files are."""
+"""The summary of a finished run: each objective before and after, and where its files are."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ FILES = {
 }
 
 
-def tell(root: Path) -> None:
+def print_summary(root: Path) -> None:
     """Print what a run in this folder reached; nothing where no evaluation was made."""
     if not (root / "summary.json").is_file():
         return

@@ -49,7 +49,7 @@ def label(
     compared, and a label without any comparison stays null. Reward functions get the data's other columns, as in
     ``moa fit``, the same for each response of a row.
 
-    The file has the layout that data class ``Preferences`` reads. It grows batch by batch: the same command goes on
+    The file has the layout that data class ``Preferences`` reads. It grows batch by batch: the same command resumes
     where an interrupted one stopped, with the settings of the first call.
 
     Args:
@@ -81,10 +81,10 @@ def label(
     if part.rows == len(table):
         print(f"{output} is finished already: nothing was done")
     elif part.rows:
-        print(f"{output} holds {part.rows} of {len(table)} rows; going on from there")
+        print(f"{output} holds {part.rows} of {len(table)} rows; resuming from there")
     if part.rows < len(table):
         scorer = Scorer(panels, device, win_scale, overwrite)
-        with _stopping_quietly(output), file.go_on(part) as opened, _progress(part.rows, len(table)) as advance:
+        with _stopping_quietly(output), file.resume(part) as opened, _progress(part.rows, len(table)) as advance:
             for pairs in _labelled(table, scorer, part.rows, batch_size):
                 write_rows(opened, [filled for _, filled in pairs])
                 for given, filled in pairs:
@@ -222,5 +222,5 @@ def _stopping_quietly(output: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; what is in {output} is kept, and the same command goes on from there", file=sys.stderr)
+        print(f"stopped; what is in {output} is kept, and the same command resumes from there", file=sys.stderr)
         raise SystemExit(130) from None

@@ -47,7 +47,7 @@ class PreferenceFile:
     """A JSONL file with one comparison a line, in the order of the data that it is made from.
 
     A process that is stopped in the middle leaves whole rows and at most one half-written line, which the next one
-    writes anew.
+    writes again.
 
     Args:
         path: the file; it need not exist.
@@ -92,8 +92,8 @@ class PreferenceFile:
                     rows, size = rows + 1, size + len(line)
         return Part(rows, size)
 
-    def go_on(self, part: Part) -> BinaryIO:
-        """Open the file behind what was verified; a half-written line there goes.
+    def resume(self, part: Part) -> BinaryIO:
+        """Open the file after what was verified; a half-written line there is removed.
 
         Raises:
             UserError: the file cannot be written.
