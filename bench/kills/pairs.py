@@ -84,6 +84,8 @@ def run(
         if root.with_suffix(".writes").exists() and len(operations(root)) > reached:
             os.kill(children[1], signal.SIGKILL)
             break
+        if os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
         time.sleep(0.003)
     codes: dict[int, int] = {}
     alone_since = None
