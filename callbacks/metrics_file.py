@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from moa_lightning.callbacks.growing_file import drop_cut_line
 from moa_lightning.callbacks.writing import Writing
+from moa_lightning.utils.lightning_private import is_in_batch, log_training_step
 
 
 class MetricsFile(Logger):
@@ -151,9 +152,9 @@ class MetricsBeforeCheckpoints(Callback):
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         # In the middle of an update (a checkpoint because its loss is not finite) Lightning still holds the last one's.
         updated = getattr(batches, "processed", 0) == batches.ready
-        if trainer.training and updated and trainer._logger_connector._first_loop_iter is not None:
+        if trainer.training and updated and is_in_batch(trainer):
             trainer.loggers = list(files)  # the others keep each step once
-            trainer._logger_connector.update_train_step_metrics()
+            log_training_step(trainer)
             trainer.loggers = loggers
         for file in files:
             file.flush()

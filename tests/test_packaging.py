@@ -204,3 +204,14 @@ def test_a_file_is_all_that_a_new_combiner_takes(tmp_path: Path) -> None:
     assert "'Mine'" in python(look)
     printed = python("from moa_lightning.cli import main; main()", *config)
     assert re.search(r"class_path: moa_lightning\.combiners\.\S*Mine$", printed, re.MULTILINE)
+
+
+def test_private_names_of_lightning_stand_in_one_file() -> None:
+    private = re.compile(r"\b(?:trainer|fit_loop|epoch_loop|val_loop|loop|connector|\w+_connector)\._[a-z]\w*")
+    found = {
+        path.name
+        for folder in ("moa_lightning", "callbacks")
+        for path in (ROOT / folder).rglob("*.py")
+        if private.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"lightning_private.py"}

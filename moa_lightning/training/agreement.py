@@ -21,6 +21,7 @@ from moa_lightning.distributed import all_objects, is_distributed, rank
 from moa_lightning.errors import UserError
 from moa_lightning.models.loading import load_config
 from moa_lightning.utils.console import is_main_process, without_progress_bars
+from moa_lightning.utils.lightning_private import set_default_root_dir
 from moa_lightning.utils.masking import masked
 
 Facts = Mapping[str, str]
@@ -95,7 +96,7 @@ def in_agreement(module: Any, stage: str) -> Iterator[None]:
     if refusal is not None:
         raise SharedRefusal(refusal) from error
     # Each process looked for a free folder by itself, and one may have looked later than another.
-    module.trainer._default_root_dir = folders[0]
+    set_default_root_dir(module.trainer, folders[0])
 
 
 def failure(hosts: Sequence[str], lines: Sequence[str | None]) -> str | None:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from moa_lightning.distributed import all_min, all_objects, any_rank, rank
+from moa_lightning.utils.lightning_private import end_batch, log_training_step, validation_is_due
 from moa_lightning.utils.random_state import random_state, restore_random_state
 
 REQUEUE = 75
@@ -62,15 +63,10 @@ class Preemption(Callback):
         if trainer.global_step == self._step:  # gradients that are being collected are in no checkpoint
             return
         self._asked = any_rank(self._asked, pl_module.device)
-        loop = trainer.fit_loop.epoch_loop
         # Where an evaluation is due it begins first: then the checkpoint says what it is to draw when it is made anew.
-        # By the clock it may be due on some processes alone, and all must stop here or none.
-        by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
-        fetcher: Any = trainer.fit_loop._data_fetcher  # there is one while batches come
-        due = not by_the_clock and loop._should_check_val_fx(fetcher)
-        if self._asked and not due:
-            trainer._logger_connector.on_batch_end()
-            trainer._logger_connector.update_train_step_metrics()  # the step's row, which Lightning writes after this
+        if self._asked and not validation_is_due(trainer):
+            end_batch(trainer)
+            log_training_step(trainer)  # the step's row, which Lightning writes after this
             self._save_and_stop(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

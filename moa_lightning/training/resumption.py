@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moa_lightning.errors import UserError
+from moa_lightning.utils.lightning_private import validation_is_due
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,15 @@ class ResumedModule(LightningModule):
             schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             self.optimizer_given.apply(self.trainer.optimizers[0], self.optimizer_before, schedulers)
             self.optimizer_before = None
-        fit_loop = self.trainer.fit_loop
-        epoch_loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
-        by_the_clock = getattr(self.trainer, "_val_check_time_interval", None) is not None
-        if self.trainer.global_step in (0, self.evaluated_at) or fetcher is None or by_the_clock:
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        if self.trainer.global_step in (0, self.evaluated_at):
             return
-        if epoch_loop.val_loop.restarted_mid_evaluation:  # Lightning makes that one anew
+        if loop.restarted_mid_evaluation:  # Lightning makes that one anew
             return
-        if epoch_loop._should_check_val_fx(fetcher):
+        if validation_is_due(self.trainer):
             self.trainer.validating = True
-            epoch_loop.val_loop.restarting = False
-            epoch_loop.val_loop.run()
+            loop.restarting = False
+            loop.run()
             self.trainer.training = True
 
 
