@@ -1,10 +1,11 @@
 """The picture of a Pareto front."""
 
-import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moa_lightning.utils.atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +47,8 @@ def draw_front(
         _panel(axes, figure, points, on_front, reference, a, b)
         axes.set_xlabel(_label(a, transforms))
         axes.set_ylabel(_label(b, transforms))
-    scratch = file.with_name(f".{file.name}")
-    figure.savefig(scratch, format="png")
-    os.replace(scratch, file)
+    with atomic_file(file) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 def _label(name: str, transforms: Mapping[str, str]) -> str:

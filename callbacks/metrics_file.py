@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from moa_lightning.callbacks.growing_file import drop_cut_line
 from moa_lightning.callbacks.writing import Writing
+from moa_lightning.utils.atomic_file import atomic_file
 from moa_lightning.utils.lightning_private import is_in_batch, log_training_step
 
 
@@ -130,12 +131,10 @@ class MetricsFile(Logger):
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
-        scratch = self.path.with_name(".metrics.csv")
-        with scratch.open("w", newline="", encoding="utf-8") as file:
+        with atomic_file(self.path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(scratch, self.path)
         self._columns = columns
 
 

@@ -4,7 +4,6 @@ Legend: P evaluation points, N trained objectives.
 """
 
 import csv
-import os
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from moa_lightning.callbacks.writing import Writing
 from moa_lightning.errors import UserError
 from moa_lightning.functional import hypervolume, non_dominated
 from moa_lightning.types import Evaluation
+from moa_lightning.utils.atomic_file import atomic_file
 
 
 class ParetoFront(EvaluationCallback):
@@ -120,14 +120,12 @@ class ParetoFront(EvaluationCallback):
     def _write(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         names = list(self.points[0]["mean"])
-        scratch = root / ".front.csv"
-        with scratch.open("w", newline="", encoding="utf-8") as file:
+        with atomic_file(root / "front.csv") as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             raw = [f"{name}_{what}" for what in ("raw", "raw_std_error") for name in self._transforms]
             writer.writerow(["step", "non_dominated", *names, *(f"{name}_std_error" for name in names), *raw])
             for point, best in zip(self.points, self.on_front(), strict=True):
                 writer.writerow([point["step"], int(best), *_numbers(point)])
-        os.replace(scratch, root / "front.csv")
         assert self.reference is not None
         draw_front(
             self.points, self.on_front(), self.reference, self.hypervolume(), root / "front.png", self._transforms

@@ -18,6 +18,7 @@ from moa_lightning.callbacks.throughput import Throughput
 from moa_lightning.callbacks.writing import Writing
 from moa_lightning.distributed import raise_on_all_ranks
 from moa_lightning.types import Evaluation
+from moa_lightning.utils.atomic_file import atomic_file
 from moa_lightning.utils.random_state import run_seed
 
 Mean = dict[str, Any]
@@ -115,9 +116,8 @@ class RunFiles(EvaluationCallback):
         root = Path(trainer.default_root_dir)
         with self._writing.attempt(root / "summary.json"):
             root.mkdir(parents=True, exist_ok=True)
-            scratch = root / ".summary.json"
-            scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-            os.replace(scratch, root / "summary.json")
+            with atomic_file(root / "summary.json") as scratch:
+                scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def _tokens_per_second(self, trainer: Trainer) -> float | None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set, not declared

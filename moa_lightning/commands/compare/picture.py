@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moa_lightning.commands.compare.reached import Reached
+from moa_lightning.utils.atomic_file import atomic_file
 
 _INK, _FAINT, _FRONT = "#222222", "#b8b8b8", "#d1495b"
 _COLORS = ("#00798c", "#edae49", "#8f5d9b", "#66a182", "#d1495b", "#2e4057", "#c07f4f")
@@ -18,7 +19,8 @@ _MARKERS = "osD^vP"
 
 def draw_comparison(found: list[Reached], names: list[str], on_front: list[bool], file: Path) -> None:
     """Write :func:`comparison` as a picture."""
-    comparison(found, names, on_front).savefig(file, format="png")
+    with atomic_file(file) as scratch:
+        comparison(found, names, on_front).savefig(scratch, format="png")
 
 
 def comparison(found: list[Reached], names: list[str], on_front: list[bool]) -> Figure:

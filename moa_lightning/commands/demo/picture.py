@@ -1,6 +1,5 @@
 """The picture of the demo: the exact front, what each run was asked for, and what it reached."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from moa_lightning.commands.demo.runs import INFORMATIVE, SENTIMENT, Reached, nearest
 from moa_lightning.data.reviews import front
 from moa_lightning.functional.verdict import Z
+from moa_lightning.utils.atomic_file import atomic_file
 
 _INK, _FAINT = "#222222", "#9a9a9a"
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#8f5d9b", "#2e4057", "#c07f4f")
@@ -36,9 +36,8 @@ def draw(runs: Sequence[Reached], file: Path) -> None:
     axes.set(xlabel=f"{INFORMATIVE} (mean)", ylabel=f"{SENTIMENT} (mean)", xlim=(-0.02, 1.02), ylim=(-0.12, 1.08))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False)
-    scratch = file.with_name(f".{file.name}")
-    figure.savefig(scratch, format="png", pil_kwargs={"optimize": True})
-    os.replace(scratch, file)
+    with atomic_file(file) as scratch:
+        figure.savefig(scratch, format="png", pil_kwargs={"optimize": True})
 
 
 def _draw_run(axes: Any, run: Reached, color: str, beside: float) -> None:
