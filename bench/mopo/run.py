@@ -14,8 +14,8 @@ How to read the tables.
 
 * **Exact.** A line is a structure, swept over thresholds from below what the optimum without constraints gives up to
   95 % of the way to the most that any response has. ``agree`` counts the thresholds where CVXPY's Clarabel and
-  ``mopo_dual`` say the same about whether they can be met. Over those that can, the largest difference between the two:
-  ``distance``, Euclidean, between the values of the objectives; ``TV``, total variation between the policies;
+  ``one_shot_dual`` say the same about whether they can be met. Over those that can, the largest difference between the
+  two: ``distance``, Euclidean, between the values of the objectives; ``TV``, total variation between the policies;
   ``objective``, of the maximum itself. The distance must stay within 1e-3.
 * **Learned.** A line is an objective at one threshold. A one-layer GPT-2 is trained by MOPO's recipe on comparisons
   drawn from the matrices, once for each seed; the seed decides the comparisons, the reference is the same. ``learned``

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moa_lightning.functional import mopo_dual
+from moa_lightning.functional import one_shot_dual
 from moa_lightning.functional.preference import mean_wins
 
 Array = np.ndarray
@@ -158,7 +158,7 @@ def solve(structure: Structure, thresholds_M: Array, tau: float, prior_K: Array)
 def mopo(structure: Structure, thresholds_M: Array, tau: float, prior_K: Array) -> Point:
     """The same by this project's dual."""
     wins_KN, prior = structure.wins_KN, torch.as_tensor(prior_K)
-    solution = mopo_dual(wins_KN[:, 0], wins_KN[:, 1:], torch.as_tensor(thresholds_M), tau, prior.log())
+    solution = one_shot_dual(wins_KN[:, 0], wins_KN[:, 1:], torch.as_tensor(thresholds_M), tau, log_prior_B=prior.log())
     return evaluate((solution.ratio * prior).numpy(), structure, tau, prior_K, solution.feasible)
 
 

@@ -204,7 +204,6 @@ class Reviews(PromptData):
     def prepare(self) -> None:
         """Build the policy and teach it the grammar, unless its folder holds it already."""
         assert self.trainer is not None
-        self._module()
         path: str = self.trainer.lightning_module.policy_config.path  # type: ignore[assignment,union-attr]  # ours
         warm_start(path, self.warm_start_seed, self.policy_folder)
 

@@ -1,12 +1,12 @@
 """Pure tensor mathematics."""
 
-from moa_lightning.functional.advantages import gae, group_relative, masked_moments
+from moa_lightning.functional.advantages import gae, group_relative, masked_sum
 from moa_lightning.functional.caid import ReferenceDual, ReferenceSamples, reference_dual
 from moa_lightning.functional.dual import DualSolution, one_shot_dual
 from moa_lightning.functional.dynamic import front_factor, grow_front, influence, mirror_step
 from moa_lightning.functional.gramian import parameter_gradients, representation_gramian, weights_from_gramian
 from moa_lightning.functional.logprobs import token_logprobs
-from moa_lightning.functional.mopo import mopo_dual, mopo_policy, mopo_ratio, robust_value
+from moa_lightning.functional.mopo import mopo_policy, robust_value
 from moa_lightning.functional.pairwise import (
     clip_around_first,
     confidence_weights,
@@ -24,7 +24,6 @@ from moa_lightning.functional.preference import (
     fill_scores,
     group_count,
     group_max,
-    group_sizes,
     group_softmax,
     group_sum,
     mean_wins,
@@ -67,7 +66,6 @@ __all__ = [
     "group_covariance",
     "group_max",
     "group_relative",
-    "group_sizes",
     "group_softmax",
     "group_standardize",
     "group_sum",
@@ -76,13 +74,11 @@ __all__ = [
     "influence",
     "ipo_loss",
     "is_clipped",
-    "masked_moments",
+    "masked_sum",
     "mean_wins",
     "mirror_step",
     "modpo_logits",
-    "mopo_dual",
     "mopo_policy",
-    "mopo_ratio",
     "non_dominated",
     "one_shot_dual",
     "pama",

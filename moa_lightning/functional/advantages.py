@@ -77,11 +77,10 @@ def group_relative(rewards_BN: Tensor, valid_BN: Tensor, group_size: int, scale:
     return advantages_BN
 
 
-def masked_moments(values: Tensor, mask: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum, sum of squares and count of ``values`` where ``mask``, over ``dims``: the parts that add up over ranks.
+def masked_sum(values: Tensor, mask: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Sum and count of ``values`` where ``mask``, over ``dims``: the parts that add up over ranks.
 
     ``mask`` is broadcastable to ``values``. Where it is False the value is ignored, NaN included.
     """
     mask = mask.expand_as(values)
-    kept = values.where(mask, 0.0)
-    return kept.sum(dims), kept.square().sum(dims), mask.sum(dims).to(values.dtype)
+    return values.where(mask, 0.0).sum(dims), mask.sum(dims).to(values.dtype)

@@ -1,6 +1,8 @@
-"""MOPO's mathematics: the closed-form ratio, its dual, and the robust value of a constraint.
+"""MOPO's mathematics: the closed-form optimum for given multipliers, and the robust value of a constraint.
 
-Legend: B responses, M secondary objectives.
+Its dual is that of :func:`one_shot_dual`, with ``tau`` for ``beta``.
+
+Legend: B responses, N objectives.
 """
 
 import math
@@ -8,41 +10,16 @@ import math
 import torch
 from torch import Tensor
 
-from moa_lightning.functional.dual import DualSolution, one_shot_dual
 from moa_lightning.functional.preference import group_softmax
-
-
-def mopo_ratio(
-    primary_B: Tensor, secondary_BM: Tensor, duals_M: Tensor, tau: float, log_prior_B: Tensor | None = None
-) -> Tensor:
-    """The optimal density ratio for given multipliers: a softmax of ``(p + lambda q) / tau`` under the prior.
-
-    Args:
-        primary_B: mean win probability (or any score) of the primary objective.
-        secondary_BM: the same for the secondary ones.
-        duals_M: multipliers.
-        tau: strength of the KL regularisation, in the scores' units; above 0.
-        log_prior_B: log-probabilities of the responses under the reference, normalised here; ``None`` is uniform.
-
-    Returns:
-        ratio_B, whose mean under the prior is 1. Computed in logarithms throughout, so it cannot overflow.
-
-    Raises:
-        ValueError: ``tau`` is not above 0.
-
-    Source: Agnihotri et al., "Multi-Objective Preference Optimization", arXiv 2505.10892. Deviation: the paper's
-    Eq. 3 is not normalised (it has a -1 instead); only the normalised form is a density ratio.
-    """
-    _check_tau(tau)
-    log_prior_B = _log_prior(primary_B, log_prior_B)
-    scores_B = (primary_B + secondary_BM @ duals_M.to(primary_B.dtype)) / tau
-    return (scores_B - torch.logsumexp(scores_B + log_prior_B, 0)).exp()
 
 
 def mopo_policy(
     wins_BN: Tensor, weights_N: Tensor, tau: float, log_prior_B: Tensor, group_B: Tensor | None = None
 ) -> Tensor:
-    """The optimal policy for given multipliers: the prior times :func:`mopo_ratio`, for several prompts at once.
+    """The optimal policy for given multipliers, for several prompts at once: ``prior * rho``.
+
+    ``rho = exp((p + lambda . q) / tau) / E_prior exp((p + lambda . q) / tau)``, computed in logarithms, so that it
+    cannot overflow. With equally many equally likely responses to each prompt, ``rho`` is this policy over its mean.
 
     Args:
         wins_BN: mean win probabilities (or any scores), finite.
@@ -57,42 +34,18 @@ def mopo_policy(
     Raises:
         ValueError: ``tau`` is not above 0.
 
-    Source: Agnihotri et al., arXiv 2505.10892, the normalised form of its Eq. 3.
+    Source: Agnihotri et al., "Multi-Objective Preference Optimization", arXiv 2505.10892. Deviation: the paper's Eq. 3
+    is not normalised (it has a -1 instead); only the normalised form is a density ratio.
 
     Example: two responses to each of two prompts; the prior has left out the last one.
         >>> wins_BN, prior_B = torch.tensor([[1.0], [0.0], [0.3], [0.9]]), torch.tensor([0.0, 0.0, 0.0, -torch.inf])
         >>> mopo_policy(wins_BN, torch.ones(1), 1.0, prior_B, torch.tensor([0, 0, 1, 1])).tolist()
         [0.7310585975646973, 0.2689414322376251, 1.0, 0.0]
     """
-    _check_tau(tau)
+    if not tau > 0:
+        raise ValueError(f"tau must be above 0, got {tau}")
     group_B = torch.zeros_like(wins_BN[:, 0], dtype=torch.int64) if group_B is None else group_B
     return group_softmax((wins_BN * weights_N).sum(1) / tau + log_prior_B, group_B)
-
-
-def mopo_dual(
-    primary_B: Tensor, secondary_BM: Tensor, thresholds_M: Tensor, tau: float, log_prior_B: Tensor | None = None
-) -> DualSolution:
-    """Solve ``max E_pi[p] - tau KL(pi | ref)`` subject to ``E_pi[q_j] >= b_j`` exactly, on one finite response set.
-
-    The case of one prompt of :func:`one_shot_dual`, with ``tau`` for ``beta``.
-
-    Args:
-        primary_B: mean win probability (or any score) of the primary objective.
-        secondary_BM: the same for the secondary ones.
-        thresholds_M: b, in the units of ``secondary_BM``.
-        tau: strength of the KL regularisation, in the scores' units; above 0.
-        log_prior_B: log-probabilities of the responses under the reference, normalised here; ``None`` is uniform.
-
-    Returns:
-        The solution, in the dtype of ``primary_B``.
-
-    Raises:
-        ValueError: ``tau`` is not above 0, or the shapes do not agree.
-
-    Source: Agnihotri et al., arXiv 2505.10892, the dual of its Eq. 2; see also arXiv 2405.19544, Eq. 8.
-    """
-    _check_tau(tau)
-    return one_shot_dual(primary_B, secondary_BM, thresholds_M, tau, log_prior_B=log_prior_B)
 
 
 def robust_value(values_B: Tensor, radius: float, log_prior_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -144,11 +97,6 @@ def robust_value(values_B: Tensor, radius: float, log_prior_B: Tensor | None = N
     # The dual value's derivative is 0 here, so it is exact to second order in what is left of the bisection.
     value = -chi * torch.logsumexp(log_prior - above / chi, 0) - chi * radius
     return (lowest + spread * value).to(like), torch.tensor(chi * spread, dtype=like, device=values_B.device)
-
-
-def _check_tau(tau: float) -> None:
-    if not tau > 0:
-        raise ValueError(f"tau must be above 0, got {tau}")
 
 
 def _log_prior(like_B: Tensor, log_prior_B: Tensor | None) -> Tensor:

@@ -83,11 +83,6 @@ def group_count(group_B: Tensor) -> int:
     return int(group_B.max()) + 1 if len(group_B) else 0
 
 
-def group_sizes(group_B: Tensor) -> Tensor:
-    """Number of rows in the group of each row."""
-    return torch.bincount(group_B)[group_B]
-
-
 def fill_from_group(values_BN: Tensor, group_B: Tensor) -> Tensor:
     """Values with each NaN replaced by the mean of its column over the group; 0 in a group that has none.
 
@@ -133,7 +128,7 @@ def truncated_log_ratio(log_ratio_B: Tensor, group_B: Tensor, limit: float) -> t
         ``(log_weights_B, ess_B, truncated_B)``: the effective sample size ``(sum w)^2 / sum w^2`` of a row's group as a
         share of its rows, and bool, which were cut.
     """
-    sizes_B = group_sizes(group_B).to(log_ratio_B.dtype)
+    sizes_B = torch.bincount(group_B)[group_B].to(log_ratio_B.dtype)
     centred_B = log_ratio_B - group_sum(log_ratio_B, group_B)[group_B] / sizes_B
     weights_B = centred_B.clamp(-limit, limit)
     shares_B = group_softmax(weights_B, group_B)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moa_lightning.distributed import all_sum
 from moa_lightning.errors import UserError
-from moa_lightning.functional.advantages import gae, group_relative, masked_moments
+from moa_lightning.functional.advantages import gae, group_relative, masked_sum
 
 
 class AdvantageEstimator(ABC):
@@ -104,8 +104,9 @@ class GroupRelative(AdvantageEstimator):
 def standardize(values: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 per objective (last dimension) over all else that counts, on all processes."""
     dims = tuple(range(values.ndim - 1))
-    count_N = all_sum(masked_moments(values, mask, dims)[2]).clamp(min=1)
-    mean_N = all_sum(masked_moments(values, mask, dims)[0]) / count_N
+    total_N, count_N = masked_sum(values, mask, dims)
+    count_N = all_sum(count_N).clamp(min=1)
+    mean_N = all_sum(total_N) / count_N
     centred = (values - mean_N).where(mask, 0.0)  # two passes: exact where the mean is far larger than the spread
     variance_N = all_sum(centred.square().sum(dims)) / count_N
     # The floor grows with the mean: of an objective that is constant, only rounding errors would be left to scale up.

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moa_lightning.combiners import CAID, MOPO, PID, Exponential, Lagrangian, LogBarrier, LogPID, Optimistic, Projected
-from moa_lightning.functional import mopo_dual, mopo_ratio
+from moa_lightning.functional import one_shot_dual
+from tests.functional.closed_forms import mopo_ratio
 
 EXACT = [
     Projected(lr=0.3),
@@ -56,7 +57,7 @@ def test_converges_to_the_exact_multipliers(dual, seed, active):
     generator = torch.Generator().manual_seed(seed)
     p_B, q_BM = torch.rand(6, generator=generator), torch.rand(6, 2, generator=generator)
     b_M = (4 * torch.randn(6, generator=generator)).softmax(0) @ q_BM - 0.005  # that policy shows that they can be met
-    exact = mopo_dual(p_B, q_BM, b_M, tau=0.2)
+    exact = one_shot_dual(p_B, q_BM, b_M, beta=0.2)
     assert exact.feasible
     assert int((exact.duals > 0.1).sum()) == active
     duals_M, state = torch.full((2,), dual.start), dual.init(2)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moa_lightning.combiners import MOPO, LogBarrier, LogPID, Projected
-from moa_lightning.functional import mopo_dual, mopo_ratio, robust_value
+from moa_lightning.functional import one_shot_dual, robust_value
 from moa_lightning.signals import Signals
 from moa_lightning.types import Experience, Responses, RewardTable
+from tests.functional.closed_forms import mopo_ratio
 
 
 def problem(seed=0, prompts=3, responses=5, objectives=3):
@@ -60,7 +61,7 @@ def test_converges_to_the_exact_multipliers_and_weights(seed, with_prior):
     log_prior_B = torch.randn(6, generator=torch.Generator().manual_seed(seed)).log_softmax(0) if with_prior else None
     some_policy_B = (4 * torch.randn(6, generator=torch.Generator().manual_seed(100 + seed))).softmax(0)
     thresholds_M = some_policy_B @ wins_BN[:, 1:] - 0.005  # that policy shows that they can be met
-    exact = mopo_dual(wins_BN[:, 0], wins_BN[:, 1:], thresholds_M, 0.1, log_prior_B)
+    exact = one_shot_dual(wins_BN[:, 0], wins_BN[:, 1:], thresholds_M, 0.1, log_prior_B=log_prior_B)
     assert exact.feasible
     named = dict(zip("bc", thresholds_M.tolist(), strict=True))
     combiner = MOPO(thresholds=named, tau=0.1, dual=Projected(lr=0.5))
@@ -295,7 +296,7 @@ def test_adaptive_thresholds_bind_where_the_objectives_conflict():
 
 def test_the_barrier_keeps_a_distance_that_its_strength_sets():
     wins_BN, group_B = problem(seed=3, prompts=1, responses=6, objectives=2)
-    free = mopo_dual(wins_BN[:, 0], wins_BN[:, 1:], torch.zeros(1), 0.1)
+    free = one_shot_dual(wins_BN[:, 0], wins_BN[:, 1:], torch.zeros(1), 0.1)
     threshold = float(free.values[0] + 0.3 * (wins_BN[:, 1].max() - free.values[0]))
     slacks = []
     for sigma in (0.1, 0.01, 0.001):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moa_lightning.combiners import MOPO
-from moa_lightning.functional import mopo_ratio, truncated_log_ratio
+from moa_lightning.functional import truncated_log_ratio
 from moa_lightning.signals import Signals
+from tests.functional.closed_forms import mopo_ratio
 
 
 @pytest.mark.parametrize("seed", range(2))

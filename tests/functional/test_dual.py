@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from moa_lightning.functional import mopo_dual, one_shot_dual
+from moa_lightning.functional import one_shot_dual
 from moa_lightning.functional.dual import without_prompt_effects
 
 EXACT = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
@@ -106,10 +106,10 @@ def test_thresholds_beyond_the_best_responses_are_infeasible(seed):
     assert found.duals[0] > 0
 
 
-def test_one_prompt_is_the_problem_of_mopo_whatever_the_copies_of_it():
+def test_copies_of_a_prompt_change_nothing():
     generator = torch.Generator().manual_seed(0)
     p_B, q_BM, b_M = torch.rand(5, generator=generator), torch.rand(5, 2, generator=generator), torch.tensor([0.6, 0.5])
-    one = mopo_dual(p_B, q_BM, b_M, 0.1)
+    one = one_shot_dual(p_B, q_BM, b_M, 0.1)
     assert one.duals.max() > 0.1
     copies = one_shot_dual(p_B.repeat(3), q_BM.repeat(3, 1), b_M, 0.1, torch.arange(3).repeat_interleave(5))
     torch.testing.assert_close(copies.duals, one.duals)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from moa_lightning.functional import mopo_dual, mopo_policy, mopo_ratio, robust_value
+from moa_lightning.functional import mopo_policy, one_shot_dual, robust_value
+from tests.functional.closed_forms import mopo_ratio
 
 EXACT = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
 
@@ -41,7 +42,7 @@ def test_the_dual_agrees_with_a_general_convex_solver(first):
     bound = 0
     for seed in range(first, first + 20):
         primary_B, secondary_BM, thresholds_M, tau, log_prior_B = problem(seed)
-        solution = mopo_dual(primary_B, secondary_BM, thresholds_M, tau, log_prior_B)
+        solution = one_shot_dual(primary_B, secondary_BM, thresholds_M, tau, log_prior_B=log_prior_B)
         p, q, b, prior = (x.numpy() for x in (primary_B, secondary_BM, thresholds_M, log_prior_B.exp()))
         policy = cp.Variable(len(p))
         objective = cp.Maximize(p @ policy - tau * cp.sum(cp.rel_entr(policy, prior)))
@@ -82,7 +83,7 @@ def test_thresholds_that_hardly_any_policy_meets_are_met(tau, margin):
             secondary_BM = (secondary_BM > 0.5).double() * 0.98 + 0.01
         witness_B = torch.randn(responses, generator=generator, dtype=torch.float64).mul(3).softmax(0)
         thresholds_M = witness_B @ secondary_BM - margin
-        solution = mopo_dual(primary_B, secondary_BM, thresholds_M, tau)
+        solution = one_shot_dual(primary_B, secondary_BM, thresholds_M, tau)
         assert solution.feasible
         assert (solution.values >= thresholds_M - 1e-7).all()
         assert (solution.duals * (solution.values - thresholds_M)).abs().max() < 1e-6
@@ -90,7 +91,7 @@ def test_thresholds_that_hardly_any_policy_meets_are_met(tau, margin):
 
 def test_without_a_constraint_the_primary_objective_alone_decides():
     primary_B = torch.tensor([0.8, 0.5, 0.2], dtype=torch.float64)
-    solution = mopo_dual(primary_B, torch.zeros(3, 0).double(), torch.zeros(0).double(), 0.1)
+    solution = one_shot_dual(primary_B, torch.zeros(3, 0).double(), torch.zeros(0).double(), 0.1)
     torch.testing.assert_close(solution.ratio / 3, (primary_B / 0.1).softmax(0))
     assert solution.feasible
 
@@ -100,7 +101,7 @@ def test_infeasible_thresholds_are_found(seed):
     primary_B, secondary_BM, thresholds_M, tau, log_prior_B = problem(seed)
     beyond_M = thresholds_M.clone()
     beyond_M[0] = secondary_BM[:, 0].max() + 1e-3
-    solution = mopo_dual(primary_B, secondary_BM, beyond_M, tau, log_prior_B)
+    solution = one_shot_dual(primary_B, secondary_BM, beyond_M, tau, log_prior_B=log_prior_B)
     assert not solution.feasible
     assert torch.isfinite(solution.ratio).all()
     if secondary_BM.shape[1] == 1:  # the nearest policy is the best one for that objective
@@ -110,37 +111,37 @@ def test_infeasible_thresholds_are_found(seed):
 def test_thresholds_that_exclude_each_other_are_infeasible():
     secondary_BM = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     primary_B = torch.zeros(2)
-    assert mopo_dual(primary_B, secondary_BM, torch.tensor([0.4, 0.5]), 0.1).feasible
-    assert not mopo_dual(primary_B, secondary_BM, torch.tensor([0.6, 0.5]), 0.1).feasible
+    assert one_shot_dual(primary_B, secondary_BM, torch.tensor([0.4, 0.5]), 0.1).feasible
+    assert not one_shot_dual(primary_B, secondary_BM, torch.tensor([0.6, 0.5]), 0.1).feasible
 
 
 def test_responses_outside_the_prior_do_not_help():
     log_prior_B = torch.tensor([0.0, 0.0, -torch.inf])
     secondary_BM = torch.tensor([[0.1], [0.2], [0.9]])
-    solution = mopo_dual(torch.zeros(3), secondary_BM, torch.tensor([0.5]), 0.1, log_prior_B)
+    solution = one_shot_dual(torch.zeros(3), secondary_BM, torch.tensor([0.5]), 0.1, log_prior_B=log_prior_B)
     assert not solution.feasible
-    assert mopo_dual(torch.zeros(3), secondary_BM, torch.tensor([0.15]), 0.1, log_prior_B).feasible
+    assert one_shot_dual(torch.zeros(3), secondary_BM, torch.tensor([0.15]), 0.1, log_prior_B=log_prior_B).feasible
 
 
 def test_the_one_shot_dual_of_the_literature():
     """r = (1, 0, 0), h = (-1, 1, 0), equally likely, beta 0.5, threshold 0: lambda* = 0.5."""
-    solution = mopo_dual(
-        torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[-1.0], [1.0], [0.0]]), torch.tensor([0.0]), tau=0.5
+    solution = one_shot_dual(
+        torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[-1.0], [1.0], [0.0]]), torch.tensor([0.0]), beta=0.5
     )
     assert solution.duals.item() == pytest.approx(0.5, abs=1e-5)
     torch.testing.assert_close(solution.ratio / 3, torch.tensor([0.42232, 0.42232, 0.15536]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tau", [1e-3, 0.08, 10.0])
-def test_the_ratio_has_mean_one_and_cannot_overflow(tau):
+def test_the_policy_adds_to_one_and_cannot_overflow(tau):
     primary_B, secondary_BM, _, _, log_prior_B = problem(5)
-    duals_M = torch.full((secondary_BM.shape[1],), 100.0)
-    ratio_B = mopo_ratio(primary_B, secondary_BM, duals_M, tau, log_prior_B)
-    assert torch.isfinite(ratio_B).all()
-    assert float(log_prior_B.exp() @ ratio_B) == pytest.approx(1)
-    uniform_B = mopo_ratio(primary_B, secondary_BM, duals_M * 0, tau)
-    assert float(uniform_B.mean()) == pytest.approx(1)
-    torch.testing.assert_close(uniform_B / len(primary_B), (primary_B / tau).softmax(0))
+    wins_BN = torch.cat([primary_B.unsqueeze(1), secondary_BM], 1)
+    weights_N = torch.full((wins_BN.shape[1],), 100.0).index_fill(0, torch.tensor(0), 1.0)
+    policy_B = mopo_policy(wins_BN, weights_N, tau, log_prior_B)
+    assert torch.isfinite(policy_B).all()
+    assert float(policy_B.sum()) == pytest.approx(1)
+    uniform_B = mopo_policy(wins_BN[:, :1], torch.ones(1), tau, torch.zeros_like(log_prior_B))
+    torch.testing.assert_close(uniform_B, (primary_B / tau).softmax(0))
 
 
 # The general solver warns where a tiny ball leaves it short of 1e-10; the comparison below is what decides.
@@ -181,9 +182,9 @@ def test_the_robust_value_at_its_ends():
 
 def test_shapes_and_tau_are_checked():
     with pytest.raises(ValueError, match="secondary scores"):
-        mopo_dual(torch.zeros(3), torch.zeros(3, 2), torch.zeros(1), 0.1)
+        one_shot_dual(torch.zeros(3), torch.zeros(3, 2), torch.zeros(1), 0.1)
     with pytest.raises(ValueError, match="tau must be above 0"):
-        mopo_ratio(torch.zeros(3), torch.zeros(3, 1), torch.zeros(1), 0.0)
+        mopo_policy(torch.zeros(3, 2), torch.ones(2), 0.0, torch.zeros(3))
 
 
 def test_the_policy_is_the_prior_times_the_ratio_of_each_prompt():

@@ -10,7 +10,6 @@ from moa_lightning.functional import (
     fill_from_group,
     group_count,
     group_max,
-    group_sizes,
     group_softmax,
     group_sum,
     mean_wins,
@@ -115,10 +114,6 @@ def test_group_softmax_has_the_gradient_of_softmax():
     (grouped,) = torch.autograd.grad((weights_B * group_softmax(logits_B, group_B)).sum(), logits_B)
     plain = sum((weights_B[rows] * logits_B[rows].softmax(0)).sum() for rows in (group_B == 0, group_B == 1))
     torch.testing.assert_close(grouped, torch.autograd.grad(plain, logits_B)[0])
-
-
-def test_group_sizes():
-    assert group_sizes(torch.tensor([2, 0, 2, 3, 2, 0])).tolist() == [3, 2, 3, 1, 3, 2]
 
 
 def interleaved(seed=0, rows=11, groups=4):
