@@ -235,7 +235,7 @@ class AlignmentModule(ResumedModule):
         self.log("loss", result.loss.detach(), prog_bar=True, batch_size=len(experience), sync_dist=True)
         step = StepOutput(
             names=self.objective_names,
-            weights_N=combined.weights_N.detach(),
+            weights_N=combined.mean_weights().detach(),
             score_BT=combined.score.detach(),
             terms=result.terms,
             minibatch=batch,
@@ -288,7 +288,7 @@ class AlignmentModule(ResumedModule):
         if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != math.inf:
             return
         if self.evaluated_at != step:  # a resumed run looks once more at the policy that it starts with
-            self.combiner_state = self.combiner.evaluated(sums_2N[0] / sums_2N[1], self.combiner_state)
+            self.combiner_state = self.combiner.observe_evaluation(sums_2N[0] / sums_2N[1], self.combiner_state)
         self.evaluated_at = step
 
     def _log_at_step(self) -> None:

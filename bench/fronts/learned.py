@@ -130,7 +130,7 @@ def learn(problem: Problem, entry: Entry, recipe: Recipe, seed: int) -> Run:
     for step in range(recipe.steps):
         now_P = parameters_P.detach()
         if step % recipe.evaluate_every == 0:
-            state = combiner.evaluated(torch.tensor(problem.values(now_P)).float(), state)
+            state = combiner.observe_evaluation(torch.tensor(problem.values(now_P)).float(), state)
         actions = problem.sample(now_P, recipe.samples, generator)
         logprobs_B = problem.logprobs(parameters_P, actions)
         reference_B = problem.logprobs(first_P, actions)

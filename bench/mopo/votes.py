@@ -227,7 +227,7 @@ def train(problem: Problem, settings: Settings | None = None) -> Outcome:
         signals = Signals(batch.mask_BT, batch.valid_BN, wins_BN=batch.wins_BN, group_B=batch.group_B)
         table.fit(rows, combiner.combine(signals, state).score, batch.mask_BT[:, 0])
         if (step + 1) % s.interval == 0:
-            state = combiner.evaluated(torch.tensor([torch.nan, float(evaluate().mean())]), state)
+            state = combiner.observe_evaluation(torch.tensor([torch.nan, float(evaluate().mean())]), state)
     believed, values, dual, choice, policy, first = torch.tensor(seen).mean(0).tolist()
     last_choice, last_policy, _ = truth(20_000)
     labels_B = evaluate()

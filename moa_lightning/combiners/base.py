@@ -1,18 +1,36 @@
 """The contract of a combiner: N signals in, one score out.
 
+Three examples:
+
+* ``Linear`` reads advantages and remembers its weights: ``combine`` is their weighted sum.
+* ``PAMA`` reads advantages and ratios and remembers nothing: ``combine`` solves a closed form for each token.
+* ``MOPO`` reads win probabilities and remembers multipliers: ``init`` starts them, ``observe`` moves them once per
+  collected batch, and ``combine`` makes importance weights of them.
+
+What a combiner may do besides (schedules, curves, evaluations, resuming, claims) are the hooks of ``hooks.py``.
+
 Legend: B sequences, T tokens, N objectives.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from moa_lightning.combiners.claims import Claim
-from moa_lightning.schedules import Weight, WeightSchedule
-from moa_lightning.signals import GradientPlace, Signal, Signals
+from moa_lightning.combiners.hooks import (
+    FollowsSchedules,
+    MakesClaims,
+    ObservesEvaluations,
+    ReportsCurves,
+    Resumes,
+    TakesGradients,
+    TakesKLPenalty,
+)
+from moa_lightning.distributed import all_sum
+from moa_lightning.signals import Signal, Signals
 from moa_lightning.types import Experience, State
 
 
@@ -21,14 +39,28 @@ class Combined:
     """The outcome of one combination."""
 
     score: Tensor  # (B, T) or (B,), detached: the advantage that the policy loss trains on
-    weights_N: Tensor  # the share each objective got, averaged over what counted; for the logs
+    weights: Tensor  # (B, T, N), (B, N) or (N,), the share that each objective got; all 0 where nothing counts
     # For losses on pairs of responses only, whose logit is (beta (D_i - D_j) - (margin_i - margin_j)) / weight:
     margin_B: Tensor | None = None
     weight: float = 1.0
-    state: State | None = None  # to go on with, where an update itself teaches something; None is the one before
+    state: State | None = None  # the next one, where an update itself teaches something; None keeps the one before
+
+    def mean_weights(self) -> Tensor:
+        """``weights`` as ``(N,)``, for the logs: their mean over the tokens or rows that count, on all processes.
+
+        All processes have to call it. Where nothing counts they are equal.
+        """
+        if self.weights.ndim == 1:
+            return self.weights
+        weights_KN = self.weights.flatten(0, -2)
+        total = all_sum(torch.cat([weights_KN.sum(0), (weights_KN != 0).any(1).sum().reshape(1)]))
+        mean_N = (total[:-1] / total[-1].clamp(min=1)).float()
+        return mean_N if total[-1] > 0 else torch.full_like(mean_N, 1 / len(mean_N))
 
 
-class Combiner(ABC):
+class Combiner(
+    MakesClaims, TakesKLPenalty, TakesGradients, FollowsSchedules, ObservesEvaluations, ReportsCurves, Resumes, ABC
+):
     """How N objectives become one. Subclasses are frozen dataclasses, validated in ``__post_init__``.
 
     A combiner holds configuration only. What it remembers lives in the state, which is passed in and returned:
@@ -36,28 +68,6 @@ class Combiner(ABC):
     """
 
     needs: ClassVar[frozenset[Signal]]
-    requires_kl: ClassVar[bool] = False  # whether it works only with a KL penalty in the reward, above 0
-    claims: ClassVar[frozenset[Claim]] = frozenset()  # that hold whatever the settings are
-
-    @property
-    def claimed(self) -> frozenset[Claim]:
-        """Claims that hold under these settings."""
-        return self.claims
-
-    @property
-    def gives_weights(self) -> bool:
-        """Whether scores are never below 0, so that a loss may take them as importance weights."""
-        return False
-
-    @property
-    def charged_kl(self) -> bool:
-        """Whether a KL penalty in the reward reaches the score, through advantages that it is in or of itself."""
-        return Signal.ADVANTAGES in self.needs
-
-    @property
-    def gradients_at(self) -> GradientPlace:
-        """Where ``signals.gramian`` takes the gradients; of no effect on a combiner that does not need it."""
-        return GradientPlace.REPRESENTATION
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:
         """First state, for the trained objectives in order and the weights that the user gave them.
@@ -67,43 +77,9 @@ class Combiner(ABC):
         """
         return {}
 
-    def resume(self, saved: State, fresh: State) -> State:
-        """State to go on with, from a checkpoint's and from :meth:`init` under the present configuration.
-
-        What the configuration says is taken from ``fresh``: here nothing.
-        """
-        return saved
-
-    def schedules(self, defaults: Mapping[str, Weight]) -> dict[str, WeightSchedule]:
-        """Weights that :meth:`proceed` takes from schedules, by objective; none for a combiner that takes no weights.
-
-        Args:
-            defaults: weights of the trained objectives, which count where it has none of its own.
-
-        Raises:
-            UserError: a weight has a schedule that the combiner cannot follow.
-        """
-        return {}
-
-    def proceed(self, objectives: Sequence[str], weights_N: Tensor, progress: float, state: State) -> State:
-        """State at this progress, a share of the run: called before each :meth:`observe` where there are schedules.
-
-        Raises:
-            UserError: the weights at this progress do not fit.
-        """
-        return state
-
     def observe(self, experience: Experience, state: State) -> State:
         """State after a newly collected batch (duals, averages, ideal points). Called once per batch."""
         return state
-
-    def evaluated(self, values_N: Tensor, state: State) -> State:
-        """State after an evaluation: mean values of the trained objectives, after their transform; NaN is unknown."""
-        return state
-
-    def report(self, state: State) -> dict[str, Tensor]:
-        """What of the state is worth a curve: by name one number per objective, ``(N,)``, NaN where there is none."""
-        return {}
 
     @abstractmethod
     def combine(self, signals: Signals, state: State) -> Combined:

@@ -97,7 +97,7 @@ class DynamicWeights(FirstWeights):
             "front": torch.zeros(0, len(objectives)),
         }
 
-    def evaluated(self, values_N: Tensor, state: State) -> State:
+    def observe_evaluation(self, values_N: Tensor, state: State) -> State:
         """The factor for the updates up to the next evaluation; the first one has nothing to be compared with."""
         if self.growth_scale is None or not values_N.isfinite().all():
             return state

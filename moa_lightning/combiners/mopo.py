@@ -181,7 +181,7 @@ class MOPO(Combiner):
         warn_of_unlabelled(state, self.patience, names)
         return state | {"batches": state["batches"] + 1}
 
-    def evaluated(self, values_N: Tensor, state: State) -> State:
+    def observe_evaluation(self, values_N: Tensor, state: State) -> State:
         """The values on held-out prompts, where these are win probabilities, and how far the believed ones lie off."""
         return state | measure_gap(state, values_N.float().where(state["evaluates_wins"] > 0, torch.nan))
 

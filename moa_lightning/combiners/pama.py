@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from moa_lightning.combiners.base import Combined, Combiner
@@ -113,6 +112,4 @@ class PAMA(Combiner):
         weights_BTN = _WEIGHTS[self.granularity](signals.unclipped(advantages_BTN), present_BTN)
         weights_BTN = weights_BTN.expand_as(advantages_BTN)
         score_BT = (weights_BTN * advantages_BTN).sum(-1)
-        counted_BT1 = present_BTN.any(-1, keepdim=True)
-        total = all_sum(torch.cat([(weights_BTN * counted_BT1).sum((0, 1)), counted_BT1.sum().reshape(1)]))
-        return Combined(score_BT, total[:-1] / total[-1].clamp(min=1))
+        return Combined(score_BT, weights_BTN * present_BTN.any(-1, keepdim=True))

@@ -20,7 +20,7 @@ def update(combiner, rows, clip_range=CLIPPED):
     combined = run(combiner, rows, clip_range)
     size = 1.0
     if Signal.ADVANTAGES in combiner.needs:
-        size = (rows.advantages_BTN.nan_to_num(0.0).abs() * combined.weights_N.abs()).sum(-1).max()
+        size = (rows.advantages_BTN.nan_to_num(0.0).abs() * combined.mean_weights().abs()).sum(-1).max()
     margin_B = torch.zeros(len(rows)) if combined.margin_B is None else combined.margin_B / combined.weight
     margin_B = margin_B.view(-1, 4) - margin_B.view(-1, 4).mean(1, keepdim=True)
     return combined.score / (size if size > 0 else 1.0), margin_B.flatten()
@@ -39,7 +39,7 @@ def precise(combiner):
 
 
 def simplex(combiner, rows):
-    weights_N = run(combiner, rows).weights_N
+    weights_N = run(combiner, rows).mean_weights()
     assert (weights_N >= 0).all()
     torch.testing.assert_close(weights_N.sum(), torch.tensor(1.0), rtol=1e-5, atol=0)
 
@@ -53,8 +53,8 @@ def permutation(combiner, rows):
     values_KN = rows.advantages_BTN.nan_to_num(0.0).flatten(0, 1).double()
     values_KN = values_KN / values_KN.abs().amax(0).clamp(min=1e-300)
     alone_N = ((values_KN.unsqueeze(-1) - values_KN.unsqueeze(1)).abs().amax(0) < 1e-6).sum(1) == 1
-    weights_N = torch.zeros(count).index_copy(0, torch.tensor(order), run(combiner, moved).weights_N)
-    torch.testing.assert_close(weights_N[alone_N], run(combiner, rows).weights_N[alone_N], rtol=1e-3, atol=1e-4)
+    weights_N = torch.zeros(count).index_copy(0, torch.tensor(order), run(combiner, moved).mean_weights())
+    torch.testing.assert_close(weights_N[alone_N], run(combiner, rows).mean_weights()[alone_N], rtol=1e-3, atol=1e-4)
 
 
 def common_scale(combiner, rows):
@@ -124,7 +124,7 @@ def no_conflict(combiner, rows):
     combined = run(combiner, rows, ClipRange())
     angles_KK, lengths_K = _gram(rows, torch.cat([_advantages(rows), combined.score.unsqueeze(-1)], -1))
     # In units of what is summed: where all of it cancels, the rest is rounding and points anywhere.
-    summed = (lengths_K[:-1] * combined.weights_N).sum()
+    summed = (lengths_K[:-1] * combined.mean_weights()).sum()
     assert (angles_KK[-1, :-1] * lengths_K[-1] >= -1e-3 * summed).all()
 
 
@@ -137,7 +137,7 @@ def min_norm(combiner, rows):
     # The scaled gradients have lengths |g|^(1 - power), and c_i |g_i|^-power are the weights: KKT of their problem.
     lengths_N = lengths_N[kept_N] / lengths_N.max()
     scaled_N = lengths_N ** (1 - combiner.norm_power)
-    c_N = combined.weights_N.double()[kept_N] * lengths_N**combiner.norm_power
+    c_N = combined.mean_weights().double()[kept_N] * lengths_N**combiner.norm_power
     products_N = (angles_NN[kept_N][:, kept_N] * scaled_N.outer(scaled_N)) @ (c_N / c_N.sum()) / scaled_N.max() ** 2
     assert (products_N >= (c_N / c_N.sum()) @ products_N - 1e-3).all()
 

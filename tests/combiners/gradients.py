@@ -24,4 +24,4 @@ def combine(combiner, jacobian, weights=None):
 
 def direction(combiner, jacobian):
     """Of the update, in the gradients' space."""
-    return combine(combiner, jacobian).weights_N.double() @ torch.as_tensor(jacobian, dtype=torch.float64)
+    return combine(combiner, jacobian).mean_weights().double() @ torch.as_tensor(jacobian, dtype=torch.float64)

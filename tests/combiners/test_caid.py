@@ -123,7 +123,7 @@ def test_the_worked_number():
     combined = score(combiner, rows, state)
     signal_B = torch.tensor([0.5, 0.5, 0.0]) - 1 / 3
     torch.testing.assert_close(combined.score, signal_B / signal_B.square().mean().sqrt())
-    torch.testing.assert_close(combined.weights_N, torch.tensor([2 / 3, 1 / 3]))
+    torch.testing.assert_close(combined.mean_weights(), torch.tensor([2 / 3, 1 / 3]))
     assert combiner.report(state)["duals"].isnan().tolist() == [True, False]
 
 

@@ -77,7 +77,7 @@ def test_scores_and_weights_are_finite_and_what_is_masked_has_none(combiner):
     for name, rows in INPUTS.items():
         combined = run(combiner, rows)
         assert combined.score.isfinite().all(), name
-        assert combined.weights_N.isfinite().all(), name
+        assert combined.mean_weights().isfinite().all(), name
         counted = rows.mask_BT if combined.score.ndim == 2 else rows.mask_BT.any(1)
         assert (combined.score[~counted] == 0).all(), name
         assert not combined.score.requires_grad
@@ -90,7 +90,7 @@ def test_what_stands_where_a_score_is_missing_does_not_matter(combiner):
     filled = dataclasses.replace(changed(rows, lambda v: v.nan_to_num(0.3)), wins_BN=rows.wins_BN)
     combined, other = run(combiner, rows), run(combiner, filled)
     assert torch.equal(other.score, combined.score)
-    assert torch.equal(other.weights_N, combined.weights_N)
+    assert torch.equal(other.mean_weights(), combined.mean_weights())
     wild = dataclasses.replace(
         signals(rows),
         advantages_BTN=rows.advantages_BTN.nan_to_num(1e6),
@@ -99,7 +99,7 @@ def test_what_stands_where_a_score_is_missing_does_not_matter(combiner):
     state = combiner.observe(rows, begin(combiner, rows))
     again = combiner.combine(wild, state)
     assert torch.equal(again.score, combined.score)
-    assert torch.equal(again.weights_N, combined.weights_N)
+    assert torch.equal(again.mean_weights(), combined.mean_weights())
 
 
 @every_combiner
@@ -111,7 +111,7 @@ def test_the_value_decides_and_not_the_raw_score(combiner):
         assert same(*(combiner.observe(batch, begin(combiner, batch)) for batch in (rows, others))), name
         combined, other = run(combiner, rows), run(combiner, others)
         assert torch.equal(other.score, combined.score), name
-        assert torch.equal(other.weights_N, combined.weights_N), name
+        assert torch.equal(other.mean_weights(), combined.mean_weights()), name
 
 
 def test_a_threshold_on_a_cost_is_in_its_value():
@@ -136,7 +136,7 @@ def test_needs_is_honest(combiner):
     state = combiner.observe(rows, begin(combiner, rows))
     whole, bare = (combiner.combine(signals(rows, only), state) for only in (None, combiner.needs))
     assert torch.equal(whole.score, bare.score)
-    assert torch.equal(whole.weights_N, bare.weights_N)
+    assert torch.equal(whole.mean_weights(), bare.mean_weights())
 
 
 def same(state, other):
@@ -165,7 +165,7 @@ def test_state_goes_in_and_out_and_there_is_no_hidden_memory(combiner):
     again = combiner.combine(signals(rows), after)
     assert same(after, kept)
     assert torch.equal(first.score, again.score)
-    assert torch.equal(first.weights_N, again.weights_N)
+    assert torch.equal(first.mean_weights(), again.mean_weights())
     assert same(combiner.observe(rows, state), after)
 
 
@@ -176,7 +176,7 @@ def test_a_saved_state_takes_the_same_next_step(combiner, tmp_path):
     for batch in (rows, INPUTS["missing"]):
         state = combiner.observe(batch, state)
         state = combiner.combine(signals(batch), state).state or state
-        state = combiner.evaluated(torch.tensor([0.1, 0.2, 0.3]), state)
+        state = combiner.observe_evaluation(torch.tensor([0.1, 0.2, 0.3]), state)
     torch.save(state, tmp_path / "state.pt")
     loaded = combiner.resume(torch.load(tmp_path / "state.pt", weights_only=True), begin(combiner, rows))
     assert same(loaded, state)
@@ -184,7 +184,7 @@ def test_a_saved_state_takes_the_same_next_step(combiner, tmp_path):
     one, other = (combiner.combine(signals(INPUTS["ties"]), s) for s in (state, loaded))
     assert same(loaded, state)
     assert torch.equal(other.score, one.score)
-    assert torch.equal(other.weights_N, one.weights_N)
+    assert torch.equal(other.mean_weights(), one.mean_weights())
     assert (one.state is None) == (other.state is None)
     assert one.state is None or same(one.state, other.state)
 

@@ -52,7 +52,7 @@ def test_an_objective_that_is_outvoted_is_heard_in_the_end():
     assert state["covariances"][1] < 0
     state, combined = scored.run(combiner, rows, steps=200)
     assert state["covariances"][1] > 0.04
-    assert combined.weights_N[1] > 0.55
+    assert combined.mean_weights()[1] > 0.55
     # At its target, it gains nothing more.
     later, _ = scored.run(combiner, rows, steps=400)
     torch.testing.assert_close(later["weights"], state["weights"], rtol=0.02, atol=0)

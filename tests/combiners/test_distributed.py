@@ -49,7 +49,7 @@ def run(combiner, rows):
     return {
         "state": state if combined.state is None else combined.state,
         "score": combined.score,
-        "weights_N": combined.weights_N,
+        "weights_N": combined.mean_weights(),
     }
 
 

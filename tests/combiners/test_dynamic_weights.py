@@ -33,11 +33,11 @@ def test_the_weights_follow_the_gradients():
     combiner = DynamicWeights(lr=0.1, interval=1)
     combined = combiner.combine(given(CONFLICT), start(combiner))
     expected_N = torch.tensor([0.08, -0.04]).softmax(0)
-    torch.testing.assert_close(combined.weights_N, expected_N)
+    torch.testing.assert_close(combined.mean_weights(), expected_N)
     torch.testing.assert_close(combined.state["log_weights"], expected_N.log())
     torch.testing.assert_close(combined.score, (expected_N @ torch.tensor([1.0, 3.0])).reshape(1, 1))
     again = combiner.combine(given(CONFLICT), combined.state)
-    torch.testing.assert_close(again.weights_N, torch.tensor([0.16, -0.08]).softmax(0))
+    torch.testing.assert_close(again.mean_weights(), torch.tensor([0.16, -0.08]).softmax(0))
 
 
 def test_a_weight_next_to_nothing_comes_back_and_one_of_0_does_not():
@@ -51,18 +51,18 @@ def test_a_weight_next_to_nothing_comes_back_and_one_of_0_does_not():
         state = combiner.combine(given([[-0.5, 0.0], [1.0, 0.0]]), state).state
     assert state["log_weights"].exp()[1] > 0.5
     none = combiner.combine(given(CONFLICT[::-1]), start(combiner, (1.0, 0.0)))
-    assert none.weights_N.tolist() == [1.0, 0.0]
+    assert none.mean_weights().tolist() == [1.0, 0.0]
 
 
 def test_between_two_looks_the_weights_stay_and_no_gradients_are_asked_for():
     combiner = DynamicWeights(lr=0.1, interval=3)
     combined = combiner.combine(given(CONFLICT), start(combiner))
-    weights_N, bare = combined.weights_N, replace(given(CONFLICT), gramian=None)
+    weights_N, bare = combined.mean_weights(), replace(given(CONFLICT), gramian=None)
     for _ in range(2):
         combined = combiner.combine(bare, combined.state)
-        torch.testing.assert_close(combined.weights_N, weights_N)
+        torch.testing.assert_close(combined.mean_weights(), weights_N)
     combined = combiner.combine(given(CONFLICT), combined.state)
-    torch.testing.assert_close(combined.weights_N, torch.tensor([0.16, -0.08]).softmax(0))
+    torch.testing.assert_close(combined.mean_weights(), torch.tensor([0.16, -0.08]).softmax(0))
 
 
 def test_without_a_step_it_is_the_weighted_sum_and_asks_for_no_gradients():
@@ -70,14 +70,14 @@ def test_without_a_step_it_is_the_weighted_sum_and_asks_for_no_gradients():
     bare = replace(given(CONFLICT), gramian=None)
     combined = combiner.combine(bare, start(combiner))
     assert combined.score.item() == 1.5
-    assert combined.weights_N.tolist() == [0.75, 0.25]
+    assert combined.mean_weights().tolist() == [0.75, 0.25]
 
 
 def test_the_front_strengthens_and_weakens_updates():
     combiner = DynamicWeights(lr=0.0, growth_scale=0.5, reference={"a": 0.0, "b": 0.0})
     factors, state = [], start(combiner)
     for values in ([1.0, 1.0], [2.0, 1.0], [1.5, 0.5], [1.0, 2.0], [torch.nan, 5.0]):
-        state = combiner.evaluated(torch.tensor(values), state)
+        state = combiner.observe_evaluation(torch.tensor(values), state)
         factors.append(float(state["factor"]))
         assert combiner.combine(given(CONFLICT), state).score.item() == pytest.approx(2.0 * factors[-1])
     # Nothing to compare with; hypervolume 1 -> 2; dominated; 2 -> 3; unknown: the factor stays.
@@ -89,22 +89,22 @@ def test_the_front_strengthens_and_weakens_updates():
 
 def test_left_to_itself_the_first_evaluation_is_the_reference_and_without_a_scale_nothing_happens():
     combiner = DynamicWeights(growth_scale=1.0)
-    state = combiner.evaluated(torch.tensor([1.0, 1.0]), start(combiner))
+    state = combiner.observe_evaluation(torch.tensor([1.0, 1.0]), start(combiner))
     assert state["reference"].tolist() == [1.0, 1.0]
-    state = combiner.evaluated(torch.tensor([1.5, 3.0]), state)
+    state = combiner.observe_evaluation(torch.tensor([1.5, 3.0]), state)
     assert float(state["factor"]) == pytest.approx(0.5 + 1.5 * math.tanh(1.0))
     plain = DynamicWeights()
-    assert plain.evaluated(torch.tensor([1.0, 1.0]), before := start(plain)) is before
+    assert plain.observe_evaluation(torch.tensor([1.0, 1.0]), before := start(plain)) is before
     assert plain.report(before) == {}
 
 
 def test_resume_keeps_what_was_learnt_under_the_configured_reference():
     before, now = DynamicWeights(growth_scale=1.0), DynamicWeights(growth_scale=1.0, reference={"b": 0.5})
-    saved = before.combine(given(CONFLICT), before.evaluated(torch.tensor([1.0, 1.0]), start(before))).state
+    saved = before.combine(given(CONFLICT), before.observe_evaluation(torch.tensor([1.0, 1.0]), start(before))).state
     state = now.resume(saved, start(now))
     assert state["reference"].tolist() == [1.0, 0.5]
     assert all(torch.equal(state[name], saved[name]) for name in saved if name != "reference")
-    fell = before.evaluated(torch.tensor([0.5, 0.5]), saved)
+    fell = before.observe_evaluation(torch.tensor([0.5, 0.5]), saved)
     assert float(before.resume(fell, start(before))["factor"]) == 0.5
     plain = DynamicWeights()  # does not look at the front: a factor would stay for good
     assert float(plain.resume(fell, start(plain))["factor"]) == 1.0

@@ -45,7 +45,7 @@ def test_the_list_is_not_empty():
 def test_worked_numbers(name, jacobian, weights):
     chosen = Gramian(torchjd.MGDAWeighting(1e-6, 2000)) if name == "MGDAWeighting" else Gramian(weighting(name))
     expected_N = torch.tensor(weights)
-    found_N = combine(chosen, jacobian).weights_N
+    found_N = combine(chosen, jacobian).mean_weights()
     torch.testing.assert_close(found_N, expected_N / expected_N.sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -96,8 +96,8 @@ def test_no_objective_is_made_worse_to_first_order(name, count):
 def test_a_common_scale_does_not_matter(name, scale):
     jacobian = torch.tensor(WORKED[1], dtype=torch.float64)
     torch.testing.assert_close(
-        combine(Gramian(weighting(name)), jacobian * scale).weights_N,
-        combine(Gramian(weighting(name)), jacobian).weights_N,
+        combine(Gramian(weighting(name)), jacobian * scale).mean_weights(),
+        combine(Gramian(weighting(name)), jacobian).mean_weights(),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -107,17 +107,17 @@ def test_a_common_scale_does_not_matter(name, scale):
 def test_an_objective_without_gradient_is_left_out(name):
     jacobian = [WORKED[0][0], [0.0, 0.0, 0.0], WORKED[0][1]]
     combined, without = combine(Gramian(weighting(name)), jacobian), combine(Gramian(weighting(name)), WORKED[0])
-    torch.testing.assert_close(combined.weights_N[[0, 2]], without.weights_N)
-    assert combined.weights_N[1] == 0
+    torch.testing.assert_close(combined.mean_weights()[[0, 2]], without.mean_weights())
+    assert combined.mean_weights()[1] == 0
     nothing = combine(Gramian(weighting(name)), [[0.0], [0.0]])
     assert (nothing.score == 0).all()
-    torch.testing.assert_close(nothing.weights_N, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(nothing.mean_weights(), torch.tensor([0.5, 0.5]))
 
 
 def test_a_weighting_for_a_fixed_number_weighs_those_without_gradient_too():
     weights_N = torch.tensor([0.2, 0.3, 0.5])
     combined = combine(Gramian(torchjd.ConstantWeighting(weights_N)), [[1.0], [0.0], [2.0]])
-    torch.testing.assert_close(combined.weights_N, torch.tensor([2 / 7, 0.0, 5 / 7]))
+    torch.testing.assert_close(combined.mean_weights(), torch.tensor([2 / 7, 0.0, 5 / 7]))
 
 
 def test_random_orders_are_of_the_batch_and_leave_the_stream_of_random_numbers_alone():
@@ -127,7 +127,7 @@ def test_random_orders_are_of_the_batch_and_leave_the_stream_of_random_numbers_a
     before = torch.get_rng_state()
     first, again = combine(combiner, jacobian), combine(combiner, jacobian)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.weights_N, again.weights_N)
+    assert torch.equal(first.mean_weights(), again.mean_weights())
     state = combiner.init(["a"], torch.ones(1))
     assert combiner.observe(None, state)["batches"] == 1
     gram_NN, all_N = jacobian @ jacobian.T, torch.ones(5, dtype=torch.bool)

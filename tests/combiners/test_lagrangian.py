@@ -89,7 +89,7 @@ def test_the_weights_are_the_papers():
     combiner = Lagrangian({"b": 0.0})
     combined = score(combiner, begin(combiner, 3) | {"duals": torch.tensor([0.0, 3.0, 0.0])}, torch.eye(3)[None])
     assert combined.score.tolist() == [[0.25, 0.75, 0.0]]
-    assert combined.weights_N.tolist() == [0.25, 0.75, 0.0]
+    assert combined.mean_weights().tolist() == [0.25, 0.75, 0.0]
 
 
 def test_the_worked_number():

@@ -19,7 +19,7 @@ def test_weights_come_from_the_objectives_or_from_the_combiner():
     assert combine(Linear(), [2.0, 4.0], (3.0, 1.0)).score.item() == 2.5
     combined = combine(Linear({"b": 3.0, "a": 1.0}), [2.0, 4.0], (3.0, 1.0))
     assert combined.score.item() == 3.5
-    assert combined.weights_N.tolist() == [0.25, 0.75]
+    assert combined.mean_weights().tolist() == [0.25, 0.75]
 
 
 @pytest.mark.parametrize(

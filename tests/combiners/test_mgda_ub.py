@@ -15,11 +15,11 @@ from tests.combiners.gradients import combine
     ],
 )
 def test_worked_numbers(jacobian, weights):
-    torch.testing.assert_close(combine(MGDAUB(), jacobian).weights_N, torch.tensor(weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(combine(MGDAUB(), jacobian).mean_weights(), torch.tensor(weights), rtol=1e-4, atol=1e-5)
 
 
 def test_normalised_gradients_share_by_angle_not_by_length():
-    weights_N = combine(MGDAUB(normalize=True), [[100.0, 0.0], [0.0, 1.0]]).weights_N
+    weights_N = combine(MGDAUB(normalize=True), [[100.0, 0.0], [0.0, 1.0]]).mean_weights()
     torch.testing.assert_close(weights_N, torch.tensor([1 / 101, 100 / 101]))
 
 
@@ -27,7 +27,7 @@ def test_normalised_gradients_share_by_angle_not_by_length():
 def test_kkt_of_the_min_norm_point(seed):
     generator = torch.Generator().manual_seed(seed)
     jacobian = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    weights_N = combine(MGDAUB(max_iters=20_000, epsilon=1e-9), jacobian.tolist()).weights_N.double()
+    weights_N = combine(MGDAUB(max_iters=20_000, epsilon=1e-9), jacobian.tolist()).mean_weights().double()
     products_N = jacobian @ jacobian.T @ weights_N
     smallest = weights_N @ products_N
     assert (products_N >= smallest - 1e-3).all()

@@ -175,8 +175,10 @@ def test_held_out_values_are_reported_where_they_are_win_probabilities():
     online, _ = run(combiner, wins_BN, group_B, 1)
     offline = combiner.observe(shown(wins_BN, group_B, torch.zeros(15)), combiner.init(["a", "b"], torch.ones(2)))
     held_out_N = torch.tensor([0.55, 0.58])
-    assert combiner.report(combiner.evaluated(held_out_N, online))["held_out"].isnan().all()  # the rewards' own units
-    assert torch.equal(combiner.report(combiner.evaluated(held_out_N, offline))["held_out"], held_out_N)
+    assert (
+        combiner.report(combiner.observe_evaluation(held_out_N, online))["held_out"].isnan().all()
+    )  # the rewards' own units
+    assert torch.equal(combiner.report(combiner.observe_evaluation(held_out_N, offline))["held_out"], held_out_N)
 
 
 @pytest.mark.parametrize("radius", [0.0, 0.01])
@@ -194,7 +196,7 @@ def test_an_evaluation_corrects_the_believed_values(radius):
         for s in (paper | {"duals": first["duals"] * 0}, first)
     ]
     held_out_N = torch.tensor([0.55, 0.48])
-    third = combiner.observe(rows, combiner.evaluated(held_out_N, second))
+    third = combiner.observe(rows, combiner.observe_evaluation(held_out_N, second))
     torch.testing.assert_close(third["gap"], held_out_N - (plain[0] + plain[1]) / 2)
     slack = float(third["believed"][1] + third["gap"][1]) - 0.6
     assert float(third["duals"][1]) == pytest.approx(max(float(second["duals"][1]) - slack, 0.0), abs=1e-6)
@@ -203,7 +205,7 @@ def test_an_evaluation_corrects_the_believed_values(radius):
     )
     assert (taken_off < 0) == (radius > 0)
     assert float(third["values"][1]) == pytest.approx(0.48 + taken_off, abs=1e-6)
-    assert float(combiner.evaluated(held_out_N, third)["believed_seen"][1]) == 0
+    assert float(combiner.observe_evaluation(held_out_N, third)["believed_seen"][1]) == 0
 
 
 def votes(prompts, responses, seed=0):
@@ -391,7 +393,7 @@ def test_on_rollouts_multipliers_follow_the_policys_own_mean_where_rivals_are_fi
     torch.testing.assert_close(state["values"][:2], mean_N[:2])
     assert state["values"][2] == believed_N[2]  # against the policy's own others the mean is .5 whatever they are worth
     assert float(state["duals"][1]) == pytest.approx(0.01, abs=1e-5)
-    held_out_N = combiner.evaluated(torch.tensor([0.6, 0.7, 0.8]), state)["held_out"]
+    held_out_N = combiner.observe_evaluation(torch.tensor([0.6, 0.7, 0.8]), state)["held_out"]
     assert held_out_N[:2].tolist() == pytest.approx([0.6, 0.7])
     assert held_out_N[2].isnan()
     paper = dataclasses.replace(combiner, dual_values="optimum")

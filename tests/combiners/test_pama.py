@@ -32,10 +32,10 @@ def test_per_sequence_and_per_batch_by_hand():
     for granularity in ("sequence", "batch"):
         combined = combine(PAMA(granularity))
         assert combined.score.tolist() == [[2.0, 0.0, 0.0]]
-        assert combined.weights_N.tolist() == [1.0, 0.0]
+        assert combined.mean_weights().tolist() == [1.0, 0.0]
     # Signed means -1/3 and 1: they straddle 0, weights 3/4 and 1/4.
     combined = combine(PAMA("batch", noon=False))
-    torch.testing.assert_close(combined.weights_N, torch.tensor([0.75, 0.25]))
+    torch.testing.assert_close(combined.mean_weights(), torch.tensor([0.75, 0.25]))
     torch.testing.assert_close(combined.score, torch.tensor([[1.75, 0.0, -1.75]]))
 
 
@@ -68,15 +68,15 @@ def test_clipped_advantages_do_not_count():
         ratio_BT=torch.tensor([[1.3, 1.0]]),
         clip_range=ClipRange(0.2, 0.2),
     )
-    assert PAMA("batch").combine(given, {}).weights_N.tolist() == [0.0, 1.0]
-    assert combine(PAMA("batch"), advantages_BTN).weights_N.tolist() == [1.0, 0.0]
+    assert PAMA("batch").combine(given, {}).mean_weights().tolist() == [0.0, 1.0]
+    assert combine(PAMA("batch"), advantages_BTN).mean_weights().tolist() == [1.0, 0.0]
 
 
 def test_a_missing_objective_leaves_the_problem():
     valid_BN = torch.tensor([[False, True]])
     combined = combine(PAMA(noon=False), valid_BN=valid_BN)
     assert combined.score.tolist() == [[1.0, 3.0, -1.0]]
-    assert combined.weights_N.tolist() == [0.0, 1.0]
+    assert combined.mean_weights().tolist() == [0.0, 1.0]
 
 
 def test_an_unknown_granularity_is_refused():

@@ -61,7 +61,7 @@ def test_an_objective_of_weight_0_does_not_exist(combiner):
     ignored = scored.run(ignoring, scored.experience(scores_BN, group_B))[1]
     alone = scored.run(without, scored.experience(scores_BN[:, :2], group_B))[1]
     torch.testing.assert_close(ignored.score, alone.score)
-    torch.testing.assert_close(ignored.weights_N, torch.cat([alone.weights_N, torch.zeros(1)]))
+    torch.testing.assert_close(ignored.mean_weights(), torch.cat([alone.mean_weights(), torch.zeros(1)]))
 
 
 @every_combiner
@@ -73,7 +73,7 @@ def test_rows_that_do_not_count_change_no_other(combiner):
     rows = scored.experience(more_BN, torch.cat([group_B, groups_B]), mask_B)
     combined, plain = scored.run(combiner, rows)[1], scored.run(combiner, scored.experience(scores_BN, group_B))[1]
     torch.testing.assert_close(combined.score, torch.cat([plain.score, torch.zeros(3)]))
-    torch.testing.assert_close(combined.weights_N, plain.weights_N)
+    torch.testing.assert_close(combined.mean_weights(), plain.mean_weights())
 
 
 @every_combiner
@@ -103,7 +103,7 @@ def test_nothing_to_tell_apart_is_no_error(combiner):
     for same_BN in (torch.full_like(scores_BN, 0.1), torch.full_like(scores_BN, torch.nan), scores_BN[::4][group_B]):
         combined = scored.run(combiner, scored.experience(same_BN, group_B))[1]
         assert torch.equal(combined.score, torch.zeros(12))
-        torch.testing.assert_close(combined.weights_N.sum(), torch.tensor(1.0))
+        torch.testing.assert_close(combined.mean_weights().sum(), torch.tensor(1.0))
 
 
 @every_combiner

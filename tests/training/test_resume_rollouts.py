@@ -86,9 +86,9 @@ def test_a_combiner_hears_of_each_evaluation_once(tmp_path):
     heard = []
 
     class Listening(DynamicWeights):
-        def evaluated(self, values_N, state):
+        def observe_evaluation(self, values_N, state):
             heard.append(values_N.tolist())
-            return super().evaluated(values_N, state)
+            return super().observe_evaluation(values_N, state)
 
     moa = module(folder, "DynamicWeights")
     object.__setattr__(moa, "combiner", Listening(lr=0.0, growth_scale=1.0))

@@ -73,9 +73,7 @@ class ResponseCombiner(Combiner):
     def combine(self, signals: Signals, state: State) -> Combined:
         """The combined score less its baseline, in standard deviations of the batch."""
         advantages_B, shares_BN = self.advantages(scored_responses(signals), state)
-        total_N = all_sum(shares_BN.sum(0)).float()
-        weights_N = total_N / total_N.sum() if total_N.any() else state["weights"].to(total_N.device)
-        return Combined(advantages_B.float(), weights_N)
+        return Combined(advantages_B.float(), shares_BN)
 
     def advantages(self, responses: ScoredResponses, state: State) -> tuple[Tensor, Tensor]:
         """``(advantages_B, shares_BN)``: the signal that is trained on, float64."""
