@@ -76,21 +76,27 @@ class ClipRange:
         return is_clipped(ratio, advantages, self.low, self.high, self.delta)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Signals:
-    """N signals for one update. A field is None when its signal is not provided."""
+    """What a combiner reads of some rows. A field is None when its signal is not provided.
 
-    mask_BT: Tensor  # bool, tokens that count
+    The one record of evidence: ``observe`` gets all rows of a collected batch (``types.Experience``, which has these
+    fields and more), ``combine`` those of a minibatch with the last three fields, which are of an update alone.
+    """
+
+    mask_BT: Tensor  # bool, tokens that are trained on (a row nobody could score, or left out when truncated: all 0)
     valid_BN: Tensor  # bool, objectives that could score the row
     advantages_BTN: Tensor | None = None  # float32
     scores_BN: Tensor | None = None  # float32, in the objectives' units after transform and penalties; 0 where invalid
-    ratio_BT: Tensor | None = None  # float32, detached; the one that the loss's surrogate takes
-    wins_BN: Tensor | None = None  # float32, in [0, 1]; NaN where unknown
+    wins_BN: Tensor | None = None  # mean probability to win against the prompt's other responses; NaN where unknown
     group_B: Tensor | None = None  # int64, which prompt a row belongs to; None: each to one of its own
+    log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
     penalty_B: Tensor | None = None  # float32, taken off each of a response's scores (cut-off ones); None is nothing
     charge_B: Tensor | None = None  # float32, what a KL penalty in the reward takes off a response; None is nothing
-    log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
-    clip_range: ClipRange = ClipRange()  # of the surrogate that follows
+    preference_BN: Tensor | None = None  # float32, the weights that the row was drawn under; None where none were
+    # Of an update alone:
+    ratio_BT: Tensor | None = None  # float32, detached; the one that the loss's surrogate takes
+    clip_range: ClipRange | None = None  # of the surrogate that follows; None clips nothing
     gramian: Callable[[Tensor], Tensor] | None = (
         None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks, where the combiner asks for gradients
     )
@@ -101,7 +107,7 @@ class Signals:
         Source: PAMA, arXiv 2508.07768. There the surrogate is flat where ``A > 0, u > 1+eps``; ``A < 0, u < 1-eps``
         arises only without Noon. The loss's other bounds (``epsilon_high``, ``delta``) count as well.
         """
-        if self.ratio_BT is None:
+        if self.ratio_BT is None or self.clip_range is None:
             return advantages_BTN
         flat_BTN = self.clip_range.is_flat(self.ratio_BT.unsqueeze(-1), advantages_BTN)
         return advantages_BTN.masked_fill(flat_BTN, 0.0)
@@ -115,7 +121,7 @@ class Signals:
         used_BTN = self.unclipped(advantages_BTN.where(self.present_BTN(), 0.0))
         if self.ratio_BT is None:
             return used_BTN
-        if self.clip_range.of_responses:
+        if self.clip_range is not None and self.clip_range.of_responses:
             length_B11 = self.mask_BT.sum(1).clamp(min=1).to(used_BTN).reshape(-1, 1, 1)
             used_BTN = (used_BTN.sum(1, keepdim=True) / length_B11.square()).expand_as(used_BTN)
         return used_BTN * self.ratio_BT.unsqueeze(-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_lightning.chat import Prompt
+from moa_lightning.signals import Signals
 
 State = dict[str, Tensor]
 """Memory of a combiner: float32 tensors by name, the same on every rank, saved in the checkpoint."""
@@ -93,34 +94,37 @@ class RewardTable:
         return torch.isfinite(self.trained_BN)
 
 
-@dataclass
-class Experience:
-    """One collected batch, or some rows of it: everything that the updates on it need. N counts trained objectives."""
+@dataclass(kw_only=True)
+class Experience(Signals):
+    """One collected batch, or some rows of it: everything that the updates on it need. N counts trained objectives.
+
+    Its ``scores_BN`` are those of ``rewards`` less the penalty, 0 where invalid, whatever is passed for them.
+    """
 
     responses: Responses
     rewards: RewardTable
-    valid_BN: Tensor  # bool, where the objective counts
-    mask_BT: Tensor  # bool, tokens that are trained on (a row nobody could score, or left out when truncated: all 0)
+    advantages_BTN: Tensor
     behaviour_logprobs_BT: Tensor  # of the policy that sampled, at the sampling temperature
     reference_logprobs_BT: Tensor
-    advantages_BTN: Tensor
     returns_BTN: Tensor | None  # targets of the value heads; None without critics
     values_BTN: Tensor | None
     tokens_per_row: float  # trained tokens per row of the whole collected batch, over all ranks: the loss's divisor
     row_share: float = 1.0  # rows of the collected batch: mean over the processes, by this process's own number
-    group_B: Tensor | None = None  # int64, which prompt of the batch a row belongs to
-    wins_BN: Tensor | None = None  # mean probability to win against the other responses to the prompt; NaN: unknown
-    log_prior_B: Tensor | None = None  # log-weight of a row among those of its prompt; None is equal weights
-    log_policy_B: Tensor | None = None  # the same under the policy itself; None where its wins would say nothing
+    log_policy_B: Tensor | None = None  # as log_prior_B, under the policy; None where its wins would say nothing
     moving_BN: Tensor | None = None  # bool, wins against the policy's other responses of the moment; None is nowhere
-    penalty_B: Tensor | None = None  # taken off each objective's score of a row (cut-off responses); None is nothing
-    charge_B: Tensor | None = None  # what the KL penalty takes off a row, summed over its tokens; None is nothing
     sequences: int = 0  # rows of the whole collected batch, over all processes
     tokens: float = 0.0  # of its responses, over all processes
     kl: float | None = None  # mean over its rows of log pi/pi_ref per response, in nats; None is not measured
     kl_coefficient: float | None = None  # of the KL penalty in its rewards; None is no such penalty
     seconds: dict[str, float] = field(default_factory=dict)  # generation, scoring, forward
     metrics: dict[str, float] = field(default_factory=dict)  # further scalars, which are only logged (prior_ess, …)
+
+    def __post_init__(self) -> None:
+        """Scores of the trained objectives as they count."""
+        scores_BN = self.rewards.trained_BN
+        if self.penalty_B is not None:
+            scores_BN = scores_BN - self.penalty_B.unsqueeze(1)
+        self.scores_BN = scores_BN.where(self.valid_BN, 0.0)
 
     def __len__(self) -> int:
         """B, the number of rows."""
@@ -130,14 +134,6 @@ class Experience:
     def counted_rows(self) -> float:
         """Rows that a loss divides its sum by: the mean of the processes' losses is then that of all rows."""
         return max(len(self) * self.row_share, 1e-8)
-
-    @property
-    def scores_BN(self) -> Tensor:
-        """Scores of the trained objectives as they count: less the row's penalty, 0 where invalid."""
-        scores_BN = self.rewards.trained_BN
-        if self.penalty_B is not None:
-            scores_BN = scores_BN - self.penalty_B.unsqueeze(1)
-        return scores_BN.where(self.valid_BN, 0.0)
 
     def select(self, rows: Tensor) -> "Experience":
         """The given rows, in the given order."""

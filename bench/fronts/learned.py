@@ -99,18 +99,8 @@ def signals_of(experience: Experience, slopes_BP: Tensor, clip_range: ClipRange)
         gradients_NP = slopes_B1N.squeeze(1).T @ slopes_BP / len(slopes_BP)
         return gradients_NP @ gradients_NP.T
 
-    return Signals(
-        mask_BT=experience.mask_BT,
-        valid_BN=experience.valid_BN,
-        advantages_BTN=experience.advantages_BTN,
-        scores_BN=experience.scores_BN,
-        ratio_BT=torch.ones_like(experience.behaviour_logprobs_BT),
-        wins_BN=experience.wins_BN,
-        group_B=experience.group_B,
-        charge_B=experience.charge_B,
-        clip_range=clip_range,
-        gramian=gramian,
-    )
+    ratio_BT = torch.ones_like(experience.behaviour_logprobs_BT)
+    return replace(experience, ratio_BT=ratio_BT, clip_range=clip_range, gramian=gramian)
 
 
 def learn(problem: Problem, entry: Entry, recipe: Recipe, seed: int) -> Run:

@@ -18,7 +18,6 @@ from moa_lightning.combiners import MOPO, Projected
 from moa_lightning.losses import RewardKL, WeightedLikelihood
 from moa_lightning.models import LaggedCopy
 from moa_lightning.models.policy import PolicyOutput
-from moa_lightning.signals import Signals
 from moa_lightning.types import Experience, Responses, RewardTable
 
 BETAS = (0.9, 0.95, 0.99, 0.999)
@@ -84,15 +83,8 @@ def ablate(structure: Structure, prior_K: Array, setting: Setting) -> Outcome:
         experience = replace(empty, reference_logprobs_BT=prior_K1, log_prior_B=prior_K1[:, 0])
         state = combiner.observe(experience, state)
         largest_N = torch.maximum(largest_N, state["duals"])
-        signals = Signals(
-            experience.mask_BT,
-            experience.valid_BN,
-            wins_BN=wins_KN,
-            group_B=experience.group_B,
-            log_prior_B=experience.log_prior_B,
-        )
         optimizer.zero_grad()
-        loss(combiner.combine(signals, state), experience, policy(), kl).loss.backward()
+        loss(combiner.combine(experience, state), experience, policy(), kl).loss.backward()
         optimizer.step()
     policy_K = policy.logits_K.detach().double().softmax(0).numpy()
     return Outcome(

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from moa_lightning.combiners import MOPO, Projected
 from moa_lightning.functional.preference import group_softmax, group_sum
-from moa_lightning.signals import Signals
 from moa_lightning.types import Experience, Responses, RewardTable
 
 Missing = Literal["nothing", "one response", "objective", "comparisons", "prompt"]
@@ -224,8 +223,7 @@ def train(problem: Problem, settings: Settings | None = None) -> Outcome:
         state = combiner.observe(batch, state)
         if step >= s.steps - s.averaged:
             seen.append([*(float(state[name][1]) for name in ("believed", "values", "duals")), *truth(2000)])
-        signals = Signals(batch.mask_BT, batch.valid_BN, wins_BN=batch.wins_BN, group_B=batch.group_B)
-        table.fit(rows, combiner.combine(signals, state).score, batch.mask_BT[:, 0])
+        table.fit(rows, combiner.combine(batch, state).score, batch.mask_BT[:, 0])
         if (step + 1) % s.interval == 0:
             state = combiner.observe_evaluation(torch.tensor([torch.nan, float(evaluate().mean())]), state)
     believed, values, dual, choice, policy, first = torch.tensor(seen).mean(0).tolist()

@@ -208,7 +208,7 @@ class Comparisons:
     log_prior_B: Tensor | None
 
     @classmethod
-    def of(cls, rows: Experience | Signals, normalize: Literal["prompt", "batch"]) -> "Comparisons":
+    def of(cls, rows: Signals, normalize: Literal["prompt", "batch"]) -> "Comparisons":
         """The responses of a collected batch, or of a minibatch of it."""
         assert rows.wins_BN is not None and rows.group_B is not None
         pool_B = rows.group_B if normalize == "prompt" else torch.zeros_like(rows.group_B)

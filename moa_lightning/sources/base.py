@@ -5,7 +5,7 @@ Legend: B sequences, T tokens, N objectives.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ class Source(ABC):
         clip_range: ClipRange,
         parameters: Sequence[Tensor] | None = None,
     ) -> Signals:
-        """Signals of some rows of experience, given the policy's present output on them.
+        """Some rows of experience with the signals that the policy's present output on them adds.
 
         Args:
             experience: the rows.
@@ -146,20 +146,7 @@ class Source(ABC):
             squared_norms_BT = gradient_BTD.float().square().sum(-1)
             return all_sum(representation_gramian(slopes_BTN, squared_norms_BT))
 
-        return Signals(
-            mask_BT=mask_BT,
-            valid_BN=experience.valid_BN,
-            advantages_BTN=experience.advantages_BTN,
-            scores_BN=experience.scores_BN,
-            ratio_BT=ratio_BT,
-            wins_BN=experience.wins_BN,
-            group_B=experience.group_B,
-            log_prior_B=experience.log_prior_B,
-            penalty_B=experience.penalty_B,
-            charge_B=experience.charge_B,
-            clip_range=clip_range,
-            gramian=gramian,
-        )
+        return replace(experience, ratio_BT=ratio_BT, clip_range=clip_range, gramian=gramian)
 
 
 def check_prompt_length(max_prompt_length: int | None) -> None:

@@ -2,7 +2,6 @@
 
 import torch
 
-from moa_lightning.signals import Signals
 from moa_lightning.types import Experience, Responses, RewardTable
 
 
@@ -35,22 +34,10 @@ def experience(scores_BN, group_B, mask_B=None, penalty_B=None, charge_B=None):
     )
 
 
-def signals(rows):
-    """What a source would give of it."""
-    return Signals(
-        mask_BT=rows.mask_BT,
-        valid_BN=rows.valid_BN,
-        scores_BN=rows.scores_BN,
-        group_B=rows.group_B,
-        penalty_B=rows.penalty_B,
-        charge_B=rows.charge_B,
-    )
-
-
 def run(combiner, rows, steps=1):
     """State after the batch was collected ``steps`` times, and the combination of all its rows."""
     names = rows.rewards.names
     state = combiner.init(names, torch.ones(len(names)))
     for _ in range(steps):
         state = combiner.observe(rows, state)
-    return state, combiner.combine(signals(rows), state)
+    return state, combiner.combine(rows, state)

@@ -30,7 +30,7 @@ def begin(combiner, objectives=2):
 
 
 def score(combiner, rows, state):
-    return combiner.combine(scored.signals(rows), state)
+    return combiner.combine(rows, state)
 
 
 def problem(seed):

@@ -84,7 +84,7 @@ def test_resumed_weights_are_the_learnt_ones():
     other = CTWA(1.0)
     resumed = other.resume(state, other.init(("a", "b", "c"), torch.ones(3)))
     assert resumed["targets"].tolist() == [1.0, 1.0, 1.0]
-    assert torch.equal(other.combine(scored.signals(rows), resumed).score, combined.score)
+    assert torch.equal(other.combine(rows, resumed).score, combined.score)
 
 
 def test_bad_input_is_refused():

@@ -93,7 +93,7 @@ def test_minibatches_get_the_scores_of_the_whole(combiner):
     rows = scored.experience(*scored.draw(prompts=4))
     state, combined = scored.run(combiner, rows)
     for part in (torch.arange(8), torch.arange(8, 16).flip(0)):
-        score_B = combiner.combine(scored.signals(rows.select(part)), state).score
+        score_B = combiner.combine(rows.select(part), state).score
         torch.testing.assert_close(score_B, combined.score[part])
 
 
@@ -127,4 +127,4 @@ def test_a_saved_state_goes_on_with_the_weights_of_the_configuration(combiner):
         assert torch.equal(resumed["weights"], torch.tensor([0.25, 0.25, 0.5]))
     assert all(torch.equal(resumed[name], state[name]) for name in state if name != "weights")
     again = combiner.resume(state, combiner.init(("a", "b", "c"), torch.ones(3)))
-    assert torch.equal(combiner.combine(scored.signals(rows), again).score, combined.score)
+    assert torch.equal(combiner.combine(rows, again).score, combined.score)

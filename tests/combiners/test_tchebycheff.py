@@ -45,7 +45,7 @@ def test_a_response_alone_is_compared_with_the_batch(combiner):
     assert combined.score.tolist() == sorted(combined.score.tolist())
     # In a minibatch as well: the mean is that of the whole batch, not its own.
     for row in range(3):
-        alone_B = combiner().combine(scored.signals(rows.select(torch.tensor([row]))), state).score
+        alone_B = combiner().combine(rows.select(torch.tensor([row])), state).score
         torch.testing.assert_close(alone_B, combined.score[[row]])
 
 

@@ -23,15 +23,16 @@ def collected(rows, rank):
     attention_BL = torch.cat([torch.ones(count, prompt).long(), mask_BT.long()], 1)
     score_B1, of_tokens_BT = marks_B1.float(), marks_B1.float() * mask_BT
     return Experience(
-        Responses(tokens_BL, attention_BL, mask_BT, mask_BT[:, 0], texts, texts, {"text": texts}),
-        RewardTable(("a",), (True,), score_B1, score_B1),
-        torch.ones(count, 1).bool(),
-        mask_BT,
-        of_tokens_BT,
-        of_tokens_BT,
-        of_tokens_BT.unsqueeze(-1),
-        None,
-        None,
+        responses=Responses(tokens_BL, attention_BL, mask_BT, mask_BT[:, 0], texts, texts, {"text": texts}),
+        rewards=RewardTable(("a",), (True,), score_B1, score_B1),
+        valid_BN=torch.ones(count, 1).bool(),
+        mask_BT=mask_BT,
+        behaviour_logprobs_BT=of_tokens_BT,
+        reference_logprobs_BT=of_tokens_BT,
+        advantages_BTN=of_tokens_BT.unsqueeze(-1),
+        returns_BTN=None,
+        values_BTN=None,
+        preference_BN=2 * score_B1,
         tokens_per_row=2.5,
         group_B=torch.arange(len(rows)).repeat_interleave(PER_PROMPT),
         sequences=count,
@@ -108,7 +109,8 @@ def test_the_minibatches_left_are_the_same(before, after, stop, tmp_path):
         for part in found:
             numbers = [int(text) for text in part.responses.prompts]
             assert {n // 10 for n in numbers} & {n // 10 for n in texts(p for p in found if p is not part)} == set()
-            assert part.rewards.raw_BN.flatten().tolist() == numbers
+            assert part.rewards.raw_BN.flatten().tolist() == part.scores_BN.flatten().tolist() == numbers
+            assert part.preference_BN.flatten().tolist() == [2 * number for number in numbers]
             of_tokens_BT = torch.tensor(numbers).unsqueeze(1) * part.mask_BT.float()
             assert torch.equal(part.behaviour_logprobs_BT, of_tokens_BT)
             assert torch.equal(part.advantages_BTN[..., 0], of_tokens_BT)

@@ -21,9 +21,19 @@ class Collector:
         rewards = RewardTable(("a",), (True,), torch.ones(count, 1), torch.ones(count, 1))
         zeros = torch.zeros(count, 1)
         return Experience(
-            responses, rewards, torch.ones(count, 1).bool(), torch.ones(count, 1).bool(), zeros, zeros,
-            torch.randn(count, 1, 1), None, None, 1.0, seconds={"generation": 1.0}, kl=0.5,
-        )  # fmt: skip
+            responses=responses,
+            rewards=rewards,
+            valid_BN=torch.ones(count, 1).bool(),
+            mask_BT=torch.ones(count, 1).bool(),
+            behaviour_logprobs_BT=zeros,
+            reference_logprobs_BT=zeros,
+            advantages_BTN=torch.randn(count, 1, 1),
+            returns_BTN=None,
+            values_BTN=None,
+            tokens_per_row=1.0,
+            seconds={"generation": 1.0},
+            kl=0.5,
+        )
 
 
 def loader(collector, minibatches=2, passes=2, seed=0):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moa_lightning.functional.preference import fill_scores
 from moa_lightning.signals import Signals
-from moa_lightning.types import Experience
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class ScoredResponses:
         return fill_scores(self.scores_BN, self.valid_BN, self.group_B)
 
 
-def scored_responses(rows: Experience | Signals) -> ScoredResponses:
+def scored_responses(rows: Signals) -> ScoredResponses:
     """The responses that take part; without a group, each is the only one to its prompt."""
     assert rows.scores_BN is not None
     scores_BN, group_B = rows.scores_BN, rows.group_B
