@@ -64,10 +64,10 @@ def tables() -> dict[str, str]:
     from moa_lightning.commands.combiners.facts import every_combiner
 
     known = sorted(every_combiner(), key=lambda one: one.name.lower())
-    kl = {one.name: one.kl_charge for one in known}
+    kl = {one.name: one.kl_penalty for one in known}
     missing = {one.name: one.sections["Missing score"] for one in known}
     return {
-        "kl": _by_combiner("the charge of `RewardKL`", kl),
+        "kl": _by_combiner("the penalty of `RewardKL`", kl),
         "missing": _by_combiner("an objective without a score for a response", missing),
     }
 

@@ -23,6 +23,7 @@ class Signal(StrEnum):
     PAIRS = "pairs"  # no tensor of its own
     SAMPLES = "samples"  # no tensor of its own
     GRAMIAN = "gramian"
+    KL_PENALTY = "kl_penalty"
 
 
 MEANINGS = {
@@ -34,6 +35,7 @@ MEANINGS = {
     Signal.PAIRS: "a loss that compares the responses to a prompt in pairs",
     Signal.SAMPLES: "responses of the policy itself, whose mean scores are its values",
     Signal.GRAMIAN: "inner products of the objectives' gradients",
+    Signal.KL_PENALTY: "what a KL penalty in the reward takes off a response",
 }
 
 
@@ -92,7 +94,7 @@ class Signals:
     group_B: Tensor | None = None  # int64, which prompt a row belongs to; None: each to one of its own
     log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
     penalty_B: Tensor | None = None  # float32, taken off each of a response's scores (cut-off ones); None is nothing
-    charge_B: Tensor | None = None  # float32, what a KL penalty in the reward takes off a response; None is nothing
+    kl_penalty_B: Tensor | None = None  # float32, what a KL penalty in the reward takes off a response; None is nothing
     preference_BN: Tensor | None = None  # float32, the weights that the row was drawn under; None where none were
     # Of an update alone:
     ratio_BT: Tensor | None = None  # float32, detached; the one that the loss's surrogate takes

@@ -106,7 +106,7 @@ class Bench:
             group_B=torch.arange(plan.sequences) // SOURCE.num_generations,
             wins_BN=torch.rand(plan.sequences, objectives, generator=generator),
             log_prior_B=torch.zeros(plan.sequences),
-            charge_B=torch.randn(plan.sequences, generator=generator),
+            kl_penalty_B=torch.randn(plan.sequences, generator=generator),
             kl_coefficient=0.1,
         )
         return Bench(policy, experience)

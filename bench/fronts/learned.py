@@ -13,7 +13,7 @@ from bench.combiners.roster import Entry
 from bench.fronts.problems import Array, Problem
 from moa_lightning.losses import PairwiseLogistic, RewardKL
 from moa_lightning.models.policy import PolicyOutput
-from moa_lightning.signals import ClipRange, Signals
+from moa_lightning.signals import ClipRange, Signal, Signals
 from moa_lightning.sources import GroupRelative
 from moa_lightning.types import Experience, Responses, RewardTable
 
@@ -59,7 +59,7 @@ def experience_of(
 
     The rewards lie in [0, 1] and are read as probabilities to beat a fixed rival. With ``labels``, wins are sampled
     comparisons within the group instead: of each sample's reward plus Gumbel noise, so that any two of them are
-    compared as Bradley and Terry's model says. What a KL penalty takes off is in ``charge_B``, not in the advantages.
+    compared as Bradley and Terry's model says. A KL penalty is in ``kl_penalty_B``, not in the advantages.
     """
     rewards_BN = problem.rewards(actions)
     count = len(actions)
@@ -87,7 +87,7 @@ def experience_of(
         tokens_per_row=1.0,
         group_B=torch.arange(count) // group,
         wins_BN=wins_BN,
-        charge_B=kl.init_kl_coef * (logprobs_B - reference_B),
+        kl_penalty_B=kl.init_kl_coef * (logprobs_B - reference_B),
         kl_coefficient=kl.init_kl_coef,
     )
 
@@ -107,7 +107,7 @@ def learn(problem: Problem, entry: Entry, recipe: Recipe, seed: int) -> Run:
     """Train from the seed's start; one update on each batch of samples."""
     entry = prepared(entry, problem)
     combiner, loss = entry.combiner, entry.loss
-    kl = RewardKL(init_kl_coef=problem.kl if combiner.requires_kl else 0.0)
+    kl = RewardKL(init_kl_coef=problem.kl if Signal.KL_PENALTY in combiner.needs else 0.0)
     labelled = isinstance(loss, PairwiseLogistic)
     if labelled:
         loss = replace(loss, beta=problem.kl)

@@ -36,7 +36,7 @@ class CAID(ResponseCombiner):
 
     The best policy for given multipliers has a closed form, so the dual is a function of the reference alone. It is
     minimised on the responses of the first batches, in which the policy stands still; trained is then ``s_1 + sum_j
-    lambda_j s_j`` less the KL charge, whose coefficient is the dual's ``beta``. Dual steps follow, which correct what
+    lambda_j s_j`` less the KL penalty, whose coefficient is the dual's ``beta``. Dual steps follow, which correct what
     a few responses, or a policy short of the best, leave wrong.
 
     Choose it when: as ``Lagrangian``, but with multipliers that are known before the first update. Cost: some batches
@@ -50,7 +50,7 @@ class CAID(ResponseCombiner):
     training to the best policy; the penalty of cut-off responses is taken off each objective, in the dual as well.
 
     Formula: ``lambda = argmin beta log E_ref exp((s_1 + lambda . (s - b)) / beta)`` over ``lambda >= 0``; then ``A`` is
-    ``s_1 + sum_j lambda_j s_j`` less the KL charge, less its baseline, in standard deviations.
+    ``s_1 + sum_j lambda_j s_j`` less the KL penalty, less its baseline, in standard deviations.
     Symbols: ``lambda`` is ``duals/<name>`` in the logs; ``b`` is ``thresholds``; ``beta`` is ``kl_coefficient``; ``s``
     is a response's scores; the index 1 is ``primary``.
     Missing score: takes the mean of the prompt's others; is left out of prompts without any. The pooled dual counts
@@ -86,8 +86,8 @@ class CAID(ResponseCombiner):
     dual: DualUpdate = field(default_factory=LogPID)
     patience: int = 200
 
-    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES, Signal.GROUPS, Signal.SAMPLES})
-    requires_kl: ClassVar[bool] = True  # without it the best policy has no closed form
+    # Without a KL penalty the best policy has no closed form.
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SCORES, Signal.GROUPS, Signal.SAMPLES, Signal.KL_PENALTY})
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE}
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class CAID(ResponseCombiner):
         since, names = int(state["batches"]) - self.reference_batches, experience.rewards.trained_names
         if since <= 0 or len(state["samples"]) == 0:
             state["samples"] = keep_responses(state["samples"], experience)
-        assert experience.kl_coefficient is not None  # requires_kl
+        assert experience.kl_coefficient is not None  # it needs KL_PENALTY
         ready, beta = since >= 0 and len(state["samples"]) > 0, torch.tensor(experience.kl_coefficient)
         if ready and (state["beta"].isnan() or (self.interval is None and beta != state["beta"])):
             state |= solve_dual(state, beta, self.thresholds is not None, self.pool_prompts, self.dual, names)

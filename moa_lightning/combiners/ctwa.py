@@ -34,7 +34,7 @@ class CTWA(FirstWeights, ScoreCombiner):
 
     Baseline and scale are those of all score combiners: the mean over the responses to the prompt is taken off,
     because a constant would be noise to the policy gradient, and what is left is divided by its standard deviation over
-    the batch. So only the ratios of the weights count, and they are shown as shares. A KL charge (``RewardKL``) is
+    the batch. So only the ratios of the weights count, and they are shown as shares. A KL penalty (``RewardKL``) is
     taken off the sum, in its units.
 
     Choose it when: you have first weights, and some objectives fall while others rise.

@@ -25,7 +25,7 @@ class GDPO(ScoreCombiner):
     of large spread would drown the others. Standardised first, each counts in proportion to its weight.
 
     The sum has mean 0 over the responses to each prompt, which is the baseline; the batch step divides it by its
-    standard deviation over the collected batch, over all processes. A KL charge (``RewardKL``) is in units of the sum,
+    standard deviation over the collected batch, over all processes. A KL penalty (``RewardKL``) is in units of the sum,
     so of standard deviations.
 
     Choose it when: you have weights, rewards in different units, and several responses to a prompt.

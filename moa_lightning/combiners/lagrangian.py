@@ -32,9 +32,9 @@ class Lagrangian(Combiner):
     """Maximise the primary objective, subject to a least mean value of each of the others.
 
     Trains on ``(A_1 + sum_j lambda_j A_j) / (1 + sum_j lambda_j)``; a multiplier grows while its objective's mean lies
-    below its threshold. The weights sum to 1, so the KL charge is as strong whatever the multipliers are: where they
+    below its threshold. The weights sum to 1, so the KL penalty is as strong whatever the multipliers are: where they
     settle, no policy that meets the thresholds and is no further from the reference has a higher primary value. This
-    is exact with ``LossKL`` or ``standardize: false``: standardising divides the charge in each objective too.
+    is exact with ``LossKL`` or ``standardize: false``: standardising divides the penalty in each objective too.
 
     Choose it when: one objective matters most, and the others need a least mean reward.
     Cost: no extra backward pass.

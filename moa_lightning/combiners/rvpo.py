@@ -28,7 +28,7 @@ class RVPO(ScoreCombiner):
 
     A smooth minimum lies below the mean, so unlike GDPO's sum it is not centred. Baseline and scale: the mean over
     the responses to the prompt is taken off, because a constant would be noise to the policy gradient, and
-    what is left is divided by its standard deviation over the batch. A KL charge (``RewardKL``) is in units of Z.
+    what is left is divided by its standard deviation over the batch. A KL penalty (``RewardKL``) is in units of Z.
 
     Choose it when: no objective may be neglected for the sum of the others, and their rewards differ in unit.
     Cost: no extra backward pass.

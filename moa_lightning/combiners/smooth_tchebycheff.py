@@ -27,7 +27,7 @@ class SmoothTchebycheff(DistanceToIdeal):
     the responses to the prompt (over the batch where a response is alone) is taken off, because a constant would be
     noise to the policy gradient, and what is left is divided by its standard deviation over the batch.
 
-    The distances are in the objectives' units, and so is a KL charge (``RewardKL``), which is taken off the combined
+    The distances are in the objectives' units, and so is a KL penalty (``RewardKL``), which is taken off the combined
     score.
 
     Choose it when: ``Tchebycheff`` is what you mean but follows one objective at a time.

@@ -28,7 +28,7 @@ class Tchebycheff(DistanceToIdeal):
     divided by its standard deviation over the batch.
 
     The distances are in the objectives' units: give objectives one range (``scale``, ``shift``), or weights that undo
-    their ranges. A KL charge (``RewardKL``) is taken off the combined score, in the units of the weighted distance.
+    their ranges. A KL penalty (``RewardKL``) is taken off the combined score, in the units of the weighted distance.
 
     Choose it when: a response is as good as its worst objective, in units that can be compared.
     Cost: no extra backward pass.

@@ -1,4 +1,12 @@
-"""How the policy is held near its reference.
+"""The KL penalty: what holds the policy near its reference. Who applies it, where, and how much.
+
+* **In the loss** (``LossKL``): each loss adds :meth:`KLPenalty.loss`, whatever combiner and source are.
+* **In the reward** (``RewardKL``): source ``Rollout``, which therefore provides ``Signal.KL_PENALTY``, takes
+  :func:`penalty_in_reward` off every objective's reward, so it is in the advantages. Combiners of whole responses'
+  scores take ``kl_penalty_B`` off their combined score. Combiners of win probabilities do neither
+  (:func:`penalty_reaches_score`).
+* **How much**: :meth:`KLPenalty.reward_coefficient` per nat; ``Experience.kl_coefficient`` is that of a collected
+  batch. A combiner that needs ``Signal.KL_PENALTY`` (``CAID``) works only with one above 0.
 
 Legend: B sequences, T tokens.
 """
@@ -10,13 +18,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moa_lightning.combiners.base import Combiner
 from moa_lightning.errors import UserError
 from moa_lightning.functional.surrogate import squared_log_ratio
+from moa_lightning.signals import Signal
 from moa_lightning.types import State
 
 
+def penalty_in_reward(log_ratio_BT: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
+    """What a penalty in the reward takes off each token's reward, and off a whole response.
+
+    Args:
+        log_ratio_BT: ``log pi - log pi_ref`` under the policy that sampled, 0 on padding.
+        coefficient: penalty per nat.
+
+    Returns:
+        ``(penalty_BT, penalty_B)``.
+    """
+    return coefficient * log_ratio_BT, coefficient * log_ratio_BT.sum(1)
+
+
+def penalty_reaches_score(combiner: Combiner, provided: frozenset[Signal]) -> bool:
+    """Whether a penalty in the reward reaches what is trained on, with a source that provides these signals."""
+    return Signal.KL_PENALTY in provided and combiner.takes_kl_penalty
+
+
 class KLPenalty(ABC):
-    """Where and how strongly the divergence from the reference is charged."""
+    """Where the divergence from the reference is penalised, and how strongly."""
 
     def init(self) -> State:
         """First state."""
@@ -28,18 +56,18 @@ class KLPenalty(ABC):
 
     @abstractmethod
     def reward_coefficient(self, state: State) -> float:
-        """Charge per nat, subtracted from every objective's reward at each token."""
+        """Penalty per nat, subtracted from every objective's reward at each token; 0 leaves the reward as it is."""
 
     @abstractmethod
     def loss(self, logprobs_BT: Tensor, reference_logprobs_BT: Tensor) -> Tensor:
-        """Charge per token, added to the loss, with gradient."""
+        """Penalty per token, added to the loss, with gradient."""
 
 
 @dataclass(frozen=True)
 class RewardKL(KLPenalty):
     """KL in the reward, with a coefficient that adapts towards a target.
 
-    Each token's ``log pi - log pi_ref`` under the policy that sampled is charged to every objective: linear in the
+    Each token's ``log pi - log pi_ref`` under the policy that sampled is taken off every objective: linear in the
     log-probabilities, so it cannot overflow.
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2; target 3 and coefficient .2 are those of PAMA
@@ -112,5 +140,5 @@ class LossKL(KLPenalty):
         return 0.0
 
     def loss(self, logprobs_BT: Tensor, reference_logprobs_BT: Tensor) -> Tensor:
-        """The charge."""
+        """The penalty."""
         return self.beta * squared_log_ratio(logprobs_BT, reference_logprobs_BT)

@@ -92,7 +92,7 @@ class GroupRelative(AdvantageEstimator):
     def estimate(
         self, rewards_BTN: Tensor, values_BTN: Tensor | None, mask_BT: Tensor, valid_BN: Tensor, group_size: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Group-relative advantages of the response's total reward, its KL charges included."""
+        """Group-relative advantages of the response's total reward, its KL penalty included."""
         total_BN = rewards_BTN.where(mask_BT.unsqueeze(-1), 0.0).sum(1)
         scored_BN = valid_BN & mask_BT.any(1, keepdim=True)
         advantages_BN = group_relative(total_BN, scored_BN, group_size, self.scale_rewards)

@@ -49,11 +49,6 @@ class Source(ABC):
         return False
 
     @property
-    def charges_kl(self) -> bool:
-        """Whether a KL penalty in the reward reaches the advantages."""
-        return False
-
-    @property
     def penalises(self) -> bool:
         """Whether some responses lose a penalty in every objective, beside what the rewards give them."""
         return False

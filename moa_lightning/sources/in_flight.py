@@ -139,6 +139,9 @@ def _joined(values: Sequence[Any]) -> Any:
     return first
 
 
+_RENAMED = {"charge_B": "kl_penalty_B"}  # in older checkpoints
+
+
 def _to_plain(record: Any) -> Any:
     if is_dataclass(record):
         return {f.name: _to_plain(getattr(record, f.name)) for f in fields(record)}
@@ -146,6 +149,7 @@ def _to_plain(record: Any) -> Any:
 
 
 def _to_experience(plain: dict[str, Any]) -> Experience:
+    plain = {_RENAMED.get(name, name): value for name, value in plain.items()}
     return Experience(
         **{**plain, "responses": Responses(**plain["responses"]), "rewards": RewardTable(**plain["rewards"])}
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from moa_lightning.distributed import all_sum, any_rank, rank
 from moa_lightning.errors import UserError
 from moa_lightning.functional.preference import bradley_terry_wins
+from moa_lightning.losses.kl import penalty_in_reward
 from moa_lightning.models.encoding import Encoder
 from moa_lightning.models.policy import Policy, PolicyOutput
 from moa_lightning.rewards.panel import RewardPanel
@@ -98,13 +99,8 @@ class Rollout(Source):
     @property
     def provides(self) -> frozenset[Signal]:
         """Groups and win probabilities take several responses to a prompt."""
-        always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.SAMPLES}
+        always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.SAMPLES, Signal.KL_PENALTY}
         return frozenset(always | ({Signal.WINS, Signal.GROUPS} if self.num_generations > 1 else set()))
-
-    @property
-    def charges_kl(self) -> bool:
-        """True."""
-        return True
 
     @property
     def penalises(self) -> bool:
@@ -159,7 +155,8 @@ class Rollout(Source):
         if self.mask_truncated_completions:
             mask_BT = mask_BT & ~responses.truncated_B.unsqueeze(1)
         kl_coefficient = actors.kl.reward_coefficient(actors.kl_state)
-        token_rewards_BTN = self._token_rewards(responses, rewards, kl_BT, kl_coefficient)
+        penalty_BT, penalty_B = penalty_in_reward(kl_BT, kl_coefficient)
+        token_rewards_BTN = self._token_rewards(responses, rewards, penalty_BT)
         advantages_BTN, returns_BTN = self.advantages.estimate(
             token_rewards_BTN, output.values_BTN, mask_BT, valid_BN, self.num_generations
         )
@@ -185,7 +182,7 @@ class Rollout(Source):
             log_policy_B=None if wins_BN is None else torch.zeros_like(kl_BT[:, 0]),
             moving_BN=self._moving(rewards, actors.panel),
             penalty_B=self._penalty(responses),
-            charge_B=kl_coefficient * kl_BT.sum(1),
+            kl_penalty_B=penalty_B,
             sequences=int(sums[3]),
             tokens=sums[2],
             kl=sums[0] / sums[3],
@@ -231,11 +228,9 @@ class Rollout(Source):
         penalty_B = self._penalty(responses)
         return value_BN if penalty_B is None else value_BN - penalty_B.unsqueeze(1)
 
-    def _token_rewards(
-        self, responses: Responses, rewards: RewardTable, kl_BT: Tensor, kl_coefficient: float
-    ) -> Tensor:
+    def _token_rewards(self, responses: Responses, rewards: RewardTable, penalty_BT: Tensor) -> Tensor:
         value_BN = self._penalised(responses, rewards.trained_BN.where(rewards.valid_BN, 0.0))
-        rewards_BTN = (-kl_coefficient * kl_BT).unsqueeze(-1).repeat(1, 1, value_BN.shape[1])
+        rewards_BTN = (-penalty_BT).unsqueeze(-1).repeat(1, 1, value_BN.shape[1])
         last_B = (responses.lengths_B - 1).clamp(min=0)  # the end token, or the last token when cut off; never padding
         rewards_BTN[torch.arange(len(last_B), device=last_B.device), last_B] += value_BN
         return rewards_BTN

@@ -20,6 +20,7 @@ from moa_lightning.losses import (
     RewardKL,
     WeightedLikelihood,
 )
+from moa_lightning.losses.kl import penalty_reaches_score
 from moa_lightning.rewards import RewardPanel
 from moa_lightning.signals import SIGNALS_OF_LOSSES, GradientPlace, Signal
 from moa_lightning.sources import Source
@@ -65,17 +66,17 @@ def check_compatible(combiner: Combiner, source: Source, loss: PolicyLoss, kl: K
                 f"objective '{name}': {_name(objective.reward)} knows the responses of the data alone, not new ones; "
                 "use source PreferenceRows, or a reward that can score any response"
             )
-    if combiner.requires_kl and not (source.charges_kl and kl.reward_coefficient(kl.init()) > 0):
+    if Signal.KL_PENALTY in combiner.needs and not kl.reward_coefficient(kl.init()) > 0:
         raise UserError(
-            f"{_name(combiner)} needs a KL charge in the rewards: its coefficient is the beta of the problem that it "
+            f"{_name(combiner)} needs a KL penalty in the rewards: its coefficient is the beta of the problem that it "
             "solves; use kl RewardKL with init_kl_coef above 0"
         )
     _warn_of_penalty(combiner, source, panel)
-    heard = source.charges_kl and combiner.charged_kl
+    heard = penalty_reaches_score(combiner, source.provides)
     # The default is no choice of the user, so there is nothing to tell.
     if not heard and kl != RewardKL() and kl.reward_coefficient(kl.init()) > 0:
         rank_zero_warn(
-            f"kl {_name(kl)} has no effect: it charges the rewards of rollouts, and {_name(combiner)} "
+            f"kl {_name(kl)} has no effect: it penalises the rewards of rollouts, and {_name(combiner)} "
             f"on {_name(source)} reads none of them; use LossKL, or leave it out"
         )
 

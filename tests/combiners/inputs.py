@@ -62,7 +62,7 @@ def collected(objectives=3, seed=0, prompts=2):
         wins_BN=draw(count, objectives).sigmoid(),
         behaviour_logprobs_BT=0.3 * draw(count, 4),  # the policy's are 0
         reference_logprobs_BT=-draw(count, 4).square(),  # stands for the gradients' squared norms
-        charge_B=torch.zeros(count),
+        kl_penalty_B=torch.zeros(count),
         kl_coefficient=0.1,
     )
 

@@ -11,7 +11,7 @@ def draw(seed=0, prompts=3, responses=4, objectives=3):
     return scores_BN, torch.arange(prompts).repeat_interleave(responses)
 
 
-def experience(scores_BN, group_B, mask_B=None, penalty_B=None, charge_B=None):
+def experience(scores_BN, group_B, mask_B=None, penalty_B=None, kl_penalty_B=None):
     """A collected batch in which NaN is what an objective could not score."""
     count, objectives = scores_BN.shape
     mask_BT = torch.ones(count, 2, dtype=torch.bool)
@@ -30,7 +30,7 @@ def experience(scores_BN, group_B, mask_B=None, penalty_B=None, charge_B=None):
         tokens_per_row=2.0,
         group_B=group_B,
         penalty_B=penalty_B,
-        charge_B=charge_B,
+        kl_penalty_B=kl_penalty_B,
     )
 
 

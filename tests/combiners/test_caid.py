@@ -12,6 +12,7 @@ from scipy.optimize import root
 from moa_lightning.combiners import CAID, PAMA, PID, LogPID, Optimistic, Projected
 from moa_lightning.losses import ClippedSurrogate, LossKL, RewardKL
 from moa_lightning.rewards import Length, Objective, RewardPanel
+from moa_lightning.signals import Signal
 from moa_lightning.sources import Rollout
 from moa_lightning.training.compatibility import check_compatible
 from tests.combiners import scored
@@ -84,7 +85,7 @@ def train(combiner, seed, kept, steps):
         policy_B = (log_prior_B + log_ratio_B).exp()
         means_GN = torch.stack([policy_B[group_B == x] @ scores_BN[group_B == x] for x in range(4)])
         state = combiner.observe(batch(means_GN, torch.arange(4)), state)
-        rows = dataclasses.replace(reference, charge_B=BETA * log_ratio_B)
+        rows = dataclasses.replace(reference, kl_penalty_B=BETA * log_ratio_B)
         advantage_B = score(combiner, rows, state).score * state["spread"]  # without the batch's scale
         log_policy_B = log_prior_B + log_ratio_B + 0.3 / BETA * advantage_B
         log_ratio_B = log_policy_B.view(4, 5).log_softmax(1).flatten() - log_prior_B
@@ -360,12 +361,12 @@ def test_it_needs_a_kl_charge_and_several_responses_to_a_prompt():
     check(several, RewardKL(0.1))
     for kl in (RewardKL(0.0), LossKL(0.1)):
         with pytest.raises(
-            ValueError, match=r"CAID needs a KL charge in the rewards: .* use kl RewardKL with init_kl_co"
+            ValueError, match=r"CAID needs a KL penalty in the rewards: .* use kl RewardKL with init_kl_co"
         ):
             check(several, kl)
     with pytest.raises(ValueError, match="CAID needs groups, which Rollout does not provide"):
         check(Rollout(), RewardKL(0.1))
-    assert not PAMA().requires_kl
+    assert Signal.KL_PENALTY not in PAMA().needs
 
 
 @pytest.mark.parametrize("setting", ["reference_batches", "interval", "window", "patience"])

@@ -110,7 +110,7 @@ def test_nothing_to_tell_apart_is_no_error(combiner):
 def test_penalties_and_the_kl_charge_count(combiner):
     scores_BN, group_B = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
     cut_B, far_B = torch.tensor([0.0, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.3])
-    for more in ({"penalty_B": cut_B}, {"charge_B": far_B}):
+    for more in ({"penalty_B": cut_B}, {"kl_penalty_B": far_B}):
         score_B = scored.run(combiner, scored.experience(scores_BN, group_B, **more))[1].score
         expected_B = -next(iter(more.values()))
         expected_B = expected_B - expected_B.mean()

@@ -1,5 +1,6 @@
 """A batch in flight that another number of processes takes over: the same minibatches, every row once."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -178,3 +179,10 @@ def test_what_was_measured_comes_back_and_an_older_checkpoint_may_lack_it():
     older = InFlight.of(plain).take()
     assert texts([older]) == texts([taken])
     assert (older.sequences, older.kl) == (0, None)
+
+
+def test_a_checkpoint_with_the_old_name_of_the_kl_penalty_is_read():
+    rows = replace(collected([{"prompt": 1}], 0), kl_penalty_B=torch.tensor([0.5, 0.25]))
+    plain = InFlight(rows, [torch.tensor([1, 0])], [1.0]).plain()
+    plain["experience"]["charge_B"] = plain["experience"].pop("kl_penalty_B")
+    assert InFlight.of(plain).take().kl_penalty_B.tolist() == [0.25, 0.5]

@@ -184,9 +184,9 @@ def test_scores_of_whole_responses_know_the_penalty_and_the_kl_charge(actors):
     expected_BN = experience.rewards.trained_BN - 0.25 * truncated_B.unsqueeze(1)
     torch.testing.assert_close(experience.scores_BN, expected_BN)
     kl_BT = experience.behaviour_logprobs_BT - experience.reference_logprobs_BT
-    torch.testing.assert_close(experience.charge_B, 0.5 * kl_BT.sum(1))
+    torch.testing.assert_close(experience.kl_penalty_B, 0.5 * kl_BT.sum(1))
     # Together they are what each objective's advantages are made of.
-    total_BN = experience.scores_BN - experience.charge_B.unsqueeze(1)
+    total_BN = experience.scores_BN - experience.kl_penalty_B.unsqueeze(1)
     plain_BN = GroupRelative().estimate(
         total_BN.unsqueeze(1), None, torch.ones(len(total_BN), 1, dtype=torch.bool), experience.valid_BN, 2
     )[0][:, 0]

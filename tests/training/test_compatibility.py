@@ -71,7 +71,7 @@ def test_a_kl_penalty_that_nobody_reads_is_named(combiner, source, recwarn):
     for silent in (RewardKL(), LossKL(0.1), RewardKL(0.0, target=None)):
         check(combiner, source, ClippedSurrogate(), silent)
     check(PAMA(), Rollout(), ClippedSurrogate(), RewardKL(0.1))
-    check(GDPO(), SEVERAL, ClippedSurrogate(), RewardKL(0.1))  # it takes the charge off its score
+    check(GDPO(), SEVERAL, ClippedSurrogate(), RewardKL(0.1))  # it takes the penalty off its score
     assert not recwarn.list
     with pytest.warns(UserWarning, match="kl RewardKL has no effect: .* use LossKL, or leave it out"):
         check(combiner, source, ClippedSurrogate(), RewardKL(0.1))

@@ -19,7 +19,7 @@ class ScoredResponses:
     scores_BN: Tensor  # float64, in the objectives' units
     valid_BN: Tensor  # bool, scores that count
     group_B: Tensor  # which prompt a row belongs to
-    charge_B: Tensor | None = None  # what the KL penalty takes off the combined score
+    kl_penalty_B: Tensor | None = None  # what the KL penalty takes off the combined score
     penalty_B: Tensor | None = None  # what each of the scores is less by
 
     def unpenalised(self) -> "ScoredResponses":
@@ -40,5 +40,7 @@ def scored_responses(rows: Signals) -> ScoredResponses:
     counted_BN = rows.valid_BN & rows.mask_BT.any(1, keepdim=True)
     if group_B is None:
         group_B = torch.arange(len(scores_BN), device=scores_BN.device)
-    charge_B, penalty_B = (None if taken is None else taken.double() for taken in (rows.charge_B, rows.penalty_B))
-    return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, charge_B, penalty_B)
+    kl_penalty_B, penalty_B = (
+        None if taken is None else taken.double() for taken in (rows.kl_penalty_B, rows.penalty_B)
+    )
+    return ScoredResponses(scores_BN.double().where(counted_BN, 0.0), counted_BN, group_B, kl_penalty_B, penalty_B)

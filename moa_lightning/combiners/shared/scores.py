@@ -36,7 +36,7 @@ class ResponseCombiner(Combiner):
     """Fields that somebody may look for, and why there are none."""
 
     @property
-    def charged_kl(self) -> bool:
+    def takes_kl_penalty(self) -> bool:
         """True: off the combined score."""
         return True
 
@@ -48,7 +48,7 @@ class ResponseCombiner(Combiner):
         """Mean and spread of the collected batch, over all processes."""
         responses = scored_responses(experience)
         state = self.learn(responses, state)
-        score_B, shares_BN = self._charged(responses, state)
+        score_B, shares_BN = self._penalised(responses, state)
         counted_B = shares_BN.sum(1) > 0
         total, squares, count = all_sum(
             torch.stack([score_B.sum(), score_B.square().sum(), counted_B.double().sum()])
@@ -77,15 +77,15 @@ class ResponseCombiner(Combiner):
 
     def advantages(self, responses: ScoredResponses, state: State) -> tuple[Tensor, Tensor]:
         """``(advantages_B, shares_BN)``: the signal that is trained on, float64."""
-        score_B, shares_BN = self._charged(responses, state)
+        score_B, shares_BN = self._penalised(responses, state)
         centred_B = group_centered(score_B, shares_BN.sum(1) > 0, responses.group_B, float(state["mean"]))
         return centred_B / float(state["spread"]), shares_BN
 
-    def _charged(self, responses: ScoredResponses, state: State) -> tuple[Tensor, Tensor]:
+    def _penalised(self, responses: ScoredResponses, state: State) -> tuple[Tensor, Tensor]:
         weights_N = state["weights"].to(responses.scores_BN)
         score_B, shares_BN = self.scalarize(responses, weights_N, state)
-        if responses.charge_B is not None:
-            score_B = score_B - responses.charge_B
+        if responses.kl_penalty_B is not None:
+            score_B = score_B - responses.kl_penalty_B
         return score_B.where(shares_BN.sum(1) > 0, 0.0), shares_BN
 
 

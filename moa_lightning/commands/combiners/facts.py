@@ -88,11 +88,11 @@ class Facts:
         return f"model:\n  combiner:\n    class_path: {self.class_path}\n"
 
     @property
-    def kl_charge(self) -> str:
+    def kl_penalty(self) -> str:
         """Where a KL penalty in the reward reaches what is trained on."""
         if Signal.ADVANTAGES in self.needs:
             return "counts in each advantage"
-        charged = self.combiner is None or self.combiner.charged_kl
+        charged = self.combiner is None or self.combiner.takes_kl_penalty
         return "is taken off the combined score" if charged else "does not count"
 
     @cached_property

@@ -134,7 +134,7 @@ def page(one: Facts) -> str:
     lines += _section("Cost", told.get("Cost"))
     lines += _section("What it reads and remembers", "\n".join(_memory(one)))
     lines += _section("A response without a score", missing and f"The objective {missing}")
-    lines += _section("KL", f"The charge of `RewardKL` {one.kl_charge}.")
+    lines += _section("KL", f"The penalty of `RewardKL` {one.kl_penalty}.")
     lines += _section("Convergence", told.get("Convergence"))
     if claimed := _claims(one):
         lines += ["## What it claims", "", "With its default settings; tested on every input of the contract.", ""]
