@@ -91,7 +91,6 @@ class CAID(ResponseCombiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE}
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         for name in ("reference_batches", "interval", "window", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"CAID needs {name} of at least 1, got {getattr(self, name)}")

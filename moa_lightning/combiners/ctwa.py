@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.shared.responses import ScoredResponses, scored_responses
@@ -72,7 +73,6 @@ class CTWA(FirstWeights, ScoreCombiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE, Claim.SHIFT}
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if not 0 < self.lr < math.inf or not 0 < self.tau <= 1:
             raise UserError(f"CTWA needs a finite lr > 0 and tau in (0, 1], got {self.lr} and {self.tau}")
 
@@ -117,8 +117,8 @@ class CTWA(FirstWeights, ScoreCombiner):
         learnt = {"covariances": average_N, "log_weights": log_weights_N, "weights": log_weights_N.exp()}
         return super().observe(experience, state | learnt)
 
+    @override
     def report(self, state: State) -> dict[str, Tensor]:
-        """The averaged covariances."""
         return {"covariances": state["covariances"]}
 
     def scalarize(self, responses: ScoredResponses, weights_N: Tensor, state: State) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.combiners.claims import CONVEX, Claim
@@ -72,14 +73,13 @@ class DynamicWeights(FirstWeights):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.COMMON_SCALE}
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         scale = 1.0 if self.growth_scale is None else self.growth_scale
         if not (0 <= self.lr < math.inf and 0 < scale < math.inf and self.interval >= 1):
             raise UserError("DynamicWeights needs finite lr >= 0 and growth_scale > 0 (or null), and interval >= 1")
 
     @property
+    @override
     def gradients_at(self) -> GradientPlace:
-        """``at``."""
         return GradientPlace(self.at)
 
     def init(self, objectives: Sequence[str], weights_N: Tensor) -> State:

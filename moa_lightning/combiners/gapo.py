@@ -6,6 +6,8 @@ Legend: N objectives.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.shared.gradients import MinNorm, Place
 
@@ -54,6 +56,6 @@ class GAPO(MinNorm):
     }
 
     @property
+    @override
     def norm_power(self) -> float:
-        """``power``."""
         return float(self.power)

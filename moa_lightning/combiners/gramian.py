@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.shared.gradients import GradientCombiner, Place
@@ -127,8 +128,8 @@ class Gramian(GradientCombiner):
         """Another order for weightings that draw one."""
         return state | {"batches": state["batches"] + 1}
 
+    @override
     def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
-        """The weighting's."""
         with torch.random.fork_rng(devices=[]):
             seed = state.get("seed", torch.zeros(()))  # a checkpoint from before it was kept
             torch.default_generator.manual_seed(int(seed) * 1_000_003 + int(state["batches"]))

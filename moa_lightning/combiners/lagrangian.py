@@ -73,7 +73,6 @@ class Lagrangian(Combiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE}
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         for name, value, least in (
             ("window", self.window, 1),
             ("patience", self.patience, 1),

@@ -6,6 +6,8 @@ Legend: N objectives.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.shared.gradients import MinNorm, Place
 
@@ -54,6 +56,6 @@ class MGDAUB(MinNorm):
     at: ClassVar[Place] = "representation"  # type: ignore[misc]  # what makes it MGDA-UB is no setting
 
     @property
+    @override
     def norm_power(self) -> float:
-        """1 with ``normalize``."""
         return float(self.normalize)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.combiners.claims import Claim
@@ -80,8 +81,8 @@ class MODPO(Weighted):
             )
         return state
 
+    @override
     def resume(self, saved: State, fresh: State) -> State:
-        """The configuration's."""
         return fresh
 
     def combine(self, signals: Signals, state: State) -> Combined:

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import CONVEX, Claim
@@ -110,7 +111,6 @@ class MOPO(Combiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if not self.tau > 0 or not 0 <= self.radius < math.inf or not 0 < self.beta <= 1:
             got = f"{self.tau}, {self.radius} and {self.beta}"
             raise UserError(f"MOPO needs tau > 0, radius >= 0 and beta in (0, 1], got {got}")
@@ -132,8 +132,8 @@ class MOPO(Combiner):
         }
 
     @property
+    @override
     def gives_weights(self) -> bool:
-        """True."""
         return True
 
     def resume(self, saved: State, fresh: State) -> State:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.claims import CONVEX, Claim
 from moa_lightning.combiners.shared.gradients import GradientCombiner, Place
@@ -48,8 +49,8 @@ class PGAPO(Weighted, GradientCombiner):
     claims: ClassVar[frozenset[Claim]] = CONVEX | {Claim.ONE_OBJECTIVE, Claim.COMMON_SCALE}
 
     @property
+    @override
     def norm_power(self) -> float:
-        """``power``."""
         return float(self.power)
 
     def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:

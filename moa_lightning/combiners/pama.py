@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import Claim
@@ -86,7 +87,6 @@ class PAMA(Combiner):
     claims: ClassVar[frozenset[Claim]] = frozenset({Claim.SIMPLEX, Claim.PERMUTATION, Claim.COMMON_SCALE})
 
     def __post_init__(self) -> None:
-        """Refuse an unknown granularity."""
         if self.granularity not in _WEIGHTS:
             raise UserError(f"PAMA.granularity must be one of {', '.join(_WEIGHTS)}; got '{self.granularity}'")
 
@@ -98,8 +98,8 @@ class PAMA(Combiner):
         return self.claims | {claim for claim, holds in more.items() if holds}
 
     @property
+    @override
     def gives_weights(self) -> bool:
-        """With Noon."""
         return self.noon
 
     def combine(self, signals: Signals, state: State) -> Combined:

@@ -62,7 +62,6 @@ class RVPO(ScoreCombiner):
     }
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if not 0 < self.k < math.inf:
             raise UserError(f"RVPO needs a finite k > 0, got {self.k}; its limit at 0 is GDPO")
 

@@ -58,7 +58,6 @@ class SmoothTchebycheff(DistanceToIdeal):
     claims: ClassVar[frozenset[Claim]] = CONVEX
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if not 0 < self.mu < math.inf:
             raise UserError(f"SmoothTchebycheff needs a finite mu > 0, got {self.mu}; its limit at 0 is Tchebycheff")
 

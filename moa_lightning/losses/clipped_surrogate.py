@@ -58,7 +58,6 @@ class ClippedSurrogate(PolicyLoss):
     importance_sampling_level: Literal["token", "sequence"] = "token"
 
     def __post_init__(self) -> None:
-        """Refuse fields out of range."""
         above_zero = {"cliprange": self.cliprange}
         above_zero |= {} if self.cliprange_value is None else {"cliprange_value": self.cliprange_value}
         above_zero |= {} if self.epsilon_high is None else {"epsilon_high": self.epsilon_high}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combiner
 from moa_lightning.errors import UserError
@@ -86,7 +87,6 @@ class RewardKL(KLPenalty):
     horizon: float = 10_000.0
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if not 0 <= self.init_kl_coef < math.inf:
             raise UserError(f"RewardKL needs a finite init_kl_coef >= 0, got {self.init_kl_coef}")
         if self.target is not None and not 0 < self.target < math.inf:
@@ -94,8 +94,8 @@ class RewardKL(KLPenalty):
         if not 0 < self.horizon < math.inf:
             raise UserError(f"RewardKL needs a finite horizon > 0, got {self.horizon}")
 
+    @override
     def init(self) -> State:
-        """The coefficient."""
         return {"kl_coefficient": torch.tensor(self.init_kl_coef)}
 
     def observe(self, kl: float, sequences: int, state: State) -> State:
@@ -108,12 +108,12 @@ class RewardKL(KLPenalty):
         smallest = torch.finfo(coefficient.dtype).tiny if self.init_kl_coef > 0 else 0.0
         return {"kl_coefficient": coefficient.clamp(min=smallest)}
 
+    @override
     def reward_coefficient(self, state: State) -> float:
-        """The adapted coefficient."""
         return float(state["kl_coefficient"])
 
+    @override
     def loss(self, logprobs_BT: Tensor, reference_logprobs_BT: Tensor) -> Tensor:
-        """Nothing."""
         return torch.zeros_like(logprobs_BT)
 
 
@@ -131,14 +131,13 @@ class LossKL(KLPenalty):
     beta: float = 0.05
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if not 0 <= self.beta < math.inf:
             raise UserError(f"LossKL needs a finite beta >= 0, got {self.beta}")
 
+    @override
     def reward_coefficient(self, state: State) -> float:
-        """0: the reward is left as it is."""
         return 0.0
 
+    @override
     def loss(self, logprobs_BT: Tensor, reference_logprobs_BT: Tensor) -> Tensor:
-        """The penalty."""
         return self.beta * squared_log_ratio(logprobs_BT, reference_logprobs_BT)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.distributed import all_sum, world_size
@@ -56,7 +57,6 @@ class PairwiseLogistic(PolicyLoss):
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WINS})  # that is, several responses to a prompt
 
     def __post_init__(self) -> None:
-        """Refuse fields out of range."""
         if not (self.beta > 0 and math.isfinite(self.beta)):
             raise UserError(f"PairwiseLogistic.beta must be a finite number above 0, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
@@ -65,8 +65,8 @@ class PairwiseLogistic(PolicyLoss):
             raise UserError(f"PairwiseLogistic.loss_type must be {' or '.join(_LOSSES)}, got '{self.loss_type}'")
 
     @property
+    @override
     def clip_range(self) -> ClipRange:
-        """Nothing is clipped."""
         return ClipRange()
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:

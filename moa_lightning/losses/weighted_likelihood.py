@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combined
 from moa_lightning.distributed import all_sum
@@ -42,13 +43,12 @@ class WeightedLikelihood(PolicyLoss):
     takes_advantages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if self.max_weight is not None and not self.max_weight > 0:
             raise UserError(f"WeightedLikelihood needs max_weight > 0 (or null), got {self.max_weight}")
 
     @property
+    @override
     def clip_range(self) -> ClipRange:
-        """Nothing is clipped."""
         return ClipRange()
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:

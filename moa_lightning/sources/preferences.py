@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.distributed import all_sum, world_size
 from moa_lightning.errors import UserError
@@ -53,7 +54,6 @@ class PreferenceRows(Source):
     max_log_ratio: float = 5.0
 
     def __post_init__(self) -> None:
-        """Refuse fields out of range."""
         if self.max_response_length < 2:
             raise UserError(
                 f"source.max_response_length must be at least 2 (a token and the end), got {self.max_response_length}"
@@ -69,8 +69,8 @@ class PreferenceRows(Source):
         return frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.WINS, Signal.GROUPS})
 
     @property
+    @override
     def reads_candidates(self) -> bool:
-        """True."""
         return True
 
     def check(self, columns: set[str]) -> None:
@@ -92,8 +92,8 @@ class PreferenceRows(Source):
         return 1
 
     @property
+    @override
     def updates_per_batch(self) -> int:
-        """One."""
         return 1
 
     @property
@@ -102,12 +102,12 @@ class PreferenceRows(Source):
         return 1
 
     @property
+    @override
     def temperature(self) -> float:
-        """1."""
         return 1.0
 
+    @override
     def encoder(self, policy_tokenizer: object, end_ids: tuple[int, ...], context_length: int | None) -> Encoder:
-        """The encoder for these lengths."""
         return Encoder(
             policy_tokenizer,  # type: ignore[arg-type]  # sources may do without a tokenizer
             end_ids,

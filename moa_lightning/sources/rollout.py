@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.distributed import all_sum, any_rank, rank
 from moa_lightning.errors import UserError
@@ -74,7 +75,6 @@ class Rollout(Source):
     max_log_ratio: float = 5.0
 
     def __post_init__(self) -> None:
-        """Refuse fields out of range."""
         for name in ("max_new_tokens", "num_generations", "num_iterations", "num_mini_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"source.{name} must be at least 1, got {getattr(self, name)}")
@@ -108,13 +108,13 @@ class Rollout(Source):
         return bool(self.missing_eos_penalty)
 
     @property
+    @override
     def needs_values(self) -> bool:
-        """True with critics."""
         return self.advantages.needs_values
 
     @property
+    @override
     def minibatches(self) -> int:
-        """``num_mini_batches``."""
         return self.num_mini_batches
 
     @property
@@ -127,8 +127,8 @@ class Rollout(Source):
         """G."""
         return self.num_generations
 
+    @override
     def encoder(self, policy_tokenizer: object, end_ids: tuple[int, ...], context_length: int | None) -> Encoder:
-        """The encoder for these lengths."""
         return Encoder(
             policy_tokenizer,  # type: ignore[arg-type]  # sources other than this one may not need a tokenizer
             end_ids,

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.errors import UserError
 from moa_lightning.types import State
@@ -78,8 +79,8 @@ class Capped(DualUpdate):
     cap: float
 
     @property
+    @override
     def largest(self) -> float:
-        """The cap."""
         return self.cap
 
 

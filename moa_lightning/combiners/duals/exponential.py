@@ -6,6 +6,7 @@ Legend: M constraints; the violation of one is ``v = b - G``.
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.errors import UserError
@@ -34,7 +35,6 @@ class Exponential(Capped):
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         require_positive(self, lr=self.lr, floor=self.floor, cap=self.cap)
         if not self.floor <= self.start <= self.cap:
             raise UserError(
@@ -42,6 +42,6 @@ class Exponential(Capped):
                 "starts at 0"
             )
 
+    @override
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
-        """One multiplicative step."""
         return (duals_M * (-self.lr * duals_M * slack_M).exp()).clamp(self.floor, self.cap), {}

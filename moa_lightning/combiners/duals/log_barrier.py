@@ -6,6 +6,7 @@ Legend: M constraints; the violation of one is ``v = b - G``.
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.duals.base import DualUpdate
 from moa_lightning.errors import UserError
@@ -31,7 +32,6 @@ class LogBarrier(DualUpdate):
     rate: float = 0.05
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         if not self.sigma > 0 or not self.margin > 0 or not 0 < self.rate <= 1:
             raise UserError(
                 f"LogBarrier needs sigma > 0, margin > 0 and rate in (0, 1], got {self.sigma}, {self.margin} and "
@@ -43,6 +43,6 @@ class LogBarrier(DualUpdate):
         """The tangent's slope."""
         return self.sigma / self.margin
 
+    @override
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
-        """One damped step."""
         return duals_M + self.rate * (self.sigma / slack_M.clamp(min=self.margin) - duals_M), {}

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.errors import UserError
@@ -56,7 +57,6 @@ class LogPID(Capped):
     in_spreads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         require_positive(self, ki=self.ki, floor=self.floor, cap=self.cap)
         if not (0 <= self.kp < math.inf and 0 <= self.kd < math.inf):
             raise UserError(f"LogPID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")
@@ -73,8 +73,8 @@ class LogPID(Capped):
         # Under names of its own: PID's memory is in other units, and must not be taken for this one's on resume.
         return {"log_pid_slack": unknown_M, "log_pid_sum": unknown_M.clone(), "log_pid_change": torch.zeros(count)}
 
+    @override
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step of the controller."""
         low, high = math.log(self.floor), math.log(self.cap)
         slack_M = slack_M - self.margin
         before_M = state["log_pid_slack"].where(state["log_pid_slack"].isfinite(), slack_M)

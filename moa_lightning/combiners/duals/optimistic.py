@@ -31,7 +31,6 @@ class Optimistic(Capped):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         require_positive(self, lr=self.lr, cap=self.cap)
 
     def init(self, count: int) -> State:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.errors import UserError
@@ -37,7 +38,6 @@ class PID(Capped):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         require_positive(self, ki=self.ki, cap=self.cap)
         if not (0 <= self.kp < math.inf and 0 <= self.kd < math.inf):
             raise UserError(f"PID needs kp >= 0 and kd >= 0, got {self.kp} and {self.kd}")
@@ -47,8 +47,8 @@ class PID(Capped):
         unknown_M = torch.full((count,), torch.nan)
         return {"dual_slack": unknown_M, "dual_sum": unknown_M.clone()}
 
+    @override
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step of the controller."""
         before_M = state["dual_slack"].where(state["dual_slack"].isfinite(), slack_M)
         sum_M = state["dual_sum"].where(state["dual_sum"].isfinite(), duals_M / self.ki)
         sum_M = (sum_M - slack_M).clamp(0.0, self.cap / self.ki)

@@ -6,6 +6,7 @@ Legend: M constraints; the violation of one is ``v = b - G``.
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.duals.base import Capped, require_positive
 from moa_lightning.types import State
@@ -27,9 +28,8 @@ class Projected(Capped):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        """Validate hyperparameters."""
         require_positive(self, lr=self.lr, cap=self.cap)
 
+    @override
     def step(self, duals_M: Tensor, slack_M: Tensor, state: State) -> tuple[Tensor, State]:
-        """One projected step."""
         return (duals_M - self.lr * slack_M).clamp(0.0, self.cap), {}

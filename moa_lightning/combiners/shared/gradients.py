@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.base import Combined, Combiner
 from moa_lightning.combiners.claims import Claim
@@ -38,8 +39,8 @@ class GradientCombiner(Combiner):
         return self.claims | ({Claim.OWN_SCALE} if self.norm_power == 1 else set())
 
     @property
+    @override
     def gradients_at(self) -> GradientPlace:
-        """``at``."""
         return GradientPlace(self.at)
 
     @property
@@ -85,12 +86,11 @@ class MinNorm(GradientCombiner):
         """Each gradient is divided by its norm to this power first."""
 
     def __post_init__(self) -> None:
-        """Refuse a solver that cannot run."""
         if self.max_iters < 1 or not self.epsilon > 0:
             raise UserError(f"{type(self).__name__} needs max_iters >= 1 and epsilon > 0")
 
+    @override
     def weigh(self, gram_NN: Tensor, present_N: Tensor, state: State) -> Tensor:
-        """The min-norm point."""
         from torchjd.aggregation import MGDAWeighting
 
         weights_N: Tensor = MGDAWeighting(epsilon=self.epsilon, max_iters=self.max_iters)(gram_NN)

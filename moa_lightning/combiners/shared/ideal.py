@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moa_lightning.combiners.claims import Claim
 from moa_lightning.combiners.shared.named import named_point
@@ -53,8 +54,8 @@ class DistanceToIdeal(ScoreCombiner):
         ideal_N = torch.where(state["ideal_given"] > 0, state["ideal"], torch.maximum(state["ideal"], best_N))
         return state | {"ideal": ideal_N}
 
+    @override
     def report(self, state: State) -> dict[str, Tensor]:
-        """The ideal point."""
         return {"ideal": state["ideal"].where(state["ideal"].isfinite(), torch.nan)}
 
     def point(self, state: State, like: Tensor) -> Tensor:
