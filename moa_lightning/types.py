@@ -1,4 +1,4 @@
-"""The records that travel between the pieces.
+"""The records that sources, combiners, losses, module and callbacks exchange.
 
 Legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), L = P + T, N objectives.
 """
@@ -21,17 +21,17 @@ Columns = dict[str, list[Any]]
 
 @dataclass
 class PromptBatch:
-    """Prompts as the policy reads them, with the rest of their rows."""
+    """Encoded prompts, with the other columns of their rows."""
 
     prompts: list[str]  # chat template applied
-    given: list[Prompt]  # as the data have them
+    given: list[Prompt]  # as in the data
     columns: Columns
     input_ids_BP: Tensor  # int64, left-padded
     attention_mask_BP: Tensor  # int64, 0 on padding
-    stands_in: bool = False  # there only so that this process keeps step with the others: nothing of it counts
+    is_placeholder: bool = False  # only keeps this process in step with the others; excluded from all results
 
     def to(self, device: torch.device) -> "PromptBatch":
-        """The same batch on a device; Lightning calls it."""
+        """Move to a device. Lightning calls it."""
         return replace(
             self, input_ids_BP=self.input_ids_BP.to(device), attention_mask_BP=self.attention_mask_BP.to(device)
         )
@@ -39,12 +39,12 @@ class PromptBatch:
 
 @dataclass
 class Responses:
-    """What the policy answered."""
+    """Prompts with their responses."""
 
     input_ids_BL: Tensor
     attention_mask_BL: Tensor
-    mask_BT: Tensor  # bool, 1 on response tokens, the end-of-sequence token included
-    truncated_B: Tensor  # bool, no end-of-sequence token within the limit
+    mask_BT: Tensor  # bool, True on response tokens, including the end-of-sequence token
+    truncated_B: Tensor  # bool, whether the response has no end-of-sequence token
     prompts: list[str]
     completions: list[str]  # special tokens removed
     columns: Columns
@@ -62,7 +62,7 @@ class Responses:
 
 @dataclass
 class RewardTable:
-    """Scores of B responses under every objective of the panel, eval-only ones included.
+    """Scores of B responses under every objective of the panel, including eval-only ones.
 
     NaN marks a response that an objective could not score.
     """
@@ -71,16 +71,16 @@ class RewardTable:
     trained: tuple[bool, ...]  # False for eval-only objectives
     raw_BN: Tensor  # float32, as the reward returned it
     value_BN: Tensor  # float32, after the objective's affine transform and clip
-    transforms: tuple[str, ...] = ()  # how values follow from raw scores, in words; empty where they are the same
+    transforms: tuple[str, ...] = ()  # formulas of the values in terms of the raw scores; empty if they are equal
 
     @property
     def transform_by_name(self) -> dict[str, str]:
-        """``transforms`` of the objectives whose value is not the raw score."""
+        """``transforms`` of the objectives whose value differs from the raw score."""
         return {name: words for name, words in zip(self.names, self.transforms, strict=False) if words}
 
     @property
     def trained_names(self) -> tuple[str, ...]:
-        """The objectives that reach the combiner, in order."""
+        """Names of the trained objectives, in order."""
         return tuple(n for n, t in zip(self.names, self.trained, strict=True) if t)
 
     @property
@@ -96,9 +96,9 @@ class RewardTable:
 
 @dataclass(kw_only=True)
 class Experience(Signals):
-    """One collected batch, or some rows of it: everything that the updates on it need. N counts trained objectives.
+    """A collected batch, or some rows of it, with everything that its updates need. N counts trained objectives.
 
-    Its ``scores_BN`` are those of ``rewards`` less the penalty, 0 where invalid, whatever is passed for them.
+    Its ``scores_BN`` are those of ``rewards`` minus the penalty, 0 where invalid, whatever is passed for them.
     """
 
     responses: Responses
@@ -108,16 +108,16 @@ class Experience(Signals):
     reference_logprobs_BT: Tensor
     returns_BTN: Tensor | None  # targets of the value heads; None without critics
     values_BTN: Tensor | None
-    tokens_per_row: float  # trained tokens per row of the whole collected batch, over all ranks: the loss's divisor
-    row_share: float = 1.0  # rows of the collected batch: mean over the processes, by this process's own number
-    log_policy_B: Tensor | None = None  # as log_prior_B, under the policy; None where its wins would say nothing
-    moving_BN: Tensor | None = None  # bool, wins against the policy's other responses of the moment; None is nowhere
-    sequences: int = 0  # rows of the whole collected batch, over all processes
+    tokens_per_row: float  # trained tokens per row of the full collected batch, over all ranks: the loss's divisor
+    row_share: float = 1.0  # mean rows per process of the collected batch, divided by this process's rows
+    log_policy_B: Tensor | None = None  # as log_prior_B, under the policy; None: no policy weights, so no policy values
+    moving_BN: Tensor | None = None  # bool, wins are against the policy's own current responses; None: nowhere
+    sequences: int = 0  # rows of the full collected batch, over all processes
     tokens: float = 0.0  # of its responses, over all processes
-    kl: float | None = None  # mean over its rows of log pi/pi_ref per response, in nats; None is not measured
-    kl_coefficient: float | None = None  # of the KL penalty in its rewards; None is no such penalty
+    kl: float | None = None  # mean over its rows of log pi/pi_ref per response, in nats; None: not measured
+    kl_coefficient: float | None = None  # of the KL penalty in its rewards; None: no such penalty
     seconds: dict[str, float] = field(default_factory=dict)  # generation, scoring, forward
-    metrics: dict[str, float] = field(default_factory=dict)  # further scalars, which are only logged (prior_ess, …)
+    metrics: dict[str, float] = field(default_factory=dict)  # further scalars, for logging only (prior_ess, …)
 
     def __post_init__(self) -> None:
         """Scores of the trained objectives as they count."""
@@ -132,11 +132,11 @@ class Experience(Signals):
 
     @property
     def counted_rows(self) -> float:
-        """Rows that a loss divides its sum by: the mean of the processes' losses is then that of all rows."""
+        """Divisor for a sum over rows, so that the mean of the processes' losses is the mean over all rows."""
         return max(len(self) * self.row_share, 1e-8)
 
     def select(self, rows: Tensor) -> "Experience":
-        """The given rows, in the given order."""
+        """Select rows, in the given order."""
         picked: dict[str, Any] = {
             f.name: getattr(self, f.name)[rows] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
         }
@@ -173,13 +173,13 @@ def _on(record: Any, device: torch.device) -> Any:
 
 @dataclass
 class Minibatch:
-    """What one ``training_step`` receives."""
+    """The batch of one ``training_step``."""
 
     experience: Experience
-    collected: Experience | None  # the whole collected batch, on the first of its minibatches; None on the others
+    collected: Experience | None  # the full collected batch, on the first of its minibatches; None on the others
 
     def to(self, device: torch.device) -> "Minibatch":
-        """The same on a device, which only experience from a checkpoint is not on yet. Lightning calls it."""
+        """Move to a device; only experience from a checkpoint is not there yet. Lightning calls it."""
         if self.experience.mask_BT.device == device:
             return self
         collected = None if self.collected is None else _on(self.collected, device)
@@ -188,9 +188,9 @@ class Minibatch:
 
 @dataclass
 class Evaluation:
-    """What one ``validation_step``, ``test_step`` or ``predict_step`` returns.
+    """The output of one ``validation_step``, ``test_step`` or ``predict_step``.
 
-    It has no rows where prompts do not divide over the processes and this one has none left.
+    It has no rows for a placeholder batch, which a process gets when it has run out of prompts before the others.
     """
 
     responses: Responses
@@ -198,8 +198,8 @@ class Evaluation:
     kl_B: Tensor  # sum over the response of log pi/pi_ref, in nats
 
     def counted(self, batch: PromptBatch) -> "Evaluation":
-        """What counts of it: everything, or, of a batch that stands in, no row."""
-        if not batch.stands_in:
+        """Drop the rows of a placeholder batch; keep all rows of other batches."""
+        if not batch.is_placeholder:
             return self
         none = torch.arange(0, device=self.kl_B.device)
         return Evaluation(_select_rows(self.responses, none), _select_rows(self.rewards, none), self.kl_B[none])
@@ -207,11 +207,11 @@ class Evaluation:
 
 @dataclass
 class StepOutput:
-    """What ``training_step`` shows to callbacks, beside the loss. All detached; N counts trained objectives."""
+    """What ``training_step`` returns to callbacks besides the loss. All detached; N counts trained objectives."""
 
     names: tuple[str, ...]
-    weights_N: Tensor  # given by the combiner, averaged over the tokens
-    score_BT: Tensor  # the one signal that was trained on
+    weights_N: Tensor  # the combiner's, averaged over the tokens
+    score_BT: Tensor  # the combined signal that was trained on
     terms: dict[str, Tensor]  # scalars of the loss: policy_loss, value_loss/<name>, entropy, clip_ratio, approx_kl, …
     minibatch: Minibatch
-    seconds: float  # forward pass and combination; the backward pass is not in it
+    seconds: float  # of the forward pass and the combination, without the backward pass

@@ -1,4 +1,4 @@
-"""Sources: where N signals come from.
+"""Sources: collect experience and compute the N objectives' signals from it.
 
 Legend: B sequences, T tokens, N objectives.
 """
@@ -25,7 +25,7 @@ from moa_lightning.types import Evaluation, Experience, PromptBatch, State
 
 @dataclass(frozen=True)
 class Actors:
-    """Who takes part in collecting a batch."""
+    """The policy and everything else that collecting a batch needs."""
 
     policy: Policy
     reference: Reference
@@ -41,23 +41,23 @@ class Source(ABC):
     @property
     @abstractmethod
     def provides(self) -> frozenset[Signal]:
-        """The signals that combiners can have from it."""
+        """The signals that combiners and losses can read from this source."""
 
     @property
     def reads_candidates(self) -> bool:
-        """Whether the responses are the data's own, so that their labels count."""
+        """Whether the responses come from the data, so that their labels can be used."""
         return False
 
     @property
     def penalises(self) -> bool:
-        """Whether some responses lose a penalty in every objective, beside what the rewards give them."""
+        """Whether a penalty is subtracted from every objective of some responses."""
         return False
 
     def check(self, columns: set[str]) -> None:
-        """Refuse data with these columns that it cannot work on, before any model is loaded.
+        """Refuse data whose columns do not suit this source, before any model is loaded.
 
         Raises:
-            UserError: one line that says what to write instead.
+            UserError: one line that says how to correct it.
         """
 
     @property
@@ -68,7 +68,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def updates_per_batch(self) -> int:
-        """Minibatches that one collected batch is handed out in, all passes over it together."""
+        """Minibatches, and so updates, per collected batch, over all passes."""
 
     @property
     @abstractmethod
@@ -78,36 +78,36 @@ class Source(ABC):
     @property
     @abstractmethod
     def responses_per_prompt(self) -> int:
-        """Rows of experience that one prompt becomes."""
+        """Rows of experience for each prompt."""
 
     @property
     @abstractmethod
     def temperature(self) -> float:
-        """Of the distribution whose log-probabilities are trained."""
+        """Temperature of the distribution whose log-probabilities are trained."""
 
     @abstractmethod
     def encoder(self, policy_tokenizer: object, end_ids: tuple[int, ...], context_length: int | None) -> Encoder:
-        """The encoder for this source's lengths."""
+        """Build the encoder for this source's lengths."""
 
     @abstractmethod
     def collect(self, batch: PromptBatch, actors: Actors, seed: int) -> Experience:
-        """Experience from a batch of prompts. Draws random numbers from ``seed`` alone."""
+        """Collect experience on a batch of prompts. All random numbers come from ``seed``."""
 
     @abstractmethod
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
-        """Responses to a batch of prompts with their scores. Draws random numbers from ``seed`` alone."""
+        """Respond to a batch of prompts and score the responses. All random numbers come from ``seed``."""
 
     def log_prior(self, log_ratio_B: Tensor, group_B: Tensor, limit: float) -> tuple[Tensor, dict[str, float]]:
-        """Log-weight of each row under the reference among the rows of its prompt, truncated, and what to log of it.
+        """Truncated log-weight of each row under the reference, among the rows of its prompt, and metrics.
 
         Args:
-            log_ratio_B: log-probability under the reference less that under the policy that sampled.
-            group_B: the prompt of each row.
+            log_ratio_B: log-probability under the reference minus that under the policy that sampled.
+            group_B: index of each row's prompt.
             limit: of the truncation, in nats.
 
         Returns:
-            The log-weights; ``prior_ess``, the effective sample size as a share of a prompt's rows, and
-            ``prior_truncated``, the share that was cut, over all processes.
+            The log-weights, and the metrics over all processes: ``prior_ess``, the effective sample size as a share of
+            a prompt's rows, and ``prior_truncated``, the share of rows that were truncated.
         """
         weights_B, ess_B, cut_B = truncated_log_ratio(log_ratio_B.float(), group_B, limit)
         ess, cut, rows = all_sum(torch.stack([ess_B.sum(), cut_B.float().sum(), ess_B.new_tensor(len(ess_B))])).tolist()
@@ -120,13 +120,13 @@ class Source(ABC):
         clip_range: ClipRange,
         parameters: Sequence[Tensor] | None = None,
     ) -> Signals:
-        """Some rows of experience with the signals that the policy's present output on them adds.
+        """Attach the signals that depend on the policy's current output to some rows of experience.
 
         Args:
             experience: the rows.
-            output: with its graph.
-            clip_range: of the loss that follows.
-            parameters: where the Gram matrix takes its gradients; ``None`` is the shared representation.
+            output: of the policy on these rows, with its autograd graph.
+            clip_range: of the loss.
+            parameters: the Gram matrix is of gradients with respect to these; ``None`` is the shared representation.
         """
         mask_BT = experience.mask_BT
         ratio_BT = clip_range.ratio(output.logprobs_BT.detach(), experience.behaviour_logprobs_BT, mask_BT)
@@ -134,7 +134,7 @@ class Source(ABC):
         def gramian(slopes_BTN: Tensor) -> Tensor:
             if parameters is not None:
                 return _parameter_gramian(output.logprobs_BT.where(mask_BT, 0.0), slopes_BTN, parameters)
-            # The graph from the hidden state to the log-probabilities is the head alone, and is kept for the loss.
+            # Only the head lies between the hidden state and the log-probabilities. The loss needs its graph again.
             (gradient_BTD,) = torch.autograd.grad(
                 output.logprobs_BT.where(mask_BT, 0.0).sum(), output.hidden_BTD, retain_graph=True
             )
@@ -145,21 +145,21 @@ class Source(ABC):
 
 
 def check_prompt_length(max_prompt_length: int | None) -> None:
-    """Refuse to keep less than one token of a prompt.
+    """Validate ``max_prompt_length``.
 
     Raises:
-        UserError: with the length.
+        UserError: it is less than one token.
     """
     if max_prompt_length is not None and max_prompt_length < 1:
         raise UserError(f"source.max_prompt_length must be at least 1 or null, got {max_prompt_length}")
 
 
 def _parameter_gramian(logprobs_BT: Tensor, slopes_BTN: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    # The gradients of the whole batch are sums over the processes, so these have to be summed before they are
-    # multiplied; one parameter at a time, so that no second copy of all of them is held.
+    # Gradients of the global batch are sums over the processes, so they are summed before they are multiplied. One
+    # parameter at a time needs no second copy of all gradients.
     gradients = parameter_gradients(logprobs_BT, slopes_BTN, parameters)
     gram_NN = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=logprobs_BT.device)
     for of_objectives in zip(*gradients, strict=True):
-        whole_NP = all_sum(torch.stack(of_objectives).flatten(1).float())
-        gram_NN += (whole_NP @ whole_NP.T).double()
+        summed_NP = all_sum(torch.stack(of_objectives).flatten(1).float())
+        gram_NN += (summed_NP @ summed_NP.T).double()
     return gram_NN

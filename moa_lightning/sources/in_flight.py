@@ -1,4 +1,4 @@
-"""The batch in flight: what is left of a collected batch, and how another number of processes takes it over.
+"""The batch in flight: the rest of a collected batch, and its redistribution over another number of processes.
 
 Legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), L = P + T.
 """
@@ -16,13 +16,12 @@ from moa_lightning.types import Experience, Responses, RewardTable
 
 @dataclass
 class InFlight:
-    """A collected batch on one process, and its minibatches that are still to come.
+    """A collected batch on one process, with the minibatches that are still to come.
 
     Args:
         experience: the rows of this process.
-        minibatches: which of them, one tensor of indices for each minibatch; empty where a minibatch has fewer rows
-            than there are processes and none is here.
-        shares: of each minibatch its rows, mean over the processes, by this process's own number of them.
+        minibatches: row indices of each minibatch; empty if the minibatch has no row on this process.
+        shares: for each minibatch, the mean number of rows per process divided by this process's number of rows.
     """
 
     experience: Experience
@@ -30,17 +29,17 @@ class InFlight:
     shares: list[float]
 
     def take(self) -> Experience:
-        """The next minibatch."""
+        """Remove and return the next minibatch."""
         rows, share = self.minibatches.pop(0), self.shares.pop(0)
         if len(rows):
             return replace(self.experience.select(rows), row_share=self.experience.row_share * share)
-        # Every process takes part in every update; what nobody counts has no gradient.
-        stand_in = self.experience.select(torch.arange(1))
-        mask_BT, valid_BN = torch.zeros_like(stand_in.mask_BT), torch.zeros_like(stand_in.valid_BN)
-        return replace(stand_in, row_share=0.0, mask_BT=mask_BT, valid_BN=valid_BN)
+        # Every process takes part in every update. A fully masked row contributes no gradient.
+        placeholder = self.experience.select(torch.arange(1))
+        mask_BT, valid_BN = torch.zeros_like(placeholder.mask_BT), torch.zeros_like(placeholder.valid_BN)
+        return replace(placeholder, row_share=0.0, mask_BT=mask_BT, valid_BN=valid_BN)
 
     def plain(self) -> dict[str, Any]:
-        """As plain containers and tensors, for a checkpoint."""
+        """Convert to plain containers and tensors, for a checkpoint."""
         return {
             "experience": _to_plain(self.experience),
             "minibatches": [rows.tolist() for rows in self.minibatches],
@@ -49,35 +48,35 @@ class InFlight:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "InFlight":
-        """Out of a checkpoint."""
+        """Restore from a checkpoint."""
         rows = [torch.tensor(indices, dtype=torch.int64) for indices in plain["minibatches"]]
         return cls(_to_experience(plain["experience"]), rows, list(plain["shares"]))
 
 
-def shared_anew(parts: Sequence[InFlight], processes: int) -> list[InFlight]:
-    """The same minibatches on another number of processes.
+def redistribute(parts: Sequence[InFlight], processes: int) -> list[InFlight]:
+    """Distribute the same minibatches over another number of processes.
 
-    Each minibatch keeps the rows that it would have had over all processes, so the update is the same. The responses
-    to a prompt stay on one process, unless a minibatch has fewer prompts than there are processes.
+    Each minibatch keeps its rows over all processes, so the update is the same. The responses to a prompt stay on one
+    process, unless a minibatch has fewer prompts than there are processes.
 
     Args:
         parts: of the processes that collected the batch.
-        processes: number of those that go on with it.
+        processes: number of processes of the resumed run.
     """
-    whole = _together([part.experience for part in parts])
+    everything = _concatenate([part.experience for part in parts])
     starts = torch.tensor([0, *(len(part.experience) for part in parts)]).cumsum(0).tolist()
     dealt: list[list[Tensor]] = [[] for _ in range(processes)]
     shares: list[list[float]] = [[] for _ in range(processes)]
     for of_parts in zip(*(part.minibatches for part in parts), strict=True):
         rows = torch.cat([indices + start for indices, start in zip(of_parts, starts, strict=False)])
-        for number, mine in enumerate(_deal(rows, whole.group_B, processes)):
+        for number, mine in enumerate(_deal(rows, everything.group_B, processes)):
             dealt[number].append(mine)
             shares[number].append(len(rows) / processes / max(len(mine), 1))
-    return [_only_needed(whole, *mine) for mine in zip(dealt, shares, strict=True)]
+    return [_drop_unused(everything, *mine) for mine in zip(dealt, shares, strict=True)]
 
 
 def _deal(rows: Tensor, group_B: Tensor | None, processes: int) -> list[Tensor]:
-    """Rows in as equal numbers as their prompts allow, a share for each process."""
+    """Split rows over the processes, as evenly as possible without splitting a prompt's rows."""
     groups = rows if group_B is None else group_B[rows]
     kinds, group_of_rows = groups.unique(return_inverse=True)
     if len(kinds) < processes:
@@ -85,20 +84,20 @@ def _deal(rows: Tensor, group_B: Tensor | None, processes: int) -> list[Tensor]:
     return [rows[group_of_rows * processes // len(kinds) == p] for p in range(processes)]
 
 
-def _only_needed(whole: Experience, minibatches: list[Tensor], shares: list[float]) -> InFlight:
-    """Without the rows that no minibatch has; one is kept, to stand in."""
+def _drop_unused(experience: Experience, minibatches: list[Tensor], shares: list[float]) -> InFlight:
+    """Drop the rows that no minibatch has. At least one is kept as a placeholder."""
     needed = torch.cat([torch.zeros(0, dtype=torch.int64), *minibatches]).unique()
     if len(needed) == 0:
         needed = torch.zeros(1, dtype=torch.int64)
-    return InFlight(whole.select(needed), [torch.searchsorted(needed, rows) for rows in minibatches], shares)
+    return InFlight(experience.select(needed), [torch.searchsorted(needed, rows) for rows in minibatches], shares)
 
 
-def _together(parts: Sequence[Experience]) -> Experience:
-    """Rows of all parts in order, padded to the longest prompt and response; prompts get numbers of their own."""
+def _concatenate(parts: Sequence[Experience]) -> Experience:
+    """Concatenate rows, padded to the longest prompt and response. Prompts are renumbered: parts share no index."""
     prompt = max(part.responses.prompt_length for part in parts)
     length = max(part.mask_BT.shape[1] for part in parts)
     padded = [_padded(part, prompt, length) for part in parts]
-    joined = {f.name: _joined([getattr(part, f.name) for part in padded]) for f in fields(Experience)}
+    joined = {f.name: _concatenate_values([getattr(part, f.name) for part in padded]) for f in fields(Experience)}
     groups, start = [], 0
     for part in padded:
         if part.group_B is not None:
@@ -125,17 +124,19 @@ def _padded(part: Experience, prompt: int, length: int) -> Experience:
     return replace(part, **of_tokens)
 
 
-def _joined(values: Sequence[Any]) -> Any:
-    """Tensors and lists behind each other, in records and by name as well; of anything else the first."""
+def _concatenate_values(values: Sequence[Any]) -> Any:
+    """Concatenate tensors and lists, also inside records and dicts; of anything else return the first."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat(list(values))
     if is_dataclass(first) and not isinstance(first, type):
-        return replace(first, **{f.name: _joined([getattr(v, f.name) for v in values]) for f in fields(first)})
+        return replace(
+            first, **{f.name: _concatenate_values([getattr(v, f.name) for v in values]) for f in fields(first)}
+        )
     if isinstance(first, list):
         return [item for value in values for item in value]
     if isinstance(first, dict):
-        return {name: _joined([value[name] for value in values]) for name in first}
+        return {name: _concatenate_values([value[name] for value in values]) for name in first}
     return first
 
 

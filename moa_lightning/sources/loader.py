@@ -1,4 +1,4 @@
-"""The experience loader: collects a batch, hands it out in minibatches, and can be resumed in between."""
+"""The experience loader: collects a batch, yields it in minibatches, and can be resumed in between."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.distributed import all_objects, rank, world_size
 from moa_lightning.errors import UserError
-from moa_lightning.sources.in_flight import InFlight, shared_anew
+from moa_lightning.sources.in_flight import InFlight, redistribute
 from moa_lightning.types import Experience, Minibatch
 from moa_lightning.utils.random_state import random_state, restore_random_state
 
@@ -16,16 +16,16 @@ Row = dict[str, Any]
 
 
 class ExperienceLoader:
-    """Iterates over minibatches of collected experience; one iteration over it is one epoch over the prompts.
+    """Iterates over minibatches of collected experience; one iteration is one epoch over the prompts.
 
-    It has a length, so Lightning does not fetch ahead and every rollout uses the policy of its moment. It has a
-    state, so a run resumes between two minibatches of the same rollout. The order of prompts and of rows depends on
-    the seed and the position alone.
+    It has a length, so Lightning does not prefetch, and every rollout uses the current policy. It has a state, so a run
+    can resume between two minibatches of the same rollout. The order of prompts and of rows depends only on the seed
+    and the position.
 
     Args:
         rows: training rows.
-        batch_size: prompts per collected batch on each process; the last incomplete batch of an epoch is left out.
-        collect: from rows and a seed to experience.
+        batch_size: prompts per collected batch on each process; the last incomplete batch of an epoch is dropped.
+        collect: collects experience on rows, with a seed.
         responses_per_prompt: rows of experience for each prompt.
         minibatches: minibatches in one pass over a collected batch.
         updates_per_batch: minibatches over all passes.
@@ -57,23 +57,23 @@ class ExperienceLoader:
                 "responses of a batch (data.batch_size x source.num_generations)"
             )
         self.epoch = 0
-        self.position = 0  # minibatches handed out in this epoch
-        self.used = 0  # prompts of this epoch that were collected on, over all processes
+        self.position = 0  # minibatches yielded in this epoch
+        self.used = 0  # prompts of this epoch that experience was collected on, over all processes
         self.in_flight: InFlight | None = None
-        self.random: dict[str, Any] | None = None  # random streams to go on with (dropout, rewards that draw)
+        self.random: dict[str, Any] | None = None  # random state to resume with (dropout, rewards that sample)
 
     def __len__(self) -> int:
-        """Minibatches in one epoch: those handed out, and those to come."""
+        """Minibatches in this epoch: those already yielded, and those to come."""
         of_this_batch = -self.position % self.updates_per_batch
         left = (len(self.rows) - self.used) // self.prompts_per_batch * self.updates_per_batch
         return self.position + of_this_batch + left
 
     def __iter__(self) -> Iterator[Minibatch]:
-        """The rest of the present epoch; after it, the next iteration is the next epoch."""
-        if self.position >= len(self):  # the last epoch ended without being asked for one more minibatch
+        """Yield the rest of the current epoch; the next iteration is the next epoch."""
+        if self.position >= len(self):  # Lightning stopped at the last minibatch, before the loop below ended
             self.epoch, self.position, self.used = self.epoch + 1, 0, 0
         if self.random is not None:
-            restore_random_state(self.random)  # now, when nothing but the training draws from it any more
+            restore_random_state(self.random)  # as late as possible: from here on only the training uses it
             self.random = None
         order = self._order()
         while self.position < len(self):
@@ -100,20 +100,20 @@ class ExperienceLoader:
         if self.minibatches == 1:
             return torch.arange(len(experience))
         generator = torch.Generator().manual_seed(self._seed(batch) + 1 + sweep)
-        # The responses to one prompt stay together where that fills every minibatch equally: some combiners
-        # compare them.
-        together = self.responses_per_prompt if self.batch_size % self.minibatches == 0 else 1
-        order = torch.randperm(len(experience) // together, generator=generator)
-        rows = (order.unsqueeze(1) * together + torch.arange(together)).flatten()
+        # Some combiners compare the responses to a prompt, so these share a minibatch where that keeps the minibatches
+        # equally large.
+        group = self.responses_per_prompt if self.batch_size % self.minibatches == 0 else 1
+        order = torch.randperm(len(experience) // group, generator=generator)
+        rows = (order.unsqueeze(1) * group + torch.arange(group)).flatten()
         size = len(experience) // self.minibatches
         return rows[minibatch * size : (minibatch + 1) * size]
 
     def _seed(self, batch: int) -> int:
-        # Far apart for neighbouring positions, so that no two batches share random numbers.
+        # Seeds of neighbouring positions are far apart, so that no two batches share random numbers.
         return (self.seed * 1_000_003 + self.epoch * 10_007 + batch + 1) * 100_003 % (2**62)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position; of every process the batch in flight and the random streams. Plain containers and tensors."""
+        """The position, and every process's batch in flight and random state, as plain containers and tensors."""
         between = self.in_flight is not None and self.position % self.updates_per_batch != 0
         return {
             "seed": self.seed,
@@ -126,8 +126,8 @@ class ExperienceLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position; another number of processes shares the batch in flight anew."""
-        # The position is a place in the order that this seed decides; earlier checkpoints do not name it.
+        """Restore a saved position. A different number of processes redistributes the batch in flight."""
+        # The saved seed determines the order that the position refers to. Earlier checkpoints do not hold it.
         self.seed = state.get("seed", self.seed)
         self.epoch, self.position, self.used = state["epoch"], state["position"], state["used"]
         before, saved = len(state["random"]), state["in_flight"]
@@ -136,21 +136,23 @@ class ExperienceLoader:
         self.in_flight = None
         if saved is not None:
             parts = [InFlight.of(part) for part in saved]
-            self.in_flight = (parts if same else shared_anew(parts, world_size()))[rank()]
+            self.in_flight = (parts if same else redistribute(parts, world_size()))[rank()]
         if not same:
-            rank_zero_warn(self._said(before, state["prompts_per_batch"]))
+            rank_zero_warn(self._resume_message(before, state["prompts_per_batch"]))
 
-    def _said(self, before: int, prompts_per_batch: int) -> str:
-        """What goes on, in one line."""
+    def _resume_message(self, before: int, prompts_per_batch: int) -> str:
+        """The warning for another number of processes than the checkpoint's."""
         left = -self.position % self.updates_per_batch
-        flight = f"the {left} updates left of the batch in flight are shared anew" if left else "no batch is in flight"
+        flight = (
+            f"the {left} updates left of the batch in flight are redistributed" if left else "no batch is in flight"
+        )
         sizes = (
             f"of {self.prompts_per_batch} prompts each, as before"
             if prompts_per_batch == self.prompts_per_batch
             else f"of {self.prompts_per_batch} prompts each, {prompts_per_batch} before"
         )
         return (
-            f"the checkpoint was written by {before} processes and this run has {world_size()}: it goes on in epoch "
-            f"{self.epoch} behind {self.used} of {len(self.rows)} prompts, in batches {sizes}; {flight}; random "
-            "streams start anew"
+            f"the checkpoint was written by {before} processes and this run has {world_size()}: it resumes in epoch "
+            f"{self.epoch} after {self.used} of {len(self.rows)} prompts, in batches {sizes}; {flight}; the random "
+            "states are not restored"
         )

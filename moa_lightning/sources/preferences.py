@@ -1,4 +1,4 @@
-"""Preference rows: the responses are the data's, and so is who wins.
+"""Preference rows: responses and preference labels come from the data.
 
 Legend: P prompts, B candidates of all prompts, T response tokens, N objectives.
 """
@@ -25,26 +25,27 @@ _OF_CANDIDATES = ("wins/", "scores/")  # columns with an entry for each of a row
 
 @dataclass
 class PreferenceRows(Source):
-    """Takes responses and labels from preference data; nothing is generated, and no pointwise reward is needed.
+    """Reads responses and labels from preference data. It generates nothing and needs no pointwise reward.
 
-    An objective with reward ``FromLabels`` is the data's label. Any other reward scores the candidates, and
-    Bradley and Terry's model turns the scores into win probabilities. The signal for combiners that read advantages
-    is the win probability minus 1/2.
+    An objective with reward ``FromLabels`` is the data's label. Any other reward scores the candidates, and the
+    Bradley-Terry model turns the scores into win probabilities. Combiners that read advantages get the win probability
+    minus 1/2.
 
-    Evaluation generates nothing either: it shows, for each held-out prompt, the win probability that the policy
-    would have if it chose among the prompt's candidates, ``sum_y w(y) p(y)`` with ``w ~ pi/mu``; the loaded policy
-    has w equal, so 1/2 for an objective that all candidates share. Since no label of these prompts has set a weight,
-    the mean is an unbiased estimate, also where labels are single votes. A prompt counts for an objective that labels
-    all of its candidates; with some missing the mean over the others would lie nearer to 1/2 than it should.
+    Evaluation generates nothing either. For each held-out prompt it reports the win probability that the policy would
+    have if it chose among the prompt's candidates: ``sum_y w(y) p(y)`` with ``w ~ pi/mu``. The policy as it was loaded
+    has equal w, so 1/2. No label of these prompts has influenced a weight, so the mean is an unbiased estimate, even if
+    labels are single votes. A prompt counts only for objectives that label all of its candidates: with missing labels,
+    the mean over the others would be biased towards 1/2.
 
     Args:
-        max_response_length: longest response in tokens, its end token included; longer ones are refused.
-        max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
+        max_response_length: longest response in tokens, including its end token; longer ones are refused.
+        max_prompt_length: keep only this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
         win_scale: difference in a reward's value at which the better response wins 73 % of the time.
-        prior: what the candidates of a row are. ``sampled``: samples of the policy as it was loaded, so that
-            with a lagged reference each carries the ratio of the two. ``listed``: all responses that there are, each
-            carrying the reference's probability.
-        max_log_ratio: the logarithm of that ratio is held within this of its mean over the prompt's candidates, nats.
+        prior: what the candidates of a row are. ``sampled``: samples of the policy as it was loaded; with a lagged
+            reference, each carries the ratio of the two. ``listed``: all possible responses; each carries the
+            reference's probability.
+        max_log_ratio: the logarithm of that ratio is clipped to this distance from its mean over the prompt's
+            candidates, in nats.
     """
 
     max_response_length: int = 512
@@ -65,7 +66,7 @@ class PreferenceRows(Source):
 
     @property
     def provides(self) -> frozenset[Signal]:
-        """All but ``SAMPLES`` (the policy does not sample the responses) and ``PAIRS`` (the loss provides it)."""
+        """All signals but ``SAMPLES`` (the policy does not sample the responses) and ``PAIRS`` (the loss has it)."""
         return frozenset({Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.WINS, Signal.GROUPS})
 
     @property
@@ -74,7 +75,7 @@ class PreferenceRows(Source):
         return True
 
     def check(self, columns: set[str]) -> None:
-        """Refuse data without candidates."""
+        """Refuse data without a column ``responses``."""
         if "responses" not in columns:
             raise UserError(
                 "source PreferenceRows reads prompts with candidate responses, which these data do not have; use data "
@@ -82,13 +83,13 @@ class PreferenceRows(Source):
             )
 
     @property
+    @override
     def needs_values(self) -> bool:
-        """False: there are no critics."""
         return False
 
     @property
+    @override
     def minibatches(self) -> int:
-        """One: the candidates of a prompt stay together."""
         return 1
 
     @property
@@ -98,7 +99,7 @@ class PreferenceRows(Source):
 
     @property
     def responses_per_prompt(self) -> int:
-        """One at least: rows may differ in it."""
+        """1: the number of candidates differs between rows, so one is all that can be relied on."""
         return 1
 
     @property
@@ -118,7 +119,7 @@ class PreferenceRows(Source):
         )
 
     def collect(self, batch: PromptBatch, actors: Actors, seed: int) -> Experience:
-        """Read the candidates and their labels; one forward pass under the policy, one under its reference."""
+        """Read the candidates and their labels, and compute log-probabilities under the policy and its reference."""
         started = time.perf_counter()
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
         scored = time.perf_counter()
@@ -154,13 +155,13 @@ class PreferenceRows(Source):
         )
 
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
-        """For each prompt its likeliest candidate, and the win probabilities of the policy among the candidates."""
+        """Return each prompt's likeliest candidate, and the policy's win probabilities among the candidates."""
         responses, group_B, rewards, wins_BN = self._candidates(batch, actors)
         logprobs_BT, reference_BT, loaded_BT = self._logprobs(responses, group_B, actors)
         ratio_B = (logprobs_BT - (reference_BT if loaded_BT is None else loaded_BT)).sum(1)
         weight_B = group_softmax(self._log_policy(logprobs_BT, reference_BT, loaded_BT), group_B)
         count = len(batch.prompts)
-        # NaN in one candidate's label makes the prompt's value NaN, and with it the prompt left out.
+        # NaN in one candidate's label makes the prompt's value NaN, so the prompt is skipped.
         wins_PN = wins_BN.new_zeros(count, wins_BN.shape[1]).index_add(0, group_B, weight_B.unsqueeze(1) * wins_BN)
         kl_P = ratio_B.new_zeros(count).index_add(0, group_B, weight_B * ratio_B)
         rows = [(group_B == p).nonzero().flatten() for p in range(count)]
@@ -177,11 +178,11 @@ class PreferenceRows(Source):
         return Evaluation(chosen, RewardTable(rewards.names, rewards.trained, wins_PN, wins_PN), kl_P)
 
     def _candidates(self, batch: PromptBatch, actors: Actors) -> tuple[Responses, Tensor, RewardTable, Tensor]:
-        """Responses, groups, rewards of all objectives and their win probabilities."""
+        """Responses, index of their prompts, rewards and win probabilities of all objectives."""
         candidates = batch.columns["responses"]
         responses, group_B = actors.encoder.encode_candidates(batch, candidates)
-        # What a row holds for each candidate is spread out over them; the rest is repeated.
-        spread = {
+        # Columns with an entry for each candidate are flattened; the others are repeated for each candidate.
+        columns = {
             name: [value for values in column for value in values]
             if name.startswith(_OF_CANDIDATES)
             else [column[i] for i in group_B.tolist()]
@@ -189,7 +190,7 @@ class PreferenceRows(Source):
             if name != "responses"
         }
         device = group_B.device
-        table = actors.panel.score(responses.prompts, responses.completions, spread)
+        table = actors.panel.score(responses.prompts, responses.completions, columns)
         rewards = replace(table, raw_BN=table.raw_BN.to(device), value_BN=table.value_BN.to(device))
         wins_BN = rewards.value_BN.clone()
         compared = [i for i, name in enumerate(rewards.names) if not actors.panel.objectives[name].reward.gives_wins]
@@ -203,7 +204,7 @@ class PreferenceRows(Source):
 
     @torch.no_grad()
     def _logprobs(self, responses: Responses, group_B: Tensor, actors: Actors) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities under the policy, its reference, and the policy as it was loaded if that is another one."""
+        """Log-probabilities under the policy, its reference, and the loaded policy (``None``: it is the reference)."""
         inputs = (responses.input_ids_BL, responses.attention_mask_BL, responses.mask_BT, self.temperature)
         with evaluating(actors.policy):
             logprobs_BT = actors.policy(*inputs).logprobs_BT
@@ -212,7 +213,7 @@ class PreferenceRows(Source):
         return logprobs_BT, reference_BT, loaded_BT
 
     def _log_policy(self, logprobs_BT: Tensor, reference_BT: Tensor, loaded_BT: Tensor | None) -> Tensor:
-        """The log-weight of each candidate under the policy: of pi/mu, or of pi where all responses are listed."""
+        """Log-weight of each candidate under the policy: of pi/mu, or of pi where all responses are listed."""
         if self.prior == "listed":
             return logprobs_BT.sum(1)
         return (logprobs_BT - (reference_BT if loaded_BT is None else loaded_BT)).sum(1)
@@ -220,7 +221,7 @@ class PreferenceRows(Source):
     def _log_prior(
         self, reference_BT: Tensor, loaded_BT: Tensor | None, group_B: Tensor
     ) -> tuple[Tensor | None, dict[str, float]]:
-        """The log-weight of each candidate under the reference; ``None`` where the candidates are samples of it."""
+        """Log-weight of each candidate under the reference (``None`` if candidates are samples of it), and metrics."""
         if self.prior == "listed":
             return reference_BT.sum(1), {}
         if loaded_BT is None:

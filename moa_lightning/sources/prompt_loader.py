@@ -1,4 +1,4 @@
-"""The prompt loader: batches of prompts for evaluation, on several processes in step."""
+"""The prompt loader: batches of prompts for evaluation, equally many on every process."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -9,15 +9,15 @@ from moa_lightning.types import PromptBatch
 
 
 class PromptLoader:
-    """Batches of prompts in order, each process its share.
+    """Iterates over batches of prompts in order; each process gets its share.
 
-    All processes have the same number of batches, because a sharded policy is put together by all of them for each one:
-    one whose rows are used up gets the first row again, marked as a stand-in, of which nothing counts.
+    All processes have the same number of batches, because all take part when a sharded policy is all-gathered for a
+    batch. A process that has run out of rows gets a placeholder batch with the first row, which does not count.
 
     Args:
-        rows: rows to go through, all processes' together.
+        rows: rows of all processes.
         batch_size: prompts per batch.
-        encode: from rows to a batch.
+        encode: collates rows into a batch.
     """
 
     def __init__(
@@ -28,15 +28,15 @@ class PromptLoader:
     ) -> None:
         self.rows = [rows[i] for i in range(rank(), len(rows), world_size())]
         self.first = [rows[i] for i in range(min(len(rows), 1))]
-        self.most = (len(rows) + world_size() - 1) // world_size()  # rows of the process that has most
+        self.most = (len(rows) + world_size() - 1) // world_size()  # rows of the process that has the most
         self.batch_size, self.encode = batch_size, encode
 
     def __len__(self) -> int:
-        """Batches of every process."""
+        """Batches on each process."""
         return (self.most + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        """The batches; the last one may be smaller."""
+        """Yield the batches; the last one may be smaller."""
         for start in range(0, self.most, self.batch_size):
             rows = self.rows[start : start + self.batch_size]
-            yield self.encode(rows) if rows else replace(self.encode(self.first), stands_in=True)
+            yield self.encode(rows) if rows else replace(self.encode(self.first), is_placeholder=True)

@@ -1,4 +1,4 @@
-"""Rollouts: the policy answers, the panel scores, advantages follow.
+"""Rollouts: sample responses, score them with the panel, estimate advantages.
 
 Legend: B sequences, P prompt tokens, T response tokens, L = P + T, N trained objectives, G responses to one prompt.
 """
@@ -35,29 +35,29 @@ if TYPE_CHECKING:
 class Rollout(Source):
     """Samples responses from the policy and scores them with the reward panel.
 
-    The reward of a response arrives on its last real token. A response cut off at ``max_new_tokens`` is scored like
-    any other unless one of the two rules below says otherwise.
+    The reward of a response is assigned to its last real token. A response truncated at ``max_new_tokens`` is scored
+    like any other, unless ``missing_eos_penalty`` or ``mask_truncated_completions`` is set.
 
     Args:
-        max_new_tokens: longest response.
+        max_new_tokens: longest response, in tokens.
         num_generations: responses sampled for each prompt.
         temperature: of sampling; the trained log-probabilities are those of the tempered distribution.
         top_k: sample among this many most likely tokens; 0 among all.
-        top_p: sample within this probability mass; 1 is all of it.
+        top_p: sample from the most likely tokens up to this probability mass; 1 is all of it.
         num_iterations: passes over each collected batch.
-        num_mini_batches: optimiser minibatches in one pass; divides the responses of a batch.
-        advantages: how rewards become advantages.
-        missing_eos_penalty: subtracted from every objective of a truncated response; ``None`` subtracts nothing. Win
-            probabilities that a reward gives itself (``WinProbability``, ``PairwisePreference``) stay as they are, so
-            a combiner that reads nothing else, such as ``MOPO``, does not see it there.
+        num_mini_batches: optimiser minibatches in one pass; must divide the responses of a batch.
+        advantages: estimates advantages from rewards.
+        missing_eos_penalty: subtracted from every objective of a truncated response; ``None`` subtracts nothing. It
+            does not change win probabilities that a reward computes itself (``WinProbability``,
+            ``PairwisePreference``), so there it has no effect on a combiner that reads nothing else, such as ``MOPO``.
         mask_truncated_completions: leave truncated responses out of the update.
-        win_scale: difference in an objective's value at which the better response wins 73 % of the time; for combiners
-            that read win probabilities (Bradley and Terry's model). The rivals are the prompt's other responses, so a
-            threshold of 0.5 asks for no more than the policy's own average of the moment; rewards ``WinProbability``,
-            and ``PairwisePreference`` with a ``baseline``, compare with fixed responses instead.
-        max_log_ratio: for the same combiners each response carries the ratio of the reference to the policy that
-            sampled it; its logarithm is held within this of its mean over the prompt's responses, in nats.
-        max_prompt_length: keep this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
+        win_scale: difference in an objective's value at which the better response wins 73 % of the time, by the
+            Bradley-Terry model; for combiners that read win probabilities. The rivals are the prompt's other responses,
+            so a threshold of 0.5 only asks for the policy's own current average. Rewards ``WinProbability``, and
+            ``PairwisePreference`` with a ``baseline``, compare with fixed responses instead.
+        max_log_ratio: for the same combiners, each response carries the ratio of the reference to the policy that
+            sampled it. Its logarithm is clipped to this distance from its mean over the prompt's responses, in nats.
+        max_prompt_length: keep only this many last tokens of a prompt; ``None`` refuses prompts that do not fit.
     """
 
     max_new_tokens: int = 64
@@ -98,13 +98,13 @@ class Rollout(Source):
 
     @property
     def provides(self) -> frozenset[Signal]:
-        """Groups and win probabilities take several responses to a prompt."""
+        """The signals that combiners can read; groups and win probabilities need several responses to a prompt."""
         always = {Signal.ADVANTAGES, Signal.SCORES, Signal.RATIO, Signal.GRAMIAN, Signal.SAMPLES, Signal.KL_PENALTY}
         return frozenset(always | ({Signal.WINS, Signal.GROUPS} if self.num_generations > 1 else set()))
 
     @property
+    @override
     def penalises(self) -> bool:
-        """With a penalty for truncated responses."""
         return bool(self.missing_eos_penalty)
 
     @property
@@ -118,13 +118,13 @@ class Rollout(Source):
         return self.num_mini_batches
 
     @property
+    @override
     def updates_per_batch(self) -> int:
-        """Minibatches times passes."""
         return self.num_mini_batches * self.num_iterations
 
     @property
+    @override
     def responses_per_prompt(self) -> int:
-        """G."""
         return self.num_generations
 
     @override
@@ -138,7 +138,7 @@ class Rollout(Source):
         )
 
     def collect(self, batch: PromptBatch, actors: Actors, seed: int) -> Experience:
-        """Sample, score, and estimate advantages."""
+        """Sample responses, score them, and estimate advantages."""
         started = time.perf_counter()
         responses = self._respond(batch, actors, seed, self.num_generations)
         _require_finite(any_rank(not actors.policy.sampled_from_finite, responses.input_ids_BL.device))
@@ -178,7 +178,7 @@ class Rollout(Source):
             group_B=group_B,
             wins_BN=wins_BN,
             log_prior_B=log_prior_B,
-            # The rows are samples of the policy, so each weighs as much.
+            # The rows are samples of the policy, so all have the same weight.
             log_policy_B=None if wins_BN is None else torch.zeros_like(kl_BT[:, 0]),
             moving_BN=self._moving(rewards, actors.panel),
             penalty_B=self._penalty(responses),
@@ -196,7 +196,7 @@ class Rollout(Source):
         )
 
     def evaluate(self, batch: PromptBatch, actors: Actors, seed: int) -> Evaluation:
-        """One response to each prompt, sampled in the same way."""
+        """Sample one response to each prompt, with the same settings, and score it."""
         responses = self._respond(batch, actors, seed, 1)
         _require_finite(not actors.policy.sampled_from_finite)  # processes may have different numbers of batches
         rewards = actors.panel.score(responses.prompts, responses.completions, responses.columns)
@@ -207,7 +207,7 @@ class Rollout(Source):
     def _compared(
         self, responses: Responses, rewards: RewardTable, log_ratio_B: Tensor, group_B: Tensor, panel: RewardPanel
     ) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
-        """Win probabilities among a prompt's responses, and their log-weights under the reference."""
+        """Win probabilities among a prompt's responses, their log-weights under the reference, and metrics."""
         if self.num_generations == 1:
             return None, None, {}
         scores_PKN = self._penalised(responses, rewards.trained_BN).unflatten(0, (-1, self.num_generations))
@@ -231,7 +231,7 @@ class Rollout(Source):
     def _token_rewards(self, responses: Responses, rewards: RewardTable, penalty_BT: Tensor) -> Tensor:
         value_BN = self._penalised(responses, rewards.trained_BN.where(rewards.valid_BN, 0.0))
         rewards_BTN = (-penalty_BT).unsqueeze(-1).repeat(1, 1, value_BN.shape[1])
-        last_B = (responses.lengths_B - 1).clamp(min=0)  # the end token, or the last token when cut off; never padding
+        last_B = (responses.lengths_B - 1).clamp(min=0)  # the end token, or the last token if truncated; never padding
         rewards_BTN[torch.arange(len(last_B), device=last_B.device), last_B] += value_BN
         return rewards_BTN
 
@@ -277,7 +277,7 @@ def _policy_and_reference(
 
 @contextmanager
 def evaluating(policy: Policy) -> Iterator[None]:
-    """Within it the policy is in evaluation mode."""
+    """Context manager: puts the policy in evaluation mode."""
     training = policy.training
     policy.eval()
     try:
@@ -288,10 +288,10 @@ def evaluating(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def random_numbers_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Within it random numbers come from this seed and the process's rank; outside, nothing has changed.
+    """Context manager: seeds torch's generators with this seed and the rank, and restores them afterwards.
 
-    So what is sampled depends on the position in the run alone: a resumed run draws the same responses, and
-    evaluations do not disturb the training.
+    What is sampled then depends only on the position in the run. A resumed run samples the same responses, and
+    evaluations do not change the training.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

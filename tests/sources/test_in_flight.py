@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from moa_lightning.sources.in_flight import InFlight, shared_anew
+from moa_lightning.sources.in_flight import InFlight, redistribute
 from moa_lightning.sources.loader import ExperienceLoader
 from moa_lightning.types import Experience, Responses, RewardTable
 
@@ -145,8 +145,8 @@ def test_another_global_batch_goes_on_at_the_same_prompt():
 def test_fewer_prompts_than_processes_are_parted_and_one_without_any_stands_in():
     whole = collected([{"prompt": 1}, {"prompt": 2}], 0)
     one = InFlight(whole, [torch.tensor([3, 0, 2]), torch.tensor([1])], [1.0, 1.0])
-    parts = shared_anew([one], 3)
-    again = shared_anew([InFlight.of(part.plain()) for part in parts], 2)  # before any of them was taken
+    parts = redistribute([one], 3)
+    again = redistribute([InFlight.of(part.plain()) for part in parts], 2)  # before any of them was taken
     first, second = ([part.take() for part in parts] for _ in range(2))
     assert texts(first) == [10, 20, 21]
     assert [part.counted_rows for part in first] == [1.0] * 3
@@ -163,9 +163,9 @@ def test_fewer_prompts_than_processes_are_parted_and_one_without_any_stands_in()
 
 def test_shares_of_a_batch_taken_over_twice_are_those_of_the_last_processes():
     parts = [InFlight(collected([{"prompt": i}], 0), [torch.arange(2)], [1.0]) for i in range(3)]
-    twice = shared_anew(shared_anew(parts, 2), 3)
+    twice = redistribute(redistribute(parts, 2), 3)
     assert [part.take().counted_rows for part in twice] == [2.0] * 3
-    uneven = [part.take() for part in shared_anew(parts, 2)]
+    uneven = [part.take() for part in redistribute(parts, 2)]
     assert sorted(len(part) for part in uneven) == [2, 4]
     assert [part.counted_rows for part in uneven] == [3.0] * 2
 
