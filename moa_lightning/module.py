@@ -49,27 +49,26 @@ Row = dict[str, Any]
 class AlignmentModule(ResumedModule):
     """Aligns a policy to several objectives at once.
 
-    Automatic optimisation: the Trainer's flags for clipping, accumulation, precision and schedules apply unchanged.
+    Optimisation is automatic: the Trainer's flags for clipping, accumulation, precision and schedules apply unchanged.
 
     Args:
         policy: the model to align.
-        objectives: what it is aligned to, by name; bigger is better.
-        combiner: how N objectives become one update; ``None`` is ``PAMA()``.
-        source: where experience comes from; ``None`` is ``Rollout()``.
-        loss: from the combined score to a loss; ``None`` is the one that goes with the combiner.
-        kl: how the policy is held near its reference; ``None`` is ``RewardKL()``.
-        reference: what the policy is held near; ``None`` is ``AdapterOff`` with an adapter, else ``FrozenCopy``.
-        optimizer: from parameters to an optimiser; ``None`` is AdamW with learning rate 1e-5.
-        lr_scheduler: from the optimiser to a schedule, stepped after each optimiser step.
+        objectives: what to align it to, by name; higher is better.
+        combiner: combines N objectives into one update; ``None`` is ``PAMA()``.
+        source: collects experience; ``None`` is ``Rollout()``.
+        loss: computes a loss from the combined score; ``None`` is the combiner's default.
+        kl: KL penalty towards the reference; ``None`` is ``RewardKL()``.
+        reference: the reference policy; ``None`` is ``AdapterOff`` with an adapter, else ``FrozenCopy``.
+        optimizer: creates an optimiser for parameters; ``None`` is AdamW with learning rate 1e-5.
+        lr_scheduler: creates a schedule for the optimiser, stepped after each optimiser step.
         value_learning_rate: of the value heads; ``None`` is the optimiser's.
-        silent_batches: stop when an objective has scored no response of the first batches of the run, this many of
-            them; 0 never stops.
-        seed: of evaluations: each one of a run answers with the same random numbers, so that they can be compared.
+        silent_batches: stop if an objective has scored no response after this many batches of the run; 0 never stops.
+        seed: of evaluations. All evaluations of a run use the same random numbers, so that they can be compared.
             ``None`` is the run's seed (``seed_everything``).
     """
 
-    settings: Mapping[str, str] = {}  # the command line's, by dotted key: the same on all processes
-    record: Mapping[str, Any] = {}  # the same nested, without secrets, for checkpoints
+    settings: Mapping[str, str] = {}  # of the command line by dotted key; equal on all processes
+    record: Mapping[str, Any] = {}  # the same settings, nested and without secrets, for checkpoints
 
     def __init__(
         self,
@@ -107,11 +106,11 @@ class AlignmentModule(ResumedModule):
         self.silent_batches = silent_batches
         self._batches = 0
         self.seed = seed
-        self.strict_loading = False  # frozen weights are in no checkpoint; check_weights is as strict as that allows
+        self.strict_loading = False  # checkpoints do not hold frozen weights; check_weights checks the others
 
         self.reference.check(has_adapter)
         compatibility.check_compatible(self.combiner, self.source, self.loss, self.kl, self.panel)
-        # Memory of combiner and KL control: plain float32 tensors, since bf16-true would cast buffers.
+        # The states of combiner and KL control are plain float32 tensors, because bf16-true would cast buffers.
         self.weights = ScheduledWeights(self.combiner, self.panel)
         self.combiner_state: State = self.weights.start()
         self.kl_state: State = self.kl.init()
@@ -120,13 +119,13 @@ class AlignmentModule(ResumedModule):
         self.tokenizer: PreTrainedTokenizerBase
         keys = [f"{kind}/{name}/mean" for kind in ("rewards", "values") for name in self.panel.names]
         self._means = nn.ModuleDict({key: MeanMetric(nan_strategy="ignore") for key in keys})
-        self._evaluated_2N = torch.zeros(2, len(self.objective_names))  # sums and numbers of the values seen in it
+        self._evaluated_2N = torch.zeros(2, len(self.objective_names))  # sums and counts of the values of an evaluation
         self._panel_device: torch.device | None = None
         self._scored_N = torch.zeros(len(self.objective_names), dtype=torch.bool)
 
     @property
     def objective_names(self) -> tuple[str, ...]:
-        """The trained objectives, in order."""
+        """Names of the trained objectives, in order."""
         return tuple(self.panel.trained_names)
 
     @property
@@ -135,10 +134,10 @@ class AlignmentModule(ResumedModule):
         fixed = {name for name in self.objective_names if self.panel.objectives[name].reward.fixed_rivals}
         return frozenset(self.objective_names if self.source.reads_candidates else fixed)
 
-    # Setting up: cheap checks first, weights last.
+    # Setup: cheap checks first, weights last.
 
     def setup(self, stage: str) -> None:
-        """Read tokenizer and config, and check prompts and columns against them, before any weights are loaded."""
+        """Load tokenizer and config, and check prompts and columns, before any weights are loaded."""
         with in_agreement(self, stage):
             compatibility.check_strategy(self.combiner, self.trainer.strategy)
             self.weights.check(self.trainer)
@@ -152,7 +151,7 @@ class AlignmentModule(ResumedModule):
                 data.screen(stage, self.encoder.problem)
 
     def configure_model(self) -> None:
-        """Load the policy, its value heads and its reference. Called again by some strategies: then nothing happens."""
+        """Load the policy, its value heads and its reference. Further calls, by some strategies, do nothing."""
         if "policy" in self._modules:
             return
         backbone, meta_model = load(self.policy_config, self.trainer.strategy)
@@ -167,10 +166,10 @@ class AlignmentModule(ResumedModule):
     # Data: called by the datamodule.
 
     def experience_loader(self, rows: Sequence[Row], batch_size: int, seed: int) -> ExperienceLoader:
-        """Minibatches of experience collected on these prompts.
+        """Create the loader of minibatches of experience, which is collected on these prompts.
 
         Raises:
-            UserError: too few prompts, or minibatches that do not come out even.
+            UserError: there are too few prompts, or the minibatches do not divide a batch evenly.
         """
         source = self.source
         compatibility.check_minibatches(self.combiner, self.loss, source, batch_size)
@@ -178,11 +177,11 @@ class AlignmentModule(ResumedModule):
         return ExperienceLoader(rows, batch_size, self.collect, *counts, seed)
 
     def prompt_loader(self, rows: Sequence[Row], batch_size: int) -> Iterable[PromptBatch]:
-        """Batches of prompts for evaluation."""
+        """Create the loader of batches of prompts for evaluation."""
         return PromptLoader(rows, batch_size, self.encoder.encode)
 
     def collect(self, rows: Sequence[Row], seed: int) -> Experience:
-        """Experience from the policy as it is now; the combiner and the KL control observe it."""
+        """Collect experience with the current policy, and update the states of combiner and KL control."""
         self.reference.advance(self.policy, self.global_step)
         batch = self.encoder.encode(rows).to(self.device)
         with naming_the_step(self.trainer), torch.no_grad(), self.trainer.precision_plugin.forward_context():
@@ -196,7 +195,7 @@ class AlignmentModule(ResumedModule):
         return experience
 
     def _require_scores(self, experience: Experience) -> None:
-        """Refuse to go on with an objective that has never scored a response, on any process."""
+        """Stop if an objective has never scored a response on any process."""
         if self._batches >= self.silent_batches:
             return
         scored_N = experience.valid_BN.any(0) | experience.rewards.valid_BN.to(experience.valid_BN.device).any(0)
@@ -212,13 +211,13 @@ class AlignmentModule(ResumedModule):
             )
 
     def _actors(self) -> Actors:
-        if self._panel_device != self.device:  # only now is it known where the strategy put the module
+        if self._panel_device != self.device:  # only known once the strategy has placed the module
             self.panel.setup(self.device)
             self._panel_device = self.device
         return Actors(self.policy, self.reference, self.panel, self.encoder, self.kl, self.kl_state)
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
-        """One update: forward pass, signals, combination, loss. The same for every source and combiner."""
+        """Run one update: forward pass, signals, combination, loss. It is the same for all sources and combiners."""
         started = time.perf_counter()
         experience = batch.experience
         responses = experience.responses
@@ -244,11 +243,11 @@ class AlignmentModule(ResumedModule):
         return {"loss": with_values_in_graph(result.loss, output), "step": step}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Stop before a step along a gradient that is NaN or infinite."""
+        """Stop before a step with a gradient that is NaN or infinite."""
         require_finite_gradients(self, optimizer, self.trainer)
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over what is trained; value heads may have a learning rate of their own."""
+        """Create the optimiser for the trained parameters; value heads may have their own learning rate."""
         backbone, heads = self.policy.trainable()
         groups: list[dict[str, Any]] = [{"params": backbone}]
         if heads:
@@ -268,58 +267,58 @@ class AlignmentModule(ResumedModule):
 
     # Evaluation.
 
-    # Lightning hands whatever these return to the callbacks; its annotation names tensors and mappings only.
+    # Lightning passes any return value to the callbacks; its annotation allows only tensors and mappings.
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
-        """Respond and score.
+        """Respond to prompts and score the responses.
 
-        The objectives' means are logged as ``val/rewards/<name>/mean``, of raw scores, and, where values are not the
-        raw scores, as ``val/values/<name>/mean``. The step of an evaluation is the number of updates before it.
+        Logs each objective's mean raw score as ``val/rewards/<name>/mean`` and, if values differ from raw scores, its
+        mean value as ``val/values/<name>/mean``. The step of an evaluation is the number of updates before it.
         """
         return self._evaluate(batch, batch_idx, "val")
 
     def on_validation_epoch_start(self) -> None:
-        """Start afresh."""
+        """Reset the sums over the evaluation."""
         self._evaluated_2N = torch.zeros(2, len(self.objective_names))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the evaluation at its step, and tell the combiner, once for each step that was evaluated whole."""
+        """Log the evaluation at its step, and update the combiner's state once for each completely evaluated step."""
         self._log_at_step()
         sums_2N, step = all_sum(self._evaluated_2N.to(self.device)).cpu(), self.trainer.global_step
         if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != math.inf:
             return
-        if self.evaluated_at != step:  # a resumed run looks once more at the policy that it starts with
+        if self.evaluated_at != step:  # a resumed run may evaluate the same step again
             self.combiner_state = self.combiner.observe_evaluation(sums_2N[0] / sums_2N[1], self.combiner_state)
         self.evaluated_at = step
 
     def _log_at_step(self) -> None:
-        """Let an evaluation's metrics reach the loggers at the number of updates before it, the first one included."""
-        if self.trainer.sanity_checking:  # Lightning drops what is logged then
+        """Log an evaluation's metrics at the number of updates before it, including those of the sanity check."""
+        if self.trainer.sanity_checking:  # Lightning discards what is logged then
             metrics = {key: cast(MeanMetric, metric) for key, metric in self._means.items()}
             means = {f"val/{key}": float(m.compute()) for key, m in metrics.items() if m.update_called}
             for logger in self.trainer.loggers:
                 logger.log_metrics(means, self.steps_done)
         else:
-            # Lightning would take the index of the last update, which is one less; a metric of this name sets the step.
+            # Lightning would use the index of the last update, which is one less. A metric of this name sets the step.
             self.log("step", float(self.steps_done), batch_size=1, reduce_fx="max", sync_dist=True)
 
     def on_validation_end(self) -> None:
-        """Forget the step that was logged: checkpoints between evaluations are named by their own."""
+        """Drop the logged step, so that the names of checkpoints between evaluations have their own step."""
         self.trainer.callback_metrics.pop("step", None)
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
-        """Respond and score; logs ``test/rewards/<name>/mean`` and ``test/values/<name>/mean``, as in validation."""
+        """Respond and score, like :meth:`validation_step`, with the prefix ``test/`` in the metrics."""
         return self._evaluate(batch, batch_idx, "test")
 
     def on_test_epoch_end(self) -> None:
-        """Log the test at the step of the weights."""
+        """Log the test metrics at the number of updates of the weights."""
         self._log_at_step()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
-        """Respond and score."""
-        return self._answered(batch, batch_idx)
+        """Respond to prompts and score the responses, without logging."""
+        return self._respond(batch, batch_idx)
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str) -> Evaluation:
-        evaluation = self._answered(batch, batch_idx)
+        evaluation = self._respond(batch, batch_idx)
         table = evaluation.rewards
         for i, name in enumerate(table.names):
             self._log_mean(prefix, f"rewards/{name}/mean", table.raw_BN[:, i])
@@ -329,7 +328,7 @@ class AlignmentModule(ResumedModule):
         self._evaluated_2N += torch.stack([values_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(values_BN).sum(0)]).cpu()
         return evaluation
 
-    def _answered(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
+    def _respond(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         with naming_the_step(self.trainer):
             return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
 
@@ -341,10 +340,10 @@ class AlignmentModule(ResumedModule):
     def _evaluation_seed(self, batch_idx: int) -> int:
         return ((run_seed(self.seed) + 1) * 15_485_863 + batch_idx) % 2**62
 
-    # Checkpoints: what is trained, and what the combiner and the KL control remember.
+    # Checkpoints: the trained weights, and the states of combiner and KL control.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out; add the memory of combiner and KL control.
+        """Drop frozen weights, and add the states of combiner and KL control.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
@@ -361,25 +360,25 @@ class AlignmentModule(ResumedModule):
             "reference": self.reference.state_dict(),
             "evaluated_at": self.evaluated_at,
             "progress": self.weights.progress,
-            "classes": {name: type(piece).__name__ for name, piece in self._pieces().items()},
+            "classes": {name: type(component).__name__ for name, component in self._components().items()},
             "optimizer": None if self.optimizer_given is None else self.optimizer_given.plain(),
             "settings": dict(self.record),
         }
         checkpoint["moa_format"] = compatibility.FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other pieces or objectives; restore the memory.
+        """Refuse a checkpoint of other components or objectives, and restore the states.
 
         Raises:
-            UserError: one line with what differs, is missing, or makes no sense.
+            UserError: one line with what differs, is missing, or is invalid.
         """
-        saved = compatibility.check_checkpoint(checkpoint, self.objective_names, self.combiner, self._pieces())
+        saved = compatibility.check_checkpoint(checkpoint, self.objective_names, self.combiner, self._components())
         compatibility.check_state(type(self.kl).__name__, saved["kl_state"], self.kl.init())
         fresh = self.weights.resume(saved.get("progress", 0.0), self.combiner_state)
         name = type(self.combiner).__name__
         try:
             state = self.combiner.resume(saved["combiner_state"], fresh)
-        except KeyError as error:  # a combiner may do without an entry that it did not have before; this one cannot
+        except KeyError as error:  # a combiner may accept that earlier checkpoints lack an entry; this one does not
             compatibility.check_state(name, {}, {str(error.args[0]): None})
             raise
         compatibility.check_state(name, state, fresh)
@@ -390,20 +389,20 @@ class AlignmentModule(ResumedModule):
         self.reference.load_state_dict(saved["reference"])
         self.optimizer_before = OptimizerSettings.of_checkpoint(checkpoint)
 
-    def _pieces(self) -> dict[str, object]:
+    def _components(self) -> dict[str, object]:
         return {"reference": self.reference, "kl": self.kl, "loss": self.loss, "source": self.source}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load trained weights; frozen ones are not in a checkpoint and stay as the policy's folder gave them."""
+        """Load trained weights. Checkpoints do not hold frozen ones, which stay as loaded from the policy's folder."""
         self.check_weights(state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def check_weights(self, saved: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose weights (or their shapes), by name, are not those that are trained here."""
+        """Refuse a checkpoint whose weights differ from the trained ones in name or shape."""
         compatibility.check_weights(saved, self._trained_keys(), self.state_dict())
 
     def _trained_keys(self) -> set[str]:
-        named = self.named_parameters(remove_duplicate=False)  # a tied weight goes by two names
+        named = self.named_parameters(remove_duplicate=False)  # a tied weight has two names
         frozen = {name for name, parameter in named if not parameter.requires_grad}
-        below = tuple(f"{name}." for name in frozen)  # quantised weights keep their scales there
+        below = tuple(f"{name}." for name in frozen)  # prefixes of the scales of quantised weights
         return {key for key in self.state_dict() if key not in frozen and not key.startswith(below)}

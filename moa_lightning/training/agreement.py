@@ -1,4 +1,4 @@
-"""Whether all processes are about to do the same: asked once they are set up, before any weights are read."""
+"""Checks that all processes have the same code, settings, policy and data, before any weights are loaded."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ from moa_lightning.utils.lightning_private import set_default_root_dir
 from moa_lightning.utils.masking import masked
 
 Facts = Mapping[str, str]
-"""What has to be the same everywhere, by the name that a message calls it by."""
+"""What must be equal on all processes, by its name in messages."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("torch", "lightning", "transformers", "tokenizers", "peft", "torchjd")
-_VARIABLES = (  # they change numbers, or have to be the same for the processes to understand each other
+_VARIABLES = (  # they change results, or must be equal for the processes to communicate
     "PL_GLOBAL_SEED",
     "PYTHONHASHSEED",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -38,7 +38,7 @@ _VARIABLES = (  # they change numbers, or have to be the same for the processes 
     "NCCL_ALGO",
     "NCCL_PROTO",
 )
-_OF_A_PROCESS = ("config", "trainer.default_root_dir")  # where files lie on a node; rank 0 names the run folder for all
+_OF_A_PROCESS = ("config", "trainer.default_root_dir")  # paths may differ between nodes; rank 0 decides the run folder
 _OF_A_MODULE = ("combiner", "source", "loss", "kl", "reference", "seed", "value_learning_rate")
 _OF_A_TRAINER = (
     "max_steps",
@@ -51,29 +51,29 @@ _OF_A_TRAINER = (
 _OF_DATA = ("batch_size", "val_batch_size", "seed")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _OF_A_POLICY = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"}
-_SMALL = 32 * 2**20  # bytes; tokenizers and configs are read whole, of weights the size is compared
+_SMALL = 32 * 2**20  # bytes; up to this size the content of a file is compared, above it only the size
 _LONGEST = 80  # characters of a value in a message
 
 
 class SharedRefusal(UserError):
-    """A refusal that every process raises with the same words: to print it once is enough."""
+    """An error that every process raises with the same message, so that printing it once is enough."""
 
     shared = True
 
 
 @contextmanager
 def in_agreement(module: Any, stage: str) -> Iterator[None]:
-    """Within it a process sets itself up; what goes wrong on one stops all, and so does what is not the same on all.
+    """Context manager: sets up a module; an error on one process, or a difference between them, is raised on all.
 
-    Without several processes it does nothing.
+    In a single process it does nothing.
 
     Args:
-        module: what is set up, attached to its Trainer; the tokenizer is there at the end.
+        module: the module, attached to its Trainer. It has its tokenizer when the block ends.
         stage: the Trainer's.
 
     Raises:
-        SharedRefusal: on every process, the same line: which process (rank and host), and its error, or what it has
-            and what the others have.
+        SharedRefusal: on every process, the same line: the process (rank and host) and its error, or its value and
+            that of the others.
     """
     if not is_distributed():
         yield
@@ -90,17 +90,17 @@ def in_agreement(module: Any, stage: str) -> Iterator[None]:
     host, said = socket.gethostname(), None if error is None else _line(error)
     everyone = all_objects((host, said, mine, module.trainer.default_root_dir))
     if error is not None and not isinstance(error, UserError | OSError):
-        raise error  # a defect: its traceback is wanted
+        raise error  # a bug: keep its traceback
     hosts, lines, answers, folders = zip(*everyone, strict=True)
     refusal = failure(hosts, lines) or difference(hosts, answers)
     if refusal is not None:
         raise SharedRefusal(refusal) from error
-    # Each process looked for a free folder by itself, and one may have looked later than another.
+    # Each process chose a free folder by itself, and may have chosen another one than rank 0.
     set_default_root_dir(module.trainer, folders[0])
 
 
 def failure(hosts: Sequence[str], lines: Sequence[str | None]) -> str | None:
-    """One line for the processes that failed, by rank; ``None`` if there are none.
+    """One line for the processes that failed, with their ranks; ``None`` if there are none.
 
     >>> failure(["a", "b"], [None, "file 'x' does not exist"])
     "rank 1 on host b: file 'x' does not exist"
@@ -114,7 +114,7 @@ def failure(hosts: Sequence[str], lines: Sequence[str | None]) -> str | None:
 
 
 def difference(hosts: Sequence[str], answers: Sequence[Facts]) -> str | None:
-    """One line for the processes that differ from the majority (from rank 0 where there is none), by rank.
+    """One line for the processes that differ from the majority, or from rank 0 if there is no majority.
 
     >>> difference(["a", "a", "b"], [{"seed": "1"}, {"seed": "1"}, {"seed": "2"}])
     'rank 2 on host b differs from the others in seed: 2 there, 1 elsewhere; start all with the same command and files'
@@ -143,7 +143,7 @@ def difference(hosts: Sequence[str], answers: Sequence[Facts]) -> str | None:
 
 
 def facts(module: Any, stage: str) -> dict[str, str]:
-    """What has to be the same on every process: versions, settings, environment, policy and data, in this order."""
+    """What must be equal on all processes: versions, settings, environment, policy and data, in this order."""
     data = getattr(module.trainer, "datamodule", None)
     found = _versions()
     given = {name: value for name, value in module.settings.items() if name not in _OF_A_PROCESS}
@@ -156,7 +156,7 @@ def facts(module: Any, stage: str) -> dict[str, str]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, str]:
-    """A config of plain data by its dotted keys.
+    """Flatten a config of plain data to dotted keys.
 
     >>> flat({"data": {"seed": 1, "files": ["a", "b"]}})
     {'data.seed': '1', 'data.files.0': 'a', 'data.files.1': 'b'}
@@ -171,7 +171,7 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The number of rows, and a digest of them in their order; columns may come in any."""
+    """The number of rows, and a digest that depends on their order but not on that of the columns."""
     digest, count = hashlib.blake2b(digest_size=6), 0
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
@@ -181,7 +181,7 @@ def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _settings(module: Any, data: Any) -> dict[str, str]:
-    """What a run from Python was given, as far as its pieces tell."""
+    """Settings of a run that was started from Python, read from its objects."""
     found = {f"model.{name}": _plain(getattr(module, name)) for name in _OF_A_MODULE}
     found |= {f"model.objectives.{name}": _plain(objective) for name, objective in module.panel.objectives.items()}
     found |= {f"trainer.{name}": _plain(getattr(module.trainer, name)) for name in _OF_A_TRAINER}
@@ -191,8 +191,8 @@ def _settings(module: Any, data: Any) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     found = {"the version of python": platform.python_version()}
     found |= {f"the version of {name}": version(name) for name in _LIBRARIES}
-    found["the version of moa-lightning"] = __version__  # of a source tree that nobody installed too
-    found["the version of torch"] = torch.__version__  # says for which CUDA it was built
+    found["the version of moa-lightning"] = __version__  # also for a source tree that is not installed
+    found["the version of torch"] = torch.__version__  # includes the CUDA version of the build
     if torch.cuda.is_available():
         found["the version of CUDA"] = str(torch.version.cuda)
         found["the version of NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -229,7 +229,7 @@ def _digest(content: bytes) -> str:
 
 
 def _plain(value: object) -> str:
-    """What an object says of itself, without where it lies in memory."""
+    """``repr`` of an object, without memory addresses."""
     return _ADDRESS.sub("", repr(value))
 
 

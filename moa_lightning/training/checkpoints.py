@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, checked before a run goes on from one, found by step."""
+"""Checkpoints on disk: written atomically, verified before a run resumes from one, found by step."""
 
 import math
 import os
@@ -21,23 +21,23 @@ from moa_lightning.errors import UserError
 from moa_lightning.utils.non_finite import NonFiniteError, names_of_non_finite, some
 
 META = "meta.pt"
-"""What a checkpoint in pieces holds besides the pieces; Lightning's name for it."""
+"""File of a sharded checkpoint with everything but the shards; the name is Lightning's."""
 
 
 _UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError)
-_WEIGHTS = "state_dict."  # what the names of weights in a sharded checkpoint begin with
-_FORMER = "former"  # of a checkpoint that was put aside for the one that replaces it
+_WEIGHTS = "state_dict."  # prefix of the names of weights in a sharded checkpoint
+_FORMER = "former"  # state of a checkpoint that has been moved aside for its replacement
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning plugin: a checkpoint appears once it is whole and on the disk, and is checked before it is loaded.
+    """Lightning plugin that writes checkpoints atomically and verifies them before it loads them.
 
-    It is written beside its place without a second copy in memory, flushed, and moved there. Where writing fails, what
-    was there before stays. Remote paths are left to Lightning.
+    It writes a hidden file next to the target without a second copy in memory, flushes it to disk, and renames it. If
+    writing fails, the previous checkpoint stays. Remote paths are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write it.
+        """Write a checkpoint atomically.
 
         Raises:
             UserError: one line with why it could not be written, such as a disk that is full.
@@ -60,28 +60,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read it.
+        """Verify and read a checkpoint.
 
         Raises:
-            UserError: it is not whole, with the newest that is; or it is a folder, which strategies read themselves.
+            UserError: it is not valid, with the newest one that is; or it is sharded, which strategies read themselves.
         """
         if "://" not in str(path):
             require_valid(Path(path))
             if Path(path).is_dir():
                 raise UserError(
-                    f"checkpoint {path} is in pieces, which this strategy does not put together; use strategy "
-                    "FSDP2Strategy (configs/trainer/fsdp.yaml), or start from what moa export makes of it"
+                    f"checkpoint {path} is sharded, and this strategy cannot load sharded checkpoints; use strategy "
+                    "FSDP2Strategy (configs/trainer/fsdp.yaml), or start from the policy that moa export writes from it"
                 )
         content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
         return content
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove it at once: what is half removed is not where checkpoints are looked for."""
+        """Remove a checkpoint. A folder is renamed first, so that half of one is never taken for a checkpoint."""
         if "://" in str(path):
             super().remove_checkpoint(path)
             return
         hidden = _beside(Path(path), "removed")
-        _remove(hidden)  # the half of one that a run left that was killed while it removed it
+        _remove(hidden)  # left by a run that was killed while it removed a checkpoint
         if Path(path).is_dir():
             os.replace(path, hidden)
             _remove(hidden)
@@ -90,50 +90,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Replacement:
-    """Something written beside its place, and moved there when all of it is on the disk.
+    """A file or folder that is written next to its target, and renamed to it once it is on the disk.
 
     Args:
-        target: its place: a file or folder, where one may be already.
+        target: the final path, which may exist.
     """
 
     def __init__(self, target: Path) -> None:
         self.target, self.path = target, _beside(target, "partial")
 
     def prepare(self, folder: bool = False) -> None:
-        """Make room for it; a folder is made."""
-        self.clear()  # what a run left that was killed while it wrote
+        """Remove a partial file that a killed run left, and create the folder to write into."""
+        self.clear()
         (self.path if folder else self.path.parent).mkdir(parents=True, exist_ok=True)
 
     def commit(self) -> None:
-        """Flush it and move it to its place."""
+        """Flush what was written to disk and rename it to the target."""
         for written in [*self.path.rglob("*"), self.path]:
             _flush(written)
         former = _beside(self.target, _FORMER)
         _remove(former)
-        if self.target.is_dir() or (self.path.is_dir() and self.target.exists()):  # no folder is replaced at a stroke
+        if self.target.is_dir() or (self.path.is_dir() and self.target.exists()):  # a rename cannot replace a folder
             os.replace(self.target, former)
         os.replace(self.path, self.target)
         _flush(self.target.parent)
         _remove(former)
 
     def clear(self) -> None:
-        """Remove what was written beside the place, as far as the disk allows."""
+        """Remove the partial file or folder; errors are ignored."""
         with suppress(OSError):
             _remove(self.path)
 
 
 def save_file(content: Any, path: Path) -> None:
-    """``torch.save`` into a file of Python's: given a path, it says nothing of why it could not write."""
+    """``torch.save`` into an open file: given a path, torch hides the reason of a failure to write."""
     with path.open("wb") as file:
         torch.save(content, file)
 
 
 @contextmanager
 def explained(target: Path, size: int) -> Iterator[None]:
-    """Within it a failure to write is told in one line, with the bytes that were to be written and those that are free.
+    """Context manager: a failure to write is raised as one line, with the required and the free space.
+
+    Args:
+        target: the checkpoint that is written.
+        size: bytes to write.
 
     Raises:
-        UserError: instead of the ``OSError``, wherever torch has hidden it.
+        UserError: in place of the ``OSError``, even if torch has wrapped it.
     """
     try:
         yield
@@ -146,20 +150,20 @@ def explained(target: Path, size: int) -> Iterator[None]:
         raise UserError(
             f"checkpoint {target} could not be written: {cause.strerror or cause}; it takes {size / 2**20:.1f} MiB, "
             f"and {free / 2**20:.1f} MiB are free there. Earlier checkpoints are untouched: make room, or change "
-            "checkpoint.dirpath, and go on with --ckpt_path=last"
+            "checkpoint.dirpath, and resume with --ckpt_path=last"
         ) from error
 
 
 def newest_valid(folder: Path, known_broken: Path | None = None, before: float = math.inf) -> Path | None:
-    """The checkpoint with the most steps that is whole, by reading it; ``None`` if there is none.
+    """The valid checkpoint with the most steps, found by reading them; ``None`` if there is none.
 
-    One that was put aside to be replaced counts too: a run may have been killed at that moment. Broken ones that are
-    newer are named in a warning, but for the one that is known already.
+    A checkpoint that was moved aside to be replaced counts too: a run may have been killed at that moment. Invalid
+    checkpoints that are newer are named in a warning, except for ``known_broken``.
 
     Args:
-        folder: where they are.
-        known_broken: not to be named.
-        before: only those of fewer steps.
+        folder: of the checkpoints.
+        known_broken: not named in a warning.
+        before: only checkpoints with fewer steps.
     """
     found = [(steps_of(path), path) for path in _files_of(folder)]
     for path in [path for step, path in found if step is None and path != known_broken]:
@@ -173,18 +177,18 @@ def newest_valid(folder: Path, known_broken: Path | None = None, before: float =
 
 
 def by_steps(folder: Path, before: float = math.inf) -> list[Path]:
-    """The checkpoints in a folder, the one with the most steps first, as far as they say; of equals the later file.
+    """The checkpoints in a folder by descending steps, and by descending file time for equal steps.
 
-    Which one is the newest goes by this rule everywhere: ``last.ckpt`` may be older than another one, where a run was
-    killed between the two files of a step.
+    Checkpoints that do not hold their step are left out. This order decides everywhere which checkpoint is the newest:
+    ``last.ckpt`` may be older than another one if a run was killed between the two files of a step.
 
     Args:
-        folder: where they are; it need not exist.
-        before: only those of fewer steps.
+        folder: of the checkpoints; it need not exist.
+        before: only checkpoints with fewer steps.
     """
     known = []
     for path in _files_of(folder):
-        with suppress(FileNotFoundError):  # a run that is in progress has replaced it meanwhile
+        with suppress(FileNotFoundError):  # a running process has replaced it meanwhile
             if (step := steps_of(path)) is not None:
                 known.append((step, path.stat().st_mtime, path))
     return [path for step, _, path in sorted(known, reverse=True) if step < before]
@@ -195,23 +199,23 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def require_valid(path: Path) -> None:
-    """Nothing if a checkpoint is whole.
+    """Refuse a checkpoint that is not valid.
 
     Raises:
-        UserError: one line that names it and the newest whole one in its folder.
+        UserError: one line with the reason and the newest valid checkpoint in its folder.
     """
     if (why := problem(path)) is None:
         return
     other = newest_valid(path.parent, known_broken=path)
-    offer = f"the newest whole one beside it is {other}" if other else "there is no whole one beside it"
+    offer = f"the newest valid checkpoint in its folder is {other}" if other else "its folder has no valid checkpoint"
     raise UserError(f"checkpoint {path} cannot be used: {why}; {offer}")
 
 
 def require_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Nothing if weights that were read from a checkpoint are finite.
+    """Refuse weights from a checkpoint that are NaN or infinite.
 
     Raises:
-        NonFiniteError: one line that names it and one of them.
+        NonFiniteError: one line with the checkpoint and one of the weights.
     """
     if bad := names_of_non_finite(weights):
         raise NonFiniteError(f"checkpoint {path} cannot be used: its weights are not finite ({some(bad)})")
@@ -220,18 +224,18 @@ def require_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
 def problem(path: Path) -> str | None:
     """Why a checkpoint is not valid; ``None`` if it is. Reads all of it.
 
-    The check sums that torch wrote must hold, and the weights must be finite.
+    A valid checkpoint has the checksums that torch wrote, and finite weights.
     """
     try:
         found = [file.stat() for file in ([path, *path.iterdir()] if path.is_dir() else [path])]
     except FileNotFoundError:
-        return "there is no such file (a run in progress removes those that it replaces)"
+        return "there is no such file (a run in progress removes checkpoints that it replaces)"
     return _problem(path, tuple(file.st_mtime_ns for file in found), tuple(file.st_size for file in found))
 
 
 @lru_cache
 def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str | None:
-    """Read once, as long as the files stay as they are."""
+    """:func:`problem`, cached until the files change."""
     bad: list[str] = []
     try:
         if path.is_dir():
@@ -243,9 +247,9 @@ def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str 
     except ForeignContentError as error:
         return f"it could run code, so it was not opened: {error}"
     except (OSError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
-        return f"it is cut off or no checkpoint ({' '.join(str(error).split())})"
+        return f"it is truncated or not a checkpoint ({' '.join(str(error).split())})"
     if broken is not None:
-        return f"what it holds is damaged ({broken})"
+        return f"its content is damaged ({broken})"
     try:
         _global_step(path)
     except ForeignContentError as error:
@@ -258,22 +262,22 @@ def _problem(path: Path, times: tuple[int, ...], sizes: tuple[int, ...]) -> str 
 
 
 def _non_finite(file: Path) -> list[str]:
-    """Weights that are NaN or infinite, as an earlier version could write them."""
+    """Names of weights that are NaN or infinite; earlier versions could write them."""
     weights = torch.load(file, mmap=True, map_location="cpu", weights_only=True).get("state_dict", {})
     return names_of_non_finite(weights)
 
 
 def _damaged(file: Any) -> str | None:
-    """The first part of what torch.save wrote whose check sum does not hold."""
+    """The first record in a file of ``torch.save`` with a wrong checksum; ``None`` if there is none."""
     with zipfile.ZipFile(file) as archive:
         return archive.testzip()
 
 
 def _check_shards(folder: Path) -> tuple[str | None, list[str]]:
-    """The first file with a damaged shard, and the weights that are NaN or infinite. Each shard is read once.
+    """The first file with a damaged shard, and names of weights that are NaN or infinite. Each shard is read once.
 
     Raises:
-        ForeignContentError: a weight's shard holds something else.
+        ForeignContentError: the shard of a weight is not a tensor.
     """
     bad = []
     for name, file_name, offset, length in stored_shards(folder):
@@ -293,7 +297,7 @@ def _check_shards(folder: Path) -> tuple[str | None, list[str]]:
 
 
 def steps_of(path: Path) -> int | None:
-    """Optimiser steps behind a checkpoint, without reading its tensors; ``None`` if it does not say."""
+    """Number of optimiser steps of a checkpoint, without reading its tensors; ``None`` if it does not hold it."""
     try:
         return _global_step(path)
     except _UNREADABLE:
@@ -301,7 +305,7 @@ def steps_of(path: Path) -> int | None:
 
 
 def settings_in(path: Path) -> dict[str, Any]:
-    """The settings under which a valid checkpoint was written, nested; empty if it does not say."""
+    """The nested settings that a valid checkpoint was written with; empty if it does not hold them."""
     found: dict[str, Any] = _head(path).get("moa", {}).get("settings", {})
     return found
 
@@ -311,7 +315,7 @@ def _global_step(path: Path) -> int:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """All but the content of tensors."""
+    """A checkpoint without the content of its tensors, which are on the meta device."""
     file = path / META if path.is_dir() else path
     try:
         content: dict[str, Any] = torch.load(file, mmap=True, map_location="meta", weights_only=True)
@@ -321,7 +325,7 @@ def _head(path: Path) -> dict[str, Any]:
 
 
 def bytes_of(content: Any) -> int:
-    """Of all tensors in plain containers."""
+    """Total size in bytes of the tensors in nested plain containers."""
     if isinstance(content, torch.Tensor):
         return content.numel() * content.element_size()
     children = content.values() if isinstance(content, Mapping) else content
@@ -333,7 +337,7 @@ def _beside(path: Path, state: str) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -349,7 +353,7 @@ def _remove(path: Path) -> None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what led to it."""
+    """Yield an error, then its causes or contexts."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Which pieces go together: checked before anything is loaded."""
+"""Checks that combiner, source, loss, KL control, data and strategy fit together, before anything is loaded."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,15 +26,15 @@ from moa_lightning.signals import SIGNALS_OF_LOSSES, GradientPlace, Signal
 from moa_lightning.sources import Source
 from moa_lightning.training.strategies import FSDP2Strategy
 
-# Scores are compared too: their baseline is the mean over a prompt's responses.
+# Scores are among them: their baseline is the mean over a prompt's responses.
 _COMPARING = frozenset({Signal.WINS, Signal.GROUPS, Signal.SCORES})
 
 
 def fitting_loss(combiner: Combiner) -> PolicyLoss:
-    """The loss that goes with a combiner's score, for a user who names none.
+    """The default loss for a combiner's score.
 
     Raises:
-        UserError: the combiner is one of the user's that does not say what it reads.
+        UserError: a custom combiner does not declare ``needs``.
     """
     if not hasattr(combiner, "needs"):
         raise UserError(
@@ -49,7 +49,7 @@ def fitting_loss(combiner: Combiner) -> PolicyLoss:
 
 
 def check_compatible(combiner: Combiner, source: Source, loss: PolicyLoss, kl: KLPenalty, panel: RewardPanel) -> None:
-    """Refuse pieces that cannot work together, and warn of one that would have no effect.
+    """Refuse components that cannot work together, and warn of settings that would have no effect.
 
     Raises:
         UserError: one line that says what to choose instead.
@@ -72,9 +72,9 @@ def check_compatible(combiner: Combiner, source: Source, loss: PolicyLoss, kl: K
             "solves; use kl RewardKL with init_kl_coef above 0"
         )
     _warn_of_penalty(combiner, source, panel)
-    heard = penalty_reaches_score(combiner, source.provides)
-    # The default is no choice of the user, so there is nothing to tell.
-    if not heard and kl != RewardKL() and kl.reward_coefficient(kl.init()) > 0:
+    has_effect = penalty_reaches_score(combiner, source.provides)
+    # The default is not the user's choice, so it needs no warning.
+    if not has_effect and kl != RewardKL() and kl.reward_coefficient(kl.init()) > 0:
         rank_zero_warn(
             f"kl {_name(kl)} has no effect: it penalises the rewards of rollouts, and {_name(combiner)} "
             f"on {_name(source)} reads none of them; use LossKL, or leave it out"
@@ -82,7 +82,7 @@ def check_compatible(combiner: Combiner, source: Source, loss: PolicyLoss, kl: K
 
 
 def _warn_of_penalty(combiner: Combiner, source: Source, panel: RewardPanel) -> None:
-    """Warn of objectives whose values are win probabilities, which no penalty is taken off."""
+    """Warn of objectives whose values are win probabilities, from which no penalty is subtracted."""
     wins = [name for name in panel.trained_names if panel.objectives[name].reward.gives_wins]
     if source.penalises and wins and combiner.needs & {Signal.WINS, Signal.SCORES, Signal.ADVANTAGES} == {Signal.WINS}:
         rank_zero_warn(
@@ -93,19 +93,19 @@ def _warn_of_penalty(combiner: Combiner, source: Source, panel: RewardPanel) -> 
 
 
 def check_optimizer(make: Callable[[Any], Optimizer] | None) -> None:
-    """Refuse settings that the optimiser does not take, and a learning rate that is not finite.
+    """Refuse invalid settings of the optimiser, and a learning rate that is not finite.
 
-    It is made for one weight, which is then thrown away: else torch would say so after the models are loaded.
+    It creates the optimiser for a single dummy weight. Otherwise torch would raise after the models are loaded.
 
     Raises:
-        UserError: one line with the optimiser's own words.
+        UserError: one line with the optimiser's own message.
     """
     if make is None:
         return
     try:
         made = make([Parameter(torch.zeros(1, 1))])
     except ValueError as error:
-        if str(error).startswith("Invalid "):  # how torch's own begin; others may refuse this weight alone
+        if str(error).startswith("Invalid "):  # as torch's own messages do; others may only refuse the dummy weight
             raise UserError(f"model.optimizer: {error}") from error
         return
     for group in made.param_groups:
@@ -114,7 +114,7 @@ def check_optimizer(make: Callable[[Any], Optimizer] | None) -> None:
 
 
 def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batch_size: int) -> None:
-    """Refuse minibatches that would part the responses to a prompt where these are compared.
+    """Refuse minibatches that would separate responses to a prompt that are compared with each other.
 
     Raises:
         UserError: one line with both numbers.
@@ -128,7 +128,7 @@ def check_minibatches(combiner: Combiner, loss: PolicyLoss, source: Source, batc
 
 
 def check_columns(data: Any, source: Source, panel: RewardPanel) -> None:
-    """Refuse data without a column that the source or a reward reads; without data there is nothing to check.
+    """Refuse data without a column that the source or a reward reads. Without data nothing is checked.
 
     Raises:
         UserError: one line with the column.
@@ -139,41 +139,41 @@ def check_columns(data: Any, source: Source, panel: RewardPanel) -> None:
 
 
 def check_strategy(combiner: Combiner, strategy: Strategy) -> None:
-    """Refuse a strategy under which the combiner's gradients cannot be had.
+    """Refuse a strategy that cannot shard a policy, or with which the combiner's gradients cannot be computed.
 
     Raises:
-        UserError: one line that says where to take them instead.
+        UserError: one line that says what to choose instead.
     """
     at, sharded = combiner.gradients_at, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
     if isinstance(strategy, sharded) and not isinstance(strategy, FSDP2Strategy):
         raise UserError(
-            f"strategy {_name(strategy)} does not know how a policy is cut into pieces; use strategy FSDP2Strategy "
+            f"strategy {_name(strategy)} does not know how to shard a policy; use strategy FSDP2Strategy "
             "(configs/trainer/fsdp.yaml), or ddp"
         )
     if Signal.GRAMIAN in combiner.needs and at is not GradientPlace.REPRESENTATION and isinstance(strategy, sharded):
         raise UserError(
-            f"{_name(combiner)} takes gradients at {at}, which {_name(strategy)} keeps in pieces; use combiner.at "
+            f"{_name(combiner)} takes gradients at {at}, which {_name(strategy)} shards; use combiner.at "
             "representation, or strategy ddp"
         )
 
 
 FORMAT = 1
-"""Of what a checkpoint holds of ours. 0 had no number, and did not say the classes of KL control, loss and source."""
+"""Version of this package's part of a checkpoint. Version 0 had no number, and no classes of KL, loss and source."""
 
 _FIELDS = ("objectives", "combiner", "combiner_state", "kl_state", "reference_class", "reference")
-_SIGNED = {"duals": 0.0, "weights": 0.0, "kl_coefficient": 0.0, "log_weights": -math.inf}  # least sensible values
+_SIGNED = {"duals": 0.0, "weights": 0.0, "kl_coefficient": 0.0, "log_weights": -math.inf}  # smallest valid values
 
 
 def check_checkpoint(
-    checkpoint: Mapping[str, Any], objectives: Sequence[str], combiner: Combiner, pieces: Mapping[str, object]
+    checkpoint: Mapping[str, Any], objectives: Sequence[str], combiner: Combiner, components: Mapping[str, object]
 ) -> dict[str, Any]:
-    """What a checkpoint holds of ours, if it is of a known format, these objectives and these classes.
+    """Return this package's part of a checkpoint, after checking its format, objectives and classes.
 
     Args:
-        checkpoint: all of it.
-        objectives: the trained ones.
+        checkpoint: all of its content.
+        objectives: names of the trained objectives of this run.
         combiner: of this run.
-        pieces: reference, KL control, loss and source of this run, by those names.
+        components: reference, KL control, loss and source of this run, by name.
 
     Raises:
         UserError: one line with what differs.
@@ -199,29 +199,30 @@ def check_checkpoint(
             "config.yaml, or start from its exported policy"
         )
     classes = {"reference": saved["reference_class"], **saved.get("classes", {})}
-    for name, piece in pieces.items():
-        if classes.get(name, _name(piece)) != _name(piece):
+    for name, component in components.items():
+        if classes.get(name, _name(component)) != _name(component):
             raise UserError(
-                f"the checkpoint was trained with {name} {classes[name]}, this run uses {_name(piece)}; use the run's "
-                "own config.yaml"
+                f"the checkpoint was trained with {name} {classes[name]}, this run uses {_name(component)}; use the "
+                "run's own config.yaml"
             )
     return dict(saved)
 
 
 def check_state(of: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint's memory that is another one's, or that makes no sense.
+    """Refuse a state from a checkpoint that lacks entries or has invalid values.
 
     Args:
-        of: whose memory it is, for the message.
-        saved: the checkpoint's.
-        expected: as this run would begin with it.
+        of: name of the class whose state it is, for the message.
+        saved: state from the checkpoint.
+        expected: initial state of this run.
 
     Raises:
-        UserError: one line with the entry: one is missing, a multiplier, weight or coefficient is NaN or negative.
+        UserError: one line with the entry that is missing, or the multiplier, weight or coefficient that is NaN or
+            negative.
     """
     if missing := sorted(expected.keys() - saved.keys()):
         raise UserError(
-            f"the checkpoint's memory of {of} lacks {', '.join(missing)}: it was written under other settings or by "
+            f"the checkpoint's state of {of} lacks {', '.join(missing)}: it was written with other settings or by "
             "another version; use the run's own config.yaml"
         )
     for name, least in _SIGNED.items():
@@ -233,21 +234,20 @@ def check_state(of: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) 
         bad = there[known & ~(there.isfinite() & (there >= least))]
         if len(bad):
             raise UserError(
-                f"the checkpoint's memory of {of} makes no sense: {name} holds {float(bad[0]):g}; give an earlier "
-                "checkpoint"
+                f"the checkpoint's state of {of} is invalid: {name} holds {float(bad[0]):g}; use an earlier checkpoint"
             )
 
 
 def check_weights(saved: Mapping[str, Any], trained: set[str], known: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint's weights that are not those that are trained, by their names and shapes.
+    """Refuse a checkpoint whose weights differ from the trained weights of this run in name or shape.
 
     Args:
-        saved: tensors of the checkpoint by name, or their shapes.
-        trained: names of those that are trained here.
-        known: all tensors here.
+        saved: tensors of the checkpoint, or their shapes, by name.
+        trained: names of the trained weights of this run.
+        known: all tensors of this run by name.
 
     Raises:
-        UserError: one line with how many differ, and one of them.
+        UserError: one line with the number of weights that differ, and one of them.
     """
     missing, unknown = sorted(trained - saved.keys()), sorted(saved.keys() - known.keys())
     if missing or unknown:
@@ -287,5 +287,5 @@ def _losses_with(signals: Sequence[Signal]) -> list[str]:
     return [kind.__name__ for kind in known if kind.provides >= {*signals}]
 
 
-def _name(piece: object) -> str:
-    return type(piece).__name__
+def _name(component: object) -> str:
+    return type(component).__name__

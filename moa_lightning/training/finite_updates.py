@@ -1,4 +1,4 @@
-"""Stopping at a loss, a gradient, a weight or a logit that is not finite, before it reaches a file.
+"""Stopping at a non-finite loss, gradient, weight or logit, before it reaches a file.
 
 Legend: T tokens, N trained objectives.
 """
@@ -26,10 +26,10 @@ class NonFiniteLossError(NonFiniteError):
 
 
 def require_finite(result: LossTerms, experience: Experience, trainer: Trainer) -> None:
-    """Nothing if the loss is finite on every process; else write ``non_finite.ckpt`` and stop.
+    """If the loss is not finite on some process, write ``non_finite.ckpt`` and stop.
 
     Raises:
-        NonFiniteLossError: one line with the objective and the term that broke.
+        NonFiniteLossError: one line with the objective and the terms that are not finite.
     """
     if not any_rank(not bool(torch.isfinite(result.loss)), result.loss.device):
         return
@@ -48,18 +48,18 @@ def require_finite(result: LossTerms, experience: Experience, trainer: Trainer) 
 
 
 def require_finite_gradients(module: nn.Module, optimizer: Optimizer, trainer: Trainer) -> None:
-    """Nothing if the gradient is finite on every process; else write ``non_finite.ckpt`` and stop, before the step.
+    """If the gradient is not finite on some process, write ``non_finite.ckpt`` and stop before the optimiser step.
 
-    Under float16 with a loss scaler (``precision: 16-mixed``) nothing is checked: there an infinite gradient is the
-    sign to lower the scale, and the scaler leaves that step out.
+    Under float16 with a loss scaler (``precision: 16-mixed``) nothing is checked: the scaler skips steps with an
+    infinite gradient and lowers its scale.
 
     Args:
-        module: with ``policy.value_heads``, whose objectives are named.
-        optimizer: about to make its step.
+        module: with ``policy.value_heads`` and the names of their objectives.
+        optimizer: about to step.
         trainer: of the run.
 
     Raises:
-        NonFiniteError: one line with the objective, where only one value head broke, and the parameters.
+        NonFiniteError: one line with the parameters, and the objective if only value heads are affected.
     """
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return
@@ -73,11 +73,11 @@ def require_finite_gradients(module: nn.Module, optimizer: Optimizer, trainer: T
     bad = names_of_non_finite(named)
     heads = [name for name in bad if ".value_heads." in f".{name}"]
     blamed: list[str] = []
-    if heads == bad:  # then the loss of the values is to blame, and a head has one row for each objective
+    if heads == bad:  # then the value loss is the cause, and a head has one row for each objective
         names: tuple[str, ...] = module.objective_names  # type: ignore[assignment]  # of AlignmentModule
         rows = [local_shard(named[name]).detach().float() for name in heads]
-        whole = [row.flatten(1).sum(1) if row.ndim > 1 else row for row in rows if len(row) == len(names)]
-        blamed = [name for i, name in enumerate(names) if any(not bool(torch.isfinite(row[i])) for row in whole)]
+        complete = [row.flatten(1).sum(1) if row.ndim > 1 else row for row in rows if len(row) == len(names)]
+        blamed = [name for i, name in enumerate(names) if any(not bool(torch.isfinite(row[i])) for row in complete)]
     where = some(bad) if bad else "its norm overflows"
     raise NonFiniteError(
         f"the gradient is not finite at step {trainer.global_step}: {_objectives(blamed)} ({where}). "
@@ -86,10 +86,10 @@ def require_finite_gradients(module: nn.Module, optimizer: Optimizer, trainer: T
 
 
 def require_finite_weights(module: nn.Module, trainer: Trainer) -> None:
-    """Nothing if all trained weights are finite on every process. Each process calls it.
+    """Refuse trained weights that are not finite on some process. Every process calls it.
 
     Raises:
-        NonFiniteError: one line with how many are not, the step, and the way back.
+        NonFiniteError: one line with the weights, the step, and the checkpoint to resume from.
     """
     bad = names_of_non_finite({name: p for name, p in module.named_parameters() if p.requires_grad})
     if any_rank(bool(bad), trainer.strategy.root_device):
@@ -101,10 +101,10 @@ def require_finite_weights(module: nn.Module, trainer: Trainer) -> None:
 
 @contextmanager
 def naming_the_step(trainer: Trainer) -> Iterator[None]:
-    """Context manager: a non-finite logit while sampling is reported with the step and the way back.
+    """Context manager: a non-finite logit while sampling is raised with the step and the checkpoint to resume from.
 
     Raises:
-        NonFiniteError: with these.
+        NonFiniteError: one line with both.
     """
     try:
         yield
@@ -116,12 +116,12 @@ def naming_the_step(trainer: Trainer) -> Iterator[None]:
 
 
 def way_back(trainer: Trainer) -> str:
-    """One sentence with the newest finite checkpoint of the run, of an earlier step: the present policy is to blame."""
+    """One sentence with the newest valid checkpoint of an earlier step: the current policy is the cause."""
     callback: Any = trainer.checkpoint_callback
     folder = Path(getattr(callback, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints")
     if (newest := newest_valid(folder, before=trainer.global_step)) is not None:
         return f"Resume from the newest finite checkpoint before it with --ckpt_path={newest}"
-    return f"There is no checkpoint of an earlier step in {folder}; start anew"
+    return f"There is no checkpoint of an earlier step in {folder}; start a new run"
 
 
 def _objectives(names: list[str]) -> str:
@@ -129,7 +129,7 @@ def _objectives(names: list[str]) -> str:
 
 
 def _saved_before(trainer: Trainer) -> str:
-    """Write the state before the update, and say where. What keeps that from being written must not hide the cause."""
+    """Write the state before the update; returns a sentence with its path. A failure must not hide the cause."""
     path = Path(trainer.default_root_dir) / "non_finite.ckpt"
     try:
         trainer.save_checkpoint(path, weights_only=False)

@@ -1,4 +1,4 @@
-"""What a run owes when it goes on from a checkpoint."""
+"""Resuming from a checkpoint: changed optimiser settings, and a validation that was still due."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ from moa_lightning.utils.lightning_private import validation_is_due
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """An optimiser's class and the hyper-parameters of its groups, as they were configured.
+    """An optimiser's class and the configured hyperparameters of its groups.
 
-    PyTorch restores an optimiser with the hyper-parameters of the checkpoint, so that a learning rate that was changed
-    for a resumed run had no effect. With these a change is taken.
+    PyTorch restores an optimiser with the hyperparameters of the checkpoint, so a learning rate that was changed for
+    the resumed run would have no effect. These settings let the resumed run apply the change.
 
     Args:
-        name: of the class; ``None`` where a checkpoint does not say.
-        groups: by parameter group, without the parameters.
+        name: of the class; ``None`` if a checkpoint does not hold it.
+        groups: hyperparameters of each parameter group.
     """
 
     name: str | None
@@ -28,12 +28,12 @@ class OptimizerSettings:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> "OptimizerSettings":
-        """Those of an optimiser that was just made: no scheduler has changed its learning rate."""
+        """Settings of a new optimiser, whose learning rate no scheduler has changed yet."""
         return cls(type(optimizer).__name__, tuple(_plain(group) for group in optimizer.param_groups))
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict[str, Any]) -> "OptimizerSettings | None":
-        """Those that a checkpoint was written under, if it says."""
+        """Settings that a checkpoint was written with, if it holds them."""
         if saved := checkpoint["moa"].get("optimizer"):
             return cls(saved["name"], tuple(saved["groups"]))
         states = checkpoint.get("optimizer_states") or []
@@ -43,16 +43,21 @@ class OptimizerSettings:
         )
 
     def plain(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Convert to plain containers, for a checkpoint."""
         return {"name": self.name, "groups": list(self.groups)}
 
     def apply(self, optimizer: Optimizer, before: "OptimizerSettings", schedulers: list[Any]) -> None:
-        """Change in a restored optimiser what differs from the settings of the checkpoint. In place.
+        """Apply the settings that differ from the checkpoint's to a restored optimiser. In place.
 
-        Under a scheduler the learning rate of the moment is multiplied by what the configured one has changed by.
+        With a scheduler, the current learning rate is scaled by the ratio of the new to the old configured one.
+
+        Args:
+            optimizer: restored from the checkpoint.
+            before: settings of the checkpoint.
+            schedulers: of this optimiser.
 
         Raises:
-            UserError: the checkpoint is of another optimiser, whose memory means something else.
+            UserError: the checkpoint is of another optimiser, whose state does not fit.
         """
         if before.name not in (None, self.name):
             raise UserError(
@@ -73,24 +78,25 @@ class OptimizerSettings:
 
 
 class ResumedModule(LightningModule):
-    """A module whose run makes up for an evaluation that its checkpoint was written before.
+    """A module that runs the validation that Lightning skips when resuming from a checkpoint saved just before it.
 
-    Lightning writes a checkpoint of every so many steps between the step and the evaluation that is due after it, and
-    leaves that evaluation out when it goes on from there. Combiners that hear of evaluations would differ from then on.
+    Lightning saves a checkpoint of ``every_n_train_steps`` between the step and the validation that is due after it.
+    When it resumes from there, it skips that validation. Combiners that use evaluations would then differ from an
+    uninterrupted run.
     """
 
-    evaluated_at: int | None = None  # the step of the last whole evaluation
+    evaluated_at: int | None = None  # the step of the last complete evaluation
     optimizer_given: OptimizerSettings | None = None  # of this run
-    optimizer_before: OptimizerSettings | None = None  # of the checkpoint, until the restored optimiser has this run's
-    loaded_step = 0  # updates behind the weights of the checkpoint that was loaded
+    optimizer_before: OptimizerSettings | None = None  # of the checkpoint, until this run's have been applied
+    loaded_step = 0  # number of updates of the loaded checkpoint
 
     @property
     def steps_done(self) -> int:
-        """Updates behind the weights: the Trainer's count, or that of the checkpoint where nothing is trained."""
+        """Number of updates of the weights: the Trainer's count, or that of the checkpoint when nothing is trained."""
         return self.trainer.global_step or self.loaded_step
 
     def on_train_start(self) -> None:
-        """Take this run's hyper-parameters; evaluate, if that is due after the checkpoint's step and was not done."""
+        """Apply this run's optimiser settings, and run a validation that was due after the checkpoint's step."""
         if self.optimizer_given is not None and self.optimizer_before is not None:
             schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             self.optimizer_given.apply(self.trainer.optimizers[0], self.optimizer_before, schedulers)
@@ -98,7 +104,7 @@ class ResumedModule(LightningModule):
         loop = self.trainer.fit_loop.epoch_loop.val_loop
         if self.trainer.global_step in (0, self.evaluated_at):
             return
-        if loop.restarted_mid_evaluation:  # Lightning makes that one anew
+        if loop.restarted_mid_evaluation:  # Lightning reruns that one
             return
         if validation_is_due(self.trainer):
             self.trainer.validating = True

@@ -1,4 +1,4 @@
-"""One run, one folder: a lock that names its process, and that is gone with it."""
+"""A lock file that keeps a second process out of a run's folder."""
 
 import atexit
 import errno
@@ -14,29 +14,29 @@ from pathlib import Path
 from moa_lightning.errors import UserError
 
 NAME = ".lock"
-"""The file in a run's folder."""
+"""Name of the lock file in a run's folder."""
 
-_BEAT = 20.0  # seconds between two signs of life
-_SILENCE = 180.0  # seconds without one, after which a process on another host counts as gone
-_TAKEOVER = 10.0  # seconds after which whoever removes a stale lock was killed at it: it takes milliseconds
+_BEAT = 20.0  # seconds between two heartbeats
+_SILENCE = 180.0  # seconds without a heartbeat after which a process on another host counts as ended
+_TAKEOVER = 10.0  # seconds after which a guard file is stale: removing a lock takes milliseconds
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-# A launcher or scheduler that starts a job again counts how often. Before it does, the former processes have ended.
+# A launcher or scheduler counts how often it has restarted a job. It restarts only after the old processes have ended.
 _JOBS = (("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"), ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
 
 
 class FolderInUseError(UserError):
-    """Another process runs in the folder."""
+    """Another process is running in the folder."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that a lock names.
+    """The process that holds a lock.
 
     Args:
-        host: where it runs.
-        pid: its number there.
-        started: in ticks since that host booted, where the system says; a number may be used again.
-        jobs: by the variable of a launcher, the job and how often it was started again.
+        host: name of its host.
+        pid: its process id there.
+        started: its start time in ticks since boot, if the system has it; tells reused process ids apart.
+        jobs: for each launcher: the name of its variable, the job id, and the number of restarts.
     """
 
     host: str
@@ -46,7 +46,7 @@ class Holder:
 
     @classmethod
     def here(cls) -> "Holder":
-        """This process."""
+        """Describe this process."""
         jobs = tuple(
             (name, os.environ[name], int(os.environ.get(count) or 0)) for name, count in _JOBS if os.environ.get(name)
         )
@@ -57,7 +57,7 @@ class Holder:
 
         Args:
             me: who asks.
-            silence: seconds since its last sign of life, by the clock of the file system.
+            silence: seconds since its last heartbeat, by the clock of the file system.
         """
         if self.host == me.host:
             return not _alive(self.pid) or (self.started is not None and _started(self.pid) != self.started)
@@ -67,11 +67,11 @@ class Holder:
 
 
 class RunLock:
-    """Holds a run's folder for this process until it ends.
+    """Locks a run's folder for this process until it ends.
 
-    The file is made in one step that fails if it is there, on shared file systems too. A lock of a process that has
-    ended is taken over: on this host its number says so, on another one that it gave no sign of life for three minutes,
-    or that the same job was started again. A kill leaves the file, and the next start takes it over.
+    The file is created atomically, also on shared file systems. The lock of a process that has ended is taken over. On
+    this host the process id shows that it has ended; on another host, three minutes without a heartbeat, or a restart
+    of the same job. A killed process leaves the file, and the next start takes it over.
 
     Args:
         folder: of the run; it exists.
@@ -82,19 +82,19 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take it.
+        """Acquire the lock.
 
         Raises:
-            FolderInUseError: one line with host and process of the one that runs there.
+            FolderInUseError: one line with host and id of the process that holds it.
         """
         while not self._create():
             refuse_if_held(self.path.parent)
-            self._take_away()
+            self._remove_stale()
         atexit.register(self.release)
         threading.Thread(target=self._beat, daemon=True, name="run lock").start()
 
     def release(self) -> None:
-        """Give it back. A second time nothing happens."""
+        """Release the lock. Further calls do nothing."""
         if not self._released.is_set():
             self._released.set()
             atexit.unregister(self.release)
@@ -103,7 +103,7 @@ class RunLock:
                     self.path.unlink()
 
     def _create(self) -> bool:
-        """Make the file with what it says in one step: nobody sees it half written."""
+        """Create the file with its content atomically, so that nobody reads half of it. Returns False if it exists."""
         mine = self.path.with_name(f"{NAME}-{socket.gethostname()}-{os.getpid()}")
         try:
             mine.write_text(json.dumps(asdict(Holder.here())), encoding="utf-8")
@@ -121,14 +121,14 @@ class RunLock:
             mine.unlink(missing_ok=True)
         return True
 
-    def _take_away(self) -> None:
+    def _remove_stale(self) -> None:
         """Remove a lock whose process has ended.
 
-        One start at a time does so, behind a guard, and looks again first: a lock that another start has made in
-        between must not be removed, however late this process is.
+        A guard file lets one process at a time do so. It checks the lock again first: a lock that another process has
+        created in between must not be removed.
 
         Raises:
-            FolderInUseError: another start has made its own.
+            FolderInUseError: another process has acquired the lock.
         """
         guard = self.path.with_name(f"{NAME}-takeover")
         try:
@@ -152,29 +152,29 @@ class RunLock:
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Nothing if no living process runs in a folder.
+    """Refuse a folder that another running process holds.
 
     Raises:
-        FolderInUseError: one line with host and process.
+        FolderInUseError: one line with host and process id.
     """
     if (found := holder_of(folder)) is not None:
         raise FolderInUseError(_in_use(folder, found))
 
 
 def holder_of(folder: Path) -> Holder | None:
-    """The living process that runs in a folder, other than this one."""
+    """The other running process that holds a folder, if any."""
     return _holder(folder / NAME, folder)
 
 
 def _in_use(folder: Path, holder: Holder) -> str:
     return (
-        f"process {holder.pid} on host {holder.host} runs in {folder} already; wait for its end, or give another "
+        f"process {holder.pid} on host {holder.host} runs in {folder} already; wait for its end, or set another "
         f"trainer.default_root_dir. If it has ended, remove {folder / NAME}"
     )
 
 
 def _holder(lock: Path, folder: Path) -> Holder | None:
-    """The living process that a lock names, other than this one."""
+    """The other running process that a lock file names, if any."""
     try:
         holder, beaten = _read(lock), lock.stat().st_mtime
     except FileNotFoundError:
@@ -187,16 +187,16 @@ def _holder(lock: Path, folder: Path) -> Holder | None:
 
 
 def _read(lock: Path) -> Holder | None:
-    """What a lock says; ``None`` where that is not to be read."""
+    """Parse a lock file; ``None`` if it is damaged."""
     try:
-        said = json.loads(lock.read_text(encoding="utf-8"))
-        return Holder(said["host"], said["pid"], said["started"], tuple((n, j, c) for n, j, c in said["jobs"]))
+        saved = json.loads(lock.read_text(encoding="utf-8"))
+        return Holder(saved["host"], saved["pid"], saved["started"], tuple((n, j, c) for n, j, c in saved["jobs"]))
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock of the file system, which on a shared one is not this host's."""
+    """The time by the clock of the file system, which may differ from this host's clock."""
     probe = folder / f"{NAME}-clock-{socket.gethostname()}-{os.getpid()}"
     try:
         probe.touch()
@@ -212,9 +212,9 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         return True
-    return _state(pid) != "Z"  # a zombie has ended, and waits for its parent
+    return _state(pid) != "Z"  # a zombie has ended and waits for its parent
 
 
 def _state(pid: int) -> str:
@@ -228,7 +228,7 @@ def _started(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields behind the name in ``/proc/PID/stat``; empty where there is none."""
+    """The fields after the name in ``/proc/PID/stat``; empty if there is no such file."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

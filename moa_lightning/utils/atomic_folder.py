@@ -1,4 +1,4 @@
-"""Output folders that are whole or not there at all."""
+"""Output folders that are written atomically."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def refuse_used(output: str | Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, before any work is done for it.
+    """Refuse a folder that is not empty, before any work is done.
 
     Raises:
         UserError: ``output`` is not empty and ``overwrite`` is off.
@@ -29,17 +29,18 @@ def refuse_used(output: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_folder(output: str | Path, overwrite: bool = False, only_writer: bool = False) -> Iterator[Path]:
-    """Give a folder to write into, and move it to ``output`` when the block ends without an error.
+    """Context manager: yields a folder to write into, and renames it to ``output`` if the block raises no error.
 
-    What is there already stays until then: a killed process leaves it, and its own half beside it in a hidden folder.
+    An existing ``output`` stays until then. A killed process leaves it unchanged, and its own partial output in a
+    hidden folder next to it.
 
     Args:
         output: the folder.
-        overwrite: it may hold something.
-        only_writer: no other process writes to ``output``, so that hidden halves are those of killed ones, and go.
+        overwrite: whether ``output`` may have content, which is replaced.
+        only_writer: no other process writes to ``output``; partial output that killed processes left is removed.
 
     Raises:
-        UserError: ``output`` is not empty and ``overwrite`` is off, or it cannot be written, such as a full disk.
+        UserError: ``output`` is not empty and ``overwrite`` is off, or it cannot be written (a full disk, …).
     """
     refuse_used(output, overwrite)
     target = Path(output).expanduser()
@@ -55,7 +56,7 @@ def atomic_folder(output: str | Path, overwrite: bool = False, only_writer: bool
         with _writable(output):
             yield finished
         _open_to_all(finished)
-        if target.exists():  # two renames, each in one step: never half a folder under the name
+        if target.exists():  # two atomic renames, so the target is never a partial folder
             target.rename(scratch / "before")
         finished.rename(target)
     finally:
@@ -66,7 +67,7 @@ def atomic_folder(output: str | Path, overwrite: bool = False, only_writer: bool
 
 @contextmanager
 def _writable(output: str | Path) -> Iterator[None]:
-    """Within it a full disk, a quota or a folder without permission is one line."""
+    """Context manager: a full disk, an exceeded quota or a missing permission is raised as one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -74,11 +75,11 @@ def _writable(output: str | Path) -> Iterator[None]:
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number not in _NO_ROOM:
             raise
-        raise UserError(f"'{output}' cannot be written: {os.strerror(number)}; nothing is left of it") from error
+        raise UserError(f"'{output}' cannot be written: {os.strerror(number)}; partial output was removed") from error
 
 
 def _open_to_all(folder: Path) -> None:
-    """Give files the permissions of the folder: safetensors leaves its own to the owner alone."""
+    """Give files the permissions of the folder: safetensors creates files that only the owner can read."""
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file():

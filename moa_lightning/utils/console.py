@@ -1,4 +1,4 @@
-"""What the commands print: our own lines, not those of the libraries below."""
+"""Console output: silences libraries, and shows progress bars where they are wanted."""
 
 import logging
 import os
@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 _NOT_FOR_USERS = (
-    # Names that are deprecated one library further down.
+    # Deprecations inside libraries.
     "`isinstance.treespec, LeafSpec.` is deprecated",
     "`is_gradient_checkpointing` is deprecated",
     # Advice on data loading workers: prompts and tokens are in memory already.
     ".*does not have many workers.*",
-    # The frozen reference and adapters' base models are in evaluation mode on purpose.
+    # The frozen reference and the base models of adapters are in evaluation mode on purpose.
     "Found .* in eval mode at the start of training",
-    # A run that goes on does so in its own folder.
+    # A resumed run writes into its own folder.
     "Checkpoint directory .* exists and is not empty",
 )
 
 
 def launched_as() -> int:
-    """This process's rank as its launcher names it, before the processes have met; 0 where there is one."""
-    # SLURM names a rank also where it started a single shell, so it is asked last.
+    """This process's rank from its launcher's environment, before a process group exists; 0 in a single process."""
+    # SLURM sets a rank even for a single shell, so its variable comes last.
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if name in os.environ:
             return int(os.environ[name])
@@ -33,30 +33,30 @@ def launched_as() -> int:
 
 
 def is_main_process(rank: int) -> bool:
-    """Whether a process prints: the first one does, all do with ``MOA_ALL_RANKS=1``."""
+    """Whether a process prints: rank 0 does, and all do with ``MOA_ALL_RANKS=1``."""
     return rank == 0 or os.environ.get("MOA_ALL_RANKS", "0") not in {"", "0"}
 
 
 def without_progress_bars() -> None:
-    """No progress bars of transformers, datasets and the hub in this process."""
+    """Disable the progress bars of transformers, datasets and huggingface_hub in this process."""
     import datasets
     import huggingface_hub
     import transformers
 
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # it is there
+    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # exported lazily
 
 
 def quiet_libraries(with_models: bool = True) -> None:
-    """Silence start-up chatter of Lightning, transformers and datasets; their warnings and errors still show.
+    """Silence start-up messages of Lightning, transformers and datasets; their warnings and errors still show.
 
-    Of several processes, only the main one prints more than errors.
+    Processes other than the main one print only errors.
 
     Args:
         with_models: whether the command loads models, and so transformers.
     """
-    # By their full names: Lightning sets the levels of the packages above when it is imported.
+    # By their full names, because Lightning sets the levels of their parent packages on import.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOT_FOR_USERS:
@@ -77,17 +77,17 @@ def quiet_libraries(with_models: bool = True) -> None:
 
 
 def shows_progress() -> bool:
-    """Whether bars are drawn: on the main process, on a terminal, and not in CI, which keeps every line of a log."""
+    """Whether to draw progress bars: on the main process, in a terminal, and not in CI, whose logs keep every line."""
     return launched_as() == 0 and sys.stderr.isatty() and not os.environ.get("CI")
 
 
 def progress(items: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
-    """The items, with a bar on stderr while they are gone through.
+    """Iterate over items with a progress bar on stderr.
 
     Args:
-        items: with a length, so that the bar knows how much is left.
-        what: is being done.
-        unit: of the items, in the singular.
+        items: with a length, so that the bar can show the total.
+        what: description of the work.
+        unit: name of one item.
     """
     from tqdm import tqdm
 
@@ -99,7 +99,7 @@ def progress(items: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
 
 @contextmanager
 def library_bars() -> Iterator[None]:
-    """Within it transformers shows its bars for weights that are read and written, where bars are drawn at all."""
+    """Context manager: transformers shows progress bars for loading and saving weights, if bars are drawn at all."""
     from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
     from transformers.utils import logging as library
 
@@ -114,10 +114,9 @@ def library_bars() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it torch computes on one thread, unless ``OMP_NUM_THREADS`` says otherwise.
+    """Context manager: torch uses a single thread, unless ``OMP_NUM_THREADS`` is set.
 
-    A model of the embedded task's size is no faster on several, and many times slower where they wait for each other
-    on busy cores.
+    A model as small as the embedded task's is not faster with several threads, and many times slower on busy cores.
     """
     import torch
 

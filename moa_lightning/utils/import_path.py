@@ -1,4 +1,4 @@
-"""Functions that users name by dotted path."""
+"""Importing objects by dotted path."""
 
 import difflib
 import importlib
@@ -17,10 +17,10 @@ _DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def import_dotted(path: str) -> Any:
-    """The object at a dotted path; modules of the current folder can be imported.
+    """Import the object at a dotted path, also from modules in the current folder.
 
     Raises:
-        UserError: it does not import, with the closest name that would.
+        UserError: the import fails; one line with the closest existing name.
     """
     if not _DOTTED_PATH.fullmatch(path):
         raise UserError(f"function '{path}' is not a dotted path; write 'rewards.f' for 'def f' in rewards.py")
@@ -36,7 +36,7 @@ def import_dotted(path: str) -> Any:
 
 
 def _import_module(path: str) -> tuple[ModuleType, list[str]]:
-    """The longest module that the path starts with, and the names that are left."""
+    """Import the longest module that the path starts with; returns it and the remaining names."""
     parts = path.split(".")
     module, depth = _import_one(path, parts[0]), 1
     while depth < len(parts) - 1 and isinstance(getattr(module, parts[depth], module), ModuleType):
@@ -49,7 +49,7 @@ def _import_one(path: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:  # the module is there; something that it imports is not
+        if error.name != name:  # the module exists, but something that it imports does not
             raise UserError(f"function '{path}': importing '{name}' failed: {error}") from error
         parent, _, last = name.rpartition(".")
         places = list(getattr(sys.modules[parent], "__path__", [])) if parent else None
@@ -66,9 +66,9 @@ def _import_one(path: str, name: str) -> ModuleType:
 
 @contextmanager
 def _current_folder_first() -> Iterator[None]:
-    """Import from the current folder first, as ``python -m`` does; afterwards it comes last.
+    """Context manager: puts the current folder first on the import path, as ``python -m`` does, and last afterwards.
 
-    It stays importable, for imports inside the user's functions, but no longer hides installed packages.
+    Imports inside the user's functions then still work, but the folder no longer hides installed packages.
     """
     folder = str(Path.cwd())
     sys.path.insert(0, folder)

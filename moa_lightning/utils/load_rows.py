@@ -1,4 +1,4 @@
-"""Rows from files and from the hub, with errors that name the line."""
+"""Loading rows from files and from the hub, with errors that name the line."""
 
 import csv
 import difflib
@@ -26,18 +26,18 @@ _KNOWN = "use .jsonl, .ndjson, .json, .csv or .tsv (each also with .gz), or .par
 
 
 def load_rows(path: str, split: str | None = None, subset: str | None = None) -> "datasets.Dataset":
-    """Rows of a JSONL, JSON, CSV, TSV or Parquet file, or of a data set on the hub or in a folder of its own.
+    """Load rows of a JSONL, JSON, CSV, TSV or Parquet file, or of a dataset on the hub or in a folder.
 
-    They are memory-mapped from the cache of ``datasets`` (``HF_DATASETS_CACHE``); nothing is written beside the file.
+    They are memory-mapped from the cache of ``datasets`` (``HF_DATASETS_CACHE``); nothing is written next to the file.
 
     Args:
-        path: file, hub id, or folder in the layout of a hub data set. A ``.json`` file holds a list of
-            objects, or one object a line.
+        path: file, hub id, or folder in the layout of a hub dataset. A ``.json`` file holds a list of objects, or one
+            object per line.
         split: of a hub data set, in the notation of ``datasets`` (``train[:100]``); ``None`` is ``train``.
         subset: configuration of a hub data set.
 
     Raises:
-        UserError: in one line, what is wrong with the file (with the line), or that the id does not open.
+        UserError: one line with what is wrong with the file, and where, or that the id does not load.
     """
     file = Path(path).expanduser()
     kind = _format(file)
@@ -58,7 +58,7 @@ def load_rows(path: str, split: str | None = None, subset: str | None = None) ->
         with _without_progress_bar():
             rows = _load(builder, file, options)
     except Exception as error:
-        # The builders raise anything, wrapped several times; the innermost error is the one that says something.
+        # The builders raise errors of any type, wrapped several times; the innermost one has the reason.
         raise UserError(f"'{path}' does not load as {builder}: {_innermost(error)}") from error
     if len(rows) == 0:
         raise UserError(f"'{path}' holds no rows")
@@ -75,15 +75,15 @@ def _load(builder: str, file: Path, options: dict[str, Any]) -> "datasets.Datase
     except DatasetGenerationError:
         if builder != "json":
             raise
-        try:  # it takes the fields of the first 10 MB for those of the file; what comes later may have others
+        try:  # the builder infers the fields from the first 10 MB, but later rows may have others
             return load(features=_all_fields(file))
-        except Exception:  # noqa: BLE001  # then the first error is the one that says something
+        except Exception:  # noqa: BLE001  # then the first error has the reason
             pass
         raise
 
 
 def _all_fields(file: Path) -> "datasets.Features":
-    """The fields of all lines of a JSONL file, read in parts."""
+    """The fields of all lines of a JSONL file, which is read in parts."""
     import datasets
     import pyarrow as pa
     from pyarrow.json import ReadOptions, read_json
@@ -100,7 +100,7 @@ def require_columns(rows: "datasets.Dataset", names: Iterable[str], path: str) -
     """Refuse rows that lack one of the columns.
 
     Raises:
-        UserError: names the missing column, those that exist, and the nearest.
+        UserError: one line with the missing column, the existing ones, and the closest match.
     """
     for name in names:
         if name not in rows.column_names:
@@ -110,7 +110,7 @@ def require_columns(rows: "datasets.Dataset", names: Iterable[str], path: str) -
 
 
 def place(path: str, index: int) -> str:
-    """Where a row of :func:`load_rows` stands, for messages: in JSONL its line, which empty lines shift.
+    """Location of a row of :func:`load_rows`, for messages; in JSONL its line, which depends on empty lines.
 
     Args:
         path: as given to :func:`load_rows`.
@@ -125,10 +125,10 @@ def place(path: str, index: int) -> str:
 
 
 def _format(file: Path) -> tuple[str, Callable[[Path], None], dict[str, Any]] | None:
-    """Builder of ``datasets``, check of the file, and options of the builder, by the name's ending."""
+    """The builder of ``datasets``, the check of the file, and the builder's options, by the file name's ending."""
     name = file.name.lower()
     plain = name.removesuffix(".gz")
-    # Else pandas takes the text "NA" or "None" for a missing value.
+    # Otherwise pandas reads the texts "NA" and "None" as missing values.
     missing: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
     formats: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
         ".jsonl": ("json", _check_jsonl, {}),
@@ -143,7 +143,7 @@ def _format(file: Path) -> tuple[str, Callable[[Path], None], dict[str, Any]] | 
 
 
 def _check_nothing(file: Path) -> None:
-    """Parquet checks itself."""
+    """Do nothing: the Parquet reader checks files itself."""
 
 
 def _check_jsonl(file: Path) -> None:
@@ -159,7 +159,7 @@ def _check_jsonl(file: Path) -> None:
 
 def _check_object(line: str, where: str) -> None:
     try:
-        value = _parsed(line.rstrip())  # else the column may be that of its end
+        value = _parsed(line.rstrip())  # otherwise the column may be that of the line's end
     except _Malformed as error:
         raise _Malformed(f", {where}{error}") from error
     except json.JSONDecodeError as error:
@@ -180,7 +180,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _number(text: str) -> float:
-    """A number of the file; one that no reader can hold would arrive as infinity."""
+    """Parse a number; one that is too large for a float would become infinity."""
     number = float(text)
     if math.isinf(number):
         raise _Malformed(f" holds a number that is too large ({text[:20]}...); write it as text, or null")
@@ -236,7 +236,7 @@ def _check_csv(file: Path, delimiter: str) -> None:
 
 
 class _Malformed(UserError):
-    """What is wrong with a file; goes behind its name."""
+    """What is wrong with a file; the message continues the file's name."""
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def _one_line(path: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"'{path}' is not a whole gzip file: {error}") from error
+        raise UserError(f"'{path}' is not a complete gzip file: {error}") from error
 
 
 @contextmanager
@@ -260,7 +260,7 @@ def _open_text(file: Path, newline: str | None = None) -> Iterator[IO[str]]:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Reading a file here is no download; the user's own setting is put back."""
+    """Context manager: disables the progress bars of datasets, as reading a file is not a download."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()

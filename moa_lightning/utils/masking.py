@@ -1,4 +1,4 @@
-"""Keeps tokens and passwords out of what a run records."""
+"""Masks tokens and passwords in what a run records."""
 
 import re
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 from jsonargparse import Namespace
 
 MASK = "***masked***"
-"""What stands in a record in place of a secret."""
+"""Placeholder for a secret."""
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _SECRET_WORDS = {"token", "password", "passwd", "passphrase", "secret", "authorization", "credential", "credentials"}
 _SECRET_KEYS = {"api", "access", "private", "secret", "auth", "account", "signing"}
-# Tokens of a vocabulary.
+# Words before "token" that mean a token of a vocabulary.
 _TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "audio", "video", "stop", "end", "start", "per"}
 _SHAPES = re.compile(
     r"""\b(?:
@@ -31,10 +31,10 @@ _SHAPES = re.compile(
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """A copy of settings in which every secret is replaced.
+    """Copy settings with every secret masked.
 
-    A secret is a text under a name such as ``token``, ``api_key`` or ``password``, and whatever has the shape of a
-    known kind of key, wherever it is.
+    A secret is a text under a name such as ``token``, ``api_key`` or ``password``, or any text in the format of a known
+    kind of key.
 
     Args:
         value: plain data, or a parser's namespace.
@@ -53,13 +53,13 @@ def masked(value: Any, name: str = "") -> Any:
         return {key: masked(part, str(key)) for key, part in value.items()}
     if isinstance(value, list):
         return [masked(part, name) for part in value]
-    if not isinstance(value, str):  # a number below such a name is more likely an objective's weight or threshold
+    if not isinstance(value, str):  # a number under such a name is more likely an objective's weight or threshold
         return value
     return MASK if value and _is_secret(name) else _SHAPES.sub(MASK, value)
 
 
 def masked_arguments(arguments: list[str]) -> list[str]:
-    """Command-line arguments with their secrets replaced.
+    """Copy command-line arguments with every secret masked.
 
     >>> masked_arguments(["fit", "--model.policy.options.token=abc", "--password", "def"])
     ['fit', '--model.policy.options.token=***masked***', '--password', '***masked***']
@@ -77,7 +77,7 @@ def masked_arguments(arguments: list[str]) -> list[str]:
 
 
 def masked_settings(value: Any, path: str = "") -> list[str]:
-    """Dotted names of the settings whose value is a masked one."""
+    """Dotted names of the settings with a masked value."""
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):

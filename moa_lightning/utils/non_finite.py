@@ -1,4 +1,4 @@
-"""NaN and infinities: what is not finite among tensors, and the error that keeps it out of every file."""
+"""Finding NaN and infinities in tensors, and the error that keeps them out of files."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -11,14 +11,14 @@ from moa_lightning.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """A loss, a gradient, a weight or a logit is NaN or infinite; what is on the disk is from before."""
+    """A loss, a gradient, a weight or a logit is NaN or infinite. Files on disk are from before."""
 
 
 def norm_here(tensors: Iterable[Tensor]) -> Tensor:
-    """2-norm of all of them together; of sharded ones, of the shards of this process. One fused pass.
+    """Joint 2-norm of tensors, or of this process's shards of them, in one fused pass.
 
-    The norm of finite tensors overflows above 1.8e19 in float32 and bfloat16. An optimiser that squares such gradients
-    does too, so that counts as not finite. Float16 reaches its limit at 65,504: there it is the largest entry.
+    The norm of finite tensors overflows above 1.8e19 in float32 and bfloat16. So does an optimiser that squares such
+    gradients, so this counts as not finite. Float16 overflows at 65,504: with float16 tensors it is the maximum norm.
     """
     parts = [local_shard(tensor).detach() for tensor in tensors]
     order = math.inf if any(part.dtype == torch.float16 for part in parts) else 2.0
@@ -26,15 +26,17 @@ def norm_here(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def names_of_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors, or shards of this process, that hold NaN or infinities."""
+    """Names of the tensors that hold NaN or infinities; of sharded tensors, in this process's shard."""
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if not floating or bool(torch.isfinite(norm_here(floating.values()))):  # one look at the device for all of them
+    if not floating or bool(
+        torch.isfinite(norm_here(floating.values()))
+    ):  # one synchronisation with the device for all
         return []
     return [name for name, tensor in floating.items() if not bool(torch.isfinite(local_shard(tensor)).all())]
 
 
 def some(names: list[str]) -> str:
-    """The first name, and how many more there are.
+    """The first name, and the number of further names.
 
     >>> some(["a", "b", "c"])
     'a and 2 more'

@@ -1,4 +1,4 @@
-"""Opening Hugging Face folders and hub ids, with errors that say what to do."""
+"""Loading from Hugging Face folders and hub ids, with errors that say what to do."""
 
 import re
 from difflib import get_close_matches
@@ -14,16 +14,16 @@ def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> 
     Args:
         auto_class: one of transformers' ``Auto…`` classes.
         path: folder or hub id.
-        what: the part that is opened, for the message.
+        what: name of what is loaded, for the message.
         arguments: for ``from_pretrained``.
 
     Raises:
-        UserError: the folder does not exist, or what is there does not open.
+        UserError: the folder does not exist, or loading fails.
     """
     folder = Path(path).expanduser()
     if folder.is_file():
         raise UserError(f"'{path}' is a file; give the folder in Hugging Face format that it is in, or a hub id")
-    # A hub id is "name" or "owner/name"; anything else can only be a folder.
+    # A hub id is "name" or "owner/name"; anything else must be a folder.
     if not path or (not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1)):
         raise UserError(
             f"folder '{path}' does not exist{_nearest(folder)}; give a folder in Hugging Face format, or a hub id"
@@ -45,7 +45,7 @@ def _nearest(folder: Path) -> str:
 
 
 def _first_sentences(text: str, limit: int = 200) -> str:
-    """The start of a text in one line, cut behind a sentence if one ends there.
+    """The start of a text in one line, shortened at the end of a sentence if possible.
 
     >>> _first_sentences("We could not connect. Check your connection", 30)
     'We could not connect.'
@@ -53,16 +53,16 @@ def _first_sentences(text: str, limit: int = 200) -> str:
     line = " ".join(text.split())
     if len(line) <= limit:
         return line
-    whole = re.match(r".*[.!?](?= )", line[: limit + 1])
-    return whole[0] if whole else line[:limit]
+    sentences = re.match(r".*[.!?](?= )", line[: limit + 1])
+    return sentences[0] if sentences else line[:limit]
 
 
 def open_tokenizer(path: str, **arguments: Any) -> Any:
-    """The tokenizer at a folder or hub id.
+    """Load the tokenizer from a folder or hub id.
 
     Raises:
-        UserError: it does not open, or knows no words: transformers makes up an empty tokenizer from the model's
-            config where the tokenizer's files are missing, and every text would have the same tokens.
+        UserError: loading fails, or its files are missing. transformers would create an empty tokenizer from the
+            model's config then, and every text would have the same tokens.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What seeds a run, and the random streams of a process as plain containers that a checkpoint can hold."""
+"""The run's seed, and the random state of a process as plain containers for checkpoints."""
 
 import os
 import random
@@ -9,16 +9,13 @@ import torch
 
 
 def run_seed(own: int | None = None) -> int:
-    """The seed that is in force: a part's own, or else the run's, which ``seed_everything`` was given last.
-
-    0 where neither is given.
-    """
+    """The seed to use: a component's own, or that of the last ``seed_everything``, or 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if own is None else own
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, numpy's and torch's generators, those of the process's GPUs included."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # the one that libraries draw from
+    """State of the generators of Python, numpy and torch, including the process's GPUs."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # the generator that libraries use
     return {
         "python": random.getstate(),
         "numpy": (kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)),
@@ -28,7 +25,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Go on drawing from there; GPUs that the state does not know keep theirs."""
+    """Restore the state of all generators. GPU generators stay as they are if the number of GPUs differs."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, numbers, position, has_gauss, cached = state["numpy"]

@@ -168,11 +168,11 @@ def test_a_stopped_run_is_exported_from_its_newest_checkpoint(
     assert read(tmp_path / "out" / "moa.json")["objectives"] == read(finished.root / "summary.json")["objectives"]
 
     newest.write_bytes(newest.read_bytes()[:5000])
-    with pytest.warns(UserWarning, match="step-1.ckpt is left out: it is cut off"):
+    with pytest.warns(UserWarning, match="step-1.ckpt is left out: it is truncated"):
         line = complaint(capsys, "export", run, tmp_path / "none")
     assert line == f"there is no whole checkpoint in '{run / 'checkpoints'}'"
     line = complaint(capsys, "export", run, tmp_path / "none", f"--checkpoint={newest}")
-    assert line.startswith(f"checkpoint {newest} cannot be used: it is cut off")
+    assert line.startswith(f"checkpoint {newest} cannot be used: it is truncated")
     line = complaint(capsys, "export", run, tmp_path / "none", "--checkpoint=step-9.ckpt")
     assert line == f"checkpoint 'step-9.ckpt' does not exist; in '{run / 'checkpoints'}' there is step-1.ckpt"
     assert {path.name for path in tmp_path.iterdir()} == {"stopped", "out"}
@@ -241,7 +241,7 @@ def test_a_disk_without_room(
 ) -> None:
     with limited(10_000):
         line = complaint(capsys, "export", finished.root, tmp_path / "out")
-    assert line == f"'{tmp_path / 'out'}' cannot be written: {os.strerror(27)}; nothing is left of it"
+    assert line == f"'{tmp_path / 'out'}' cannot be written: {os.strerror(27)}; partial output was removed"
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     line = complaint(capsys, "export", finished.root, tmp_path / "out")
     assert "and its disk has 0.00 GB left; choose another folder" in line

@@ -60,7 +60,7 @@ def test_two_starts_do_not_share_a_folder(
     lock = task.root / NAME
     other = Holder("elsewhere", 12)
     start = ("fit", "--config", task.config, "--trainer.max_steps=1")
-    refused = f"process 12 on host elsewhere runs in {task.root} already; wait for its end, or give another"
+    refused = f"process 12 on host elsewhere runs in {task.root} already; wait for its end, or set another"
 
     lock.write_text(json.dumps(asdict(other)))
     assert complaint(capsys, *start, "--ckpt_path=last").startswith(refused)

@@ -72,7 +72,7 @@ def test_a_folder_with_pieces_is_whole_or_not_there_and_resumes_to_the_bit(tmp_p
         AtomicCheckpointIO().load_checkpoint(folder)
     piece = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     cut_off(piece)
-    assert problem(folder).startswith("it is cut off")
+    assert problem(folder).startswith("it is truncated")
     (newest / ".metadata").unlink()
     (tmp_path / "fsdp2-pieces-lagged.ckpt" / "meta.pt").unlink()
     with pytest.warns(UserWarning, match="left out"):

@@ -46,7 +46,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_to_the_bit(noisy: Task, capsys: p
             moa(*again)
         assert stopped.value.code == 75, moment
         last = roots[moment] / "checkpoints" / "last.ckpt"
-        says = f"moa: stopped at step {step} as asked; saved {last}, from which --ckpt_path=last goes on"
+        says = f"moa: stopped at step {step} as asked; saved {last}; resume with --ckpt_path=last"
         assert says in capsys.readouterr().err
         assert torch.load(last, weights_only=True)["global_step"] == step
         interruptions.begin()

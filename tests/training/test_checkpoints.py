@@ -59,13 +59,13 @@ def test_one_command_starts_and_goes_on(task: Task, capsys: pytest.CaptureFixtur
     assert {path.name for path in task.root.parent.iterdir()} == {"run", "straight"}
 
     cut_off(task.root / "checkpoints" / "last.ckpt")
-    with pytest.warns(UserWarning, match=r"last.ckpt is left out: it is cut off or no checkpoint"):
+    with pytest.warns(UserWarning, match=r"last.ckpt is left out: it is truncated or not a checkpoint"):
         moa("validate", "--config", task.root / "config.yaml", "--ckpt_path=last")
     assert "ckpt_path=last: loads" in capsys.readouterr().out
     last = task.root / "checkpoints" / "last.ckpt"
     found = complaint(capsys, "fit", "--config", task.root / "config.yaml", f"--ckpt_path={last}")
-    assert found.startswith(f"checkpoint {last} cannot be used: it is cut off or no checkpoint (")
-    assert f"; the newest whole one beside it is {task.root}/checkpoints/step-4.ckpt" in found
+    assert found.startswith(f"checkpoint {last} cannot be used: it is truncated or not a checkpoint (")
+    assert f"; the newest valid checkpoint in its folder is {task.root}/checkpoints/step-4.ckpt" in found
     for broken in (task.root / "checkpoints").glob("step-*.ckpt"):
         cut_off(broken)
     with pytest.warns(UserWarning, match="is left out"):
@@ -81,7 +81,7 @@ def test_the_newest_whole_one_is_by_step(tmp_path: Path) -> None:
     newest, older, oldest = (written(tmp_path / f"{name}.ckpt", step) for name, step in (("a", 30), ("b", 9), ("c", 2)))
     assert newest_valid(tmp_path) == newest
     damage(newest)
-    with pytest.warns(UserWarning, match="a.ckpt is left out: what it holds is damaged"):
+    with pytest.warns(UserWarning, match="a.ckpt is left out: its content is damaged"):
         assert newest_valid(tmp_path) == older
     cut_off(older)
     with pytest.warns(UserWarning, match=r"(a|b).ckpt is left out"):

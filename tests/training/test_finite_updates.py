@@ -122,7 +122,7 @@ def test_logits_that_are_not_finite_end_the_run_in_one_line(tmp_path, folder):  
     moa, root = module(folder, lr=1e30), tmp_path / "run"
     with pytest.raises(NonFiniteError, match=r"the policy's logits are not finite .* at step 1; the learning") as error:
         run(tmp_path, moa, val_check_interval=1, **by_step(root, every_n_train_steps=None))
-    assert f"There is no checkpoint of an earlier step in {root}/checkpoints; start anew" in str(error.value)
+    assert f"There is no checkpoint of an earlier step in {root}/checkpoints; start a new run" in str(error.value)
 
 
 def test_what_no_token_can_be_drawn_from():

@@ -1,4 +1,4 @@
-"""A resumed run is honest: what is changed is taken or refused, and memory that makes no sense is refused."""
+"""A resumed run is honest: what is changed is taken or refused, and a state that is invalid is refused."""
 
 import math
 
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_before_the_format_had_a_number(tmp_path, folder):  # no
 
     path = saved(tmp_path, folder, older, kl=LossKL())
     resumed(tmp_path, folder, path, kl=LossKL())
-    with pytest.raises(ValueError, match="the checkpoint's memory of RewardKL lacks kl_coefficient: it was"):
+    with pytest.raises(ValueError, match="the checkpoint's state of RewardKL lacks kl_coefficient: it was"):
         resumed(tmp_path, folder, path, kl=RewardKL())
 
 
@@ -107,15 +107,15 @@ def test_a_checkpoint_of_before_the_format_had_a_number(tmp_path, folder):  # no
         (lambda c: c["moa"].pop("kl_state"), "the checkpoint lacks kl_state; give another one"),
         (
             lambda c: c["moa"]["combiner_state"].pop("duals"),
-            "the checkpoint's memory of Lagrangian lacks duals: it was",
+            "the checkpoint's state of Lagrangian lacks duals: it was",
         ),
         (
             lambda c: c["moa"]["kl_state"]["kl_coefficient"].fill_(-3.0),
-            "RewardKL makes no sense: kl_coefficient holds -",
+            "RewardKL is invalid: kl_coefficient holds -",
         ),
-        (lambda c: c["moa"]["kl_state"]["kl_coefficient"].fill_(math.nan), "no sense: kl_coefficient holds nan"),
-        (lambda c: c["moa"]["combiner_state"]["duals"].fill_(math.nan), "Lagrangian makes no sense: duals holds nan"),
-        (lambda c: c["moa"]["combiner_state"]["duals"].fill_(-1.0), "Lagrangian makes no sense: duals holds -1"),
+        (lambda c: c["moa"]["kl_state"]["kl_coefficient"].fill_(math.nan), "is invalid: kl_coefficient holds nan"),
+        (lambda c: c["moa"]["combiner_state"]["duals"].fill_(math.nan), "Lagrangian is invalid: duals holds nan"),
+        (lambda c: c["moa"]["combiner_state"]["duals"].fill_(-1.0), "Lagrangian is invalid: duals holds -1"),
         (lambda c: c.pop("moa"), "was not written by moa_lightning"),
     ],
     ids=["format", "field", "dual", "negative", "nan", "nan dual", "negative dual", "foreign"],
