@@ -1,4 +1,4 @@
-"""Prompts: from files, from the hub, and from the embedded task."""
+"""Data: prompts and preferences from files and from the hub, and the embedded task."""
 
 from moa_lightning.data.base import PromptData, Row, Stage
 from moa_lightning.data.preference_formats import Candidates, ChosenRejected, PreferenceFormat, Ratings, SafeRLHF

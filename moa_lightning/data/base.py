@@ -1,4 +1,4 @@
-"""Prompts as a LightningDataModule; the module that trains turns them into batches."""
+"""Prompts as a LightningDataModule; the LightningModule turns them into batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
+from typing_extensions import override
 
 from moa_lightning.distributed import is_distributed
 from moa_lightning.errors import UserError
@@ -13,7 +14,7 @@ from moa_lightning.utils.random_state import run_seed
 
 
 class Stage(StrEnum):
-    """Which rows are asked for."""
+    """The stage that rows are for."""
 
     TRAIN = "train"
     VALIDATE = "validate"
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 
 
 class _Module(Protocol):
-    """What the data asks of the module that trains."""
+    """The LightningModule's methods that the data use."""
 
     def experience_loader(self, rows: Sequence[Row], batch_size: int, seed: int) -> Iterable[Any]: ...
 
@@ -39,11 +40,11 @@ class PromptData(LightningDataModule, ABC):
     Args:
         batch_size: prompts per collected batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
-        seed: of the order in which training prompts are drawn, and of the responses that are sampled for them; ``None``
-            is that of the run (``seed_everything``).
+        seed: of the order of training prompts and of the responses that are sampled for them; ``None`` is the run's
+            (``seed_everything``).
     """
 
-    one_thread: ClassVar[bool] = False  # the task's model is so small that threads would only wait for each other
+    one_thread: ClassVar[bool] = False  # whether the task's model is so small that more threads slow it down
 
     def __init__(self, batch_size: int = 64, val_batch_size: int | None = None, seed: int | None = None) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class PromptData(LightningDataModule, ABC):
         self._unprepared: Exception | None = None
 
     def prepare_data(self) -> None:
-        """Call :meth:`prepare`. With several processes an error waits for ``setup``: the others would wait here."""
+        """Call :meth:`prepare`. With several processes, an error is raised in ``setup``: here the others would hang."""
         try:
             self.prepare()
         except Exception as error:
@@ -64,22 +65,22 @@ class PromptData(LightningDataModule, ABC):
             self._unprepared = error
 
     def prepare(self) -> None:
-        """What one process of each node does before the others: read, download, build."""
+        """Read, download or build data on one process of each node, before the others continue."""
 
     @abstractmethod
     def rows(self, stage: Stage) -> Sequence[Row]:
-        """The rows of a stage; all have the same columns."""
+        """The rows of a stage. All have the same columns."""
 
     @property
     def columns(self) -> set[str]:
-        """Names of the columns beside ``prompt``."""
+        """Names of the columns besides ``prompt``."""
         if self._unprepared is not None:
             raise self._unprepared
         rows = self.rows(Stage.TRAIN)
         return set(rows[0]) - {"prompt"} if len(rows) else set()
 
     def rows_to_check(self, trainer_stage: str) -> dict[str, Sequence[Row]]:
-        """Rows that the Trainer's stage (``fit``, ``validate``, …) will use, under a name for messages."""
+        """Rows that a stage of the Trainer (``fit``, ``validate``, …) uses, by their name in messages."""
         stages = [Stage.TRAIN, Stage.VALIDATE] if trainer_stage == "fit" else [Stage(trainer_stage)]
         return {stage.value: self.rows(stage) for stage in stages}
 
@@ -88,10 +89,10 @@ class PromptData(LightningDataModule, ABC):
 
         Args:
             trainer_stage: the Trainer's.
-            problem: what is wrong with a row, or ``None``.
+            problem: returns why a row cannot be read, or ``None``.
 
         Raises:
-            UserError: names the first such row, counted from 1.
+            UserError: one line with the first such row, counted from 1.
         """
         for name, rows in self.rows_to_check(trainer_stage).items():
             for number, row in enumerate(rows, start=1):
@@ -100,19 +101,19 @@ class PromptData(LightningDataModule, ABC):
                     raise UserError(f"{name} row {number}: {reason}")
 
     def train_dataloader(self) -> Iterable[Any]:
-        """Collected experience, minibatch by minibatch."""
+        """Minibatches of experience, which the module collects on the training prompts."""
         return self._module().experience_loader(self.rows(Stage.TRAIN), self.batch_size, run_seed(self.seed))
 
+    @override
     def val_dataloader(self) -> Iterable[Any]:
-        """Prompts in order."""
         return self._prompts(Stage.VALIDATE)
 
+    @override
     def test_dataloader(self) -> Iterable[Any]:
-        """Prompts in order."""
         return self._prompts(Stage.TEST)
 
+    @override
     def predict_dataloader(self) -> Iterable[Any]:
-        """Prompts in order."""
         return self._prompts(Stage.PREDICT)
 
     def _prompts(self, stage: Stage) -> Iterable[Any]:

@@ -1,4 +1,4 @@
-r"""Dialogues in the format of HH-RLHF: ``\n\nHuman: …\n\nAssistant: …``, as whole texts.
+r"""Dialogues in the format of HH-RLHF, as a single text: ``\n\nHuman: …\n\nAssistant: …``.
 
 Source: Bai et al., "Training a Helpful and Harmless Assistant with RLHF", arXiv 2204.05862.
 """
@@ -13,7 +13,7 @@ ASSISTANT = "\n\nAssistant:"
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
-    r"""The prompt, up to and with the last ``\n\nAssistant:``, and the response after it.
+    r"""Split a dialogue into the prompt, which ends with the last ``\n\nAssistant:``, and the response after it.
 
     Raises:
         UserError: there is no such marker.
@@ -32,15 +32,15 @@ def split_dialogue(text: str) -> tuple[str, str]:
 def hh_prompt(row: Mapping[str, Any]) -> str:
     r"""The prompt of a row with ``chosen`` (and ``rejected``): their shared text up to the last ``\n\nAssistant:``.
 
-    Two dialogues that part at an earlier turn give the prompt of that turn; two that share no such prompt, or a row
-    without ``rejected``, give the prompt of ``chosen``.
+    If the dialogues differ at an earlier turn, the prompt is that of the earlier turn. If they share no prompt, or the
+    row has no ``rejected``, it is the prompt of ``chosen``.
 
     Raises:
-        UserError: ``chosen`` is missing or is no dialogue.
+        UserError: ``chosen`` is missing or not a dialogue.
     """
     chosen = row.get("chosen")
     if not isinstance(chosen, str):
         raise UserError("the row has no text in column 'chosen'")
-    pairs = zip(chosen, row.get("rejected") or chosen, strict=False)  # they end at different places
+    pairs = zip(chosen, row.get("rejected") or chosen, strict=False)  # they differ in length
     shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return split_dialogue(shared if ASSISTANT in shared else chosen)[0]

@@ -1,7 +1,7 @@
-"""The layouts in which preferences are published, read into one.
+"""Readers for the common layouts of preference data.
 
-A format turns a row of a file into a :class:`Comparison`: a prompt, its candidate responses and, for each named
-objective, which of them wins against which.
+A format converts a row to a :class:`Comparison`: a prompt, its candidate responses and, for each named objective, their
+win probabilities against each other.
 """
 
 import math
@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from typing_extensions import override
 
 from moa_lightning.data.dialogues import ASSISTANT, split_dialogue
 from moa_lightning.data.preference_labels import (
@@ -42,13 +44,13 @@ Prompt = str | list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt, its candidates, and who wins under each objective."""
+    """A prompt, its candidates, and their win probabilities under each objective."""
 
     prompt: Prompt
     responses: list[str]
     wins: dict[str, Wins | None]  # None: the row has no label for that objective
-    fields: tuple[str, ...] = ()  # where the row has each response, for messages
-    scores: dict[str, list[float]] = field(default_factory=dict)  # by name a number for each response, NaN: none
+    fields: tuple[str, ...] = ()  # name of each response's field in the row, for messages
+    scores: dict[str, list[float]] = field(default_factory=dict)  # by name, a number for each response; NaN: none
 
 
 class PreferenceFormat(ABC):
@@ -56,10 +58,10 @@ class PreferenceFormat(ABC):
 
     @abstractmethod
     def read(self, row: Mapping[str, Any]) -> Comparison:
-        """The comparison in a row.
+        """Read the comparison in a row.
 
         Raises:
-            BadRowError: the row does not hold one.
+            BadRowError: the row has no valid comparison.
         """
 
 
@@ -68,14 +70,14 @@ class Candidates(PreferenceFormat):
     """This project's own layout, for any number of responses and objectives.
 
     ``{"prompt": "…", "responses": ["…", "…"], "preferences": {"helpful": {"winner": 0}, "harmless": {"probability":
-    0.7}, "humor": {"wins": [[0.5, 1.0], [0.0, 0.5]]}}}``: for each objective the index of the winner (the others
-    are on a par), the probability that the first of two responses is better, or the matrix of win probabilities; null
-    or absent where nobody was asked. Without ``preferences`` the row has no labels at all. The prompt is text or chat
-    messages. ``"scores": {"length": [12, 40]}`` may hold numbers for each response, for reward ``FromScores``.
+    0.7}, "humor": {"wins": [[0.5, 1.0], [0.0, 0.5]]}}}``: for each objective the index of the winner (the others tie),
+    the probability that the first of two responses is better, or the matrix of win probabilities; null or absent if
+    there is no label. Without ``preferences`` the row has no labels at all. The prompt is text or chat messages.
+    ``"scores": {"length": [12, 40]}`` may hold numbers for each response, for reward ``FromScores``.
     """
 
+    @override
     def read(self, row: Mapping[str, Any]) -> Comparison:
-        """The comparison as it stands."""
         prompt, responses = _field(row, "prompt", (str, list)), _field(row, "responses", list)
         given = _field(row, "preferences", dict) if row.get("preferences") is not None else {}
         count = len(_several(responses, "responses"))
@@ -102,13 +104,13 @@ class Candidates(PreferenceFormat):
 
 @dataclass(frozen=True)
 class ChosenRejected(PreferenceFormat):
-    r"""``chosen`` and ``rejected``, as TRL's preference data and HH-RLHF have them.
+    r"""``chosen`` and ``rejected``, as in TRL's preference data and HH-RLHF.
 
-    The prompt is a column of its own, or is what the two share: of chat messages all but the last, of HH-RLHF's
-    dialogues the text up to the last ``\n\nAssistant:``.
+    The prompt is a separate column, or the common part of the two: all chat messages but the last, or the text of an
+    HH-RLHF dialogue up to the last ``\n\nAssistant:``.
 
     Args:
-        objective: name of what the pair was judged by.
+        objective: name of the objective that the pair was judged by.
         scores: further objectives from pairs of score columns, by name: ``helpful: [score_chosen, score_rejected]``;
             the higher score wins. Reward ``FromScores`` reads the numbers themselves.
     """
@@ -117,7 +119,7 @@ class ChosenRejected(PreferenceFormat):
     scores: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse anything but two columns for an objective of its own."""
+        """Validate that each further objective has two columns and its own name."""
         for name, columns in self.scores.items():
             if len(columns) != 2 or name == self.objective:
                 raise UserError(
@@ -126,7 +128,7 @@ class ChosenRejected(PreferenceFormat):
                 )
 
     def read(self, row: Mapping[str, Any]) -> Comparison:
-        """The pair, the chosen response first."""
+        """Read the pair, with the chosen response first."""
         chosen, rejected = (_field(row, name, (str, list)) for name in ("chosen", "rejected"))
         prompt = _field(row, "prompt", (str, list)) if "prompt" in row else None
         first: Any
@@ -141,7 +143,7 @@ class ChosenRejected(PreferenceFormat):
             if prompt is None:
                 prompt, first, second = _split_pair(chosen, rejected)
             elif isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt):
-                first, second = chosen.removeprefix(prompt), rejected.removeprefix(prompt)  # some data repeat it
+                first, second = chosen.removeprefix(prompt), rejected.removeprefix(prompt)  # some datasets repeat it
         else:
             raise BadRowError("'chosen' and 'rejected' must both be text or both be messages")
         wins: dict[str, Wins | None] = {self.objective: from_winner(0, 2, self.objective)}
@@ -156,15 +158,15 @@ class SafeRLHF(PreferenceFormat):
     """PKU-SafeRLHF: ``prompt``, ``response_0``, ``response_1``, ``better_response_id`` and ``safer_response_id``.
 
     Args:
-        better: name of the objective behind ``better_response_id``.
-        safer: name of the objective behind ``safer_response_id``.
+        better: name of the objective that ``better_response_id`` labels.
+        safer: name of the objective that ``safer_response_id`` labels.
     """
 
     better: str = "helpful"
     safer: str = "harmless"
 
     def read(self, row: Mapping[str, Any]) -> Comparison:
-        """The pair with its two labels."""
+        """Read the pair with its two labels."""
         fields = ("response_0", "response_1")
         prompt, responses = _field(row, "prompt", str), [_field(row, name, str) for name in fields]
         wins: dict[str, Wins | None] = {}
@@ -178,10 +180,10 @@ class SafeRLHF(PreferenceFormat):
 class Ratings(PreferenceFormat):
     """UltraFeedback: ``instruction`` and ``completions``, each with ``response`` and ratings under ``annotations``.
 
-    The higher rating wins; a rating that is missing or ``N/A`` leaves that objective without a label.
+    The higher rating wins. If a rating is missing or ``N/A``, the row has no label for that objective.
 
     Args:
-        aspects: objectives by name, each with its key under ``annotations``.
+        aspects: the key under ``annotations`` for each objective.
         prompt_column: name of the column with the prompt.
     """
 
@@ -193,7 +195,7 @@ class Ratings(PreferenceFormat):
     prompt_column: str = "instruction"
 
     def read(self, row: Mapping[str, Any]) -> Comparison:
-        """All completions with the order of their ratings."""
+        """Read all completions, compared by their ratings."""
         prompt = _field(row, self.prompt_column, str)
         completions = _several(_field(row, "completions", list), "completions")
         if not all(isinstance(completion, Mapping) for completion in completions):
@@ -245,7 +247,7 @@ def _present(row: Mapping[str, Any], name: str) -> Any:
 
 
 def clean_messages(messages: list[Any], name: str) -> list[dict[str, Any]]:
-    """Chat messages without their null entries: rows of one file share their fields.
+    """Drop null fields of chat messages: all rows of a file have the same fields.
 
     Raises:
         BadRowError: the list is empty, or holds something else.
@@ -263,15 +265,15 @@ def _last_message(messages: list[Any], name: str) -> tuple[list[dict[str, Any]],
 
 
 def _whole_prompt(prompt: Prompt | None, before: list[dict[str, Any]]) -> Prompt:
-    """The prompt column and what chosen and rejected have before their last message; some data have it in both."""
+    """Join the prompt column with the messages before the last one, without repeating those that both have."""
     if prompt is None and not before:
         raise BadRowError("'chosen' and 'rejected' hold one message each, and there is no 'prompt'")
     if not before or prompt is None:
         return before or prompt or ""
     if isinstance(prompt, str):
         return before
-    told = clean_messages(prompt, "prompt")
-    return before if before[: len(told)] == told else told + before
+    messages = clean_messages(prompt, "prompt")
+    return before if before[: len(messages)] == messages else messages + before
 
 
 def _split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -279,17 +281,17 @@ def _split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
         (before, first), (other, second) = split_dialogue(chosen), split_dialogue(rejected)
         if before == other:
             return before, first, second
-        # They part at an earlier turn: what follows there is the response.
+        # They differ at an earlier turn: the response is everything after that.
     shared = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
     )
-    cut = chosen.rfind(ASSISTANT, 0, shared)
-    if cut >= 0:
-        cut += len(ASSISTANT)
+    end = chosen.rfind(ASSISTANT, 0, shared)
+    if end >= 0:
+        end += len(ASSISTANT)
     elif ASSISTANT in chosen and ASSISTANT in rejected:
-        raise BadRowError("'chosen' and 'rejected' part before the first answer; they must share the question")
+        raise BadRowError("'chosen' and 'rejected' differ before the first answer; they must share the question")
     else:
-        cut = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared), 0)  # words stay whole
-    if not chosen[:cut].strip():
+        end = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared), 0)  # at the end of a word
+    if not chosen[:end].strip():
         raise BadRowError("'chosen' and 'rejected' share no prompt; give a column 'prompt'")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return chosen[:end], chosen[end:], rejected[end:]

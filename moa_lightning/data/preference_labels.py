@@ -1,4 +1,4 @@
-"""Who wins against whom: the ways in which data say it, as one matrix of win probabilities."""
+"""Preference labels in their various forms, converted to a matrix of win probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ from typing import Any
 from moa_lightning.errors import UserError
 
 Wins = list[list[float]]
-"""``wins[i][j]`` is the probability that candidate i beats candidate j; NaN where nobody compared them."""
+"""``wins[i][j]`` is the probability that candidate i beats candidate j; NaN if they were not compared."""
 
 
 class BadRowError(UserError):
-    """What is wrong with a row: the field and the reason, in one line."""
+    """A row cannot be used; one line with the field and the reason."""
 
 
 def from_winner(winner: Any, count: int, name: str) -> Wins:
-    """Wins from the index of the winner, who beats every other candidate; the others are on a par.
+    """Wins from the index of the winner, who beats every other candidate. The others tie with each other.
 
-    Left open, their comparisons would drop out of their means, and only the one that was lost would count: the mean
-    over all candidates would lie below 1/2.
+    If their comparisons were left out, only the lost one would count for each of them, and the mean over all candidates
+    would be below 1/2.
     """
     if isinstance(winner, bool) or not isinstance(winner, int | float) or winner % 1 != 0:
         raise BadRowError(f"'{name}': the winner must be the index of a response, got {winner!r}")
@@ -29,7 +29,7 @@ def from_winner(winner: Any, count: int, name: str) -> Wins:
 
 
 def from_probability(probability: Any, count: int, name: str) -> Wins:
-    """Wins of two candidates from the probability that the first one is better."""
+    """Wins of two candidates from the probability that the first is better."""
     if count != 2:
         raise BadRowError(f"'{name}': one probability compares two responses, but there are {count}; give a win matrix")
     value = _probability(probability, name)
@@ -37,9 +37,9 @@ def from_probability(probability: Any, count: int, name: str) -> Wins:
 
 
 def from_matrix(matrix: Any, count: int, name: str) -> Wins:
-    """Wins from a whole matrix, whose transposed entries add to 1; null where nobody compared.
+    """Wins from a full matrix, whose transposed entries add to 1; null where candidates were not compared.
 
-    Whatever the diagonal says, it becomes 0.5.
+    The diagonal is ignored and becomes 0.5.
     """
     lines = matrix if isinstance(matrix, list) else []
     if len(lines) != count or not all(isinstance(line, list) and len(line) == count for line in lines):
@@ -63,7 +63,7 @@ def from_scores(scores: Sequence[Any], name: str, scale: float | None = None) ->
     Args:
         scores: one for each response.
         name: of the objective, for messages.
-        scale: with it, Bradley and Terry's ``sigmoid((s_i - s_j) / scale)``.
+        scale: of the Bradley-Terry model, ``sigmoid((s_i - s_j) / scale)``; ``None``: the higher score always wins.
     """
     values = numbers(scores, name)
     if not all(math.isfinite(value) for value in values):
@@ -74,7 +74,7 @@ def from_scores(scores: Sequence[Any], name: str, scale: float | None = None) ->
 
 
 def numbers(scores: Sequence[Any], name: str) -> list[float]:
-    """Scores as numbers, NaN where one is missing."""
+    """Convert scores to floats, with NaN for missing ones."""
     try:
         return [math.nan if score is None else float(score) for score in scores]
     except (TypeError, ValueError) as error:
@@ -88,5 +88,5 @@ def _probability(value: Any, name: str) -> float:
 
 
 def is_missing(value: Any) -> bool:
-    """Null, or NaN, which is what null becomes in a column of numbers."""
+    """Whether a value is null, or NaN, which null becomes in a column of numbers."""
     return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,4 +1,4 @@
-"""Preference data: prompts with candidate responses and who wins under each objective."""
+"""Preference data: prompts with candidate responses and preference labels for each objective."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ SCORES = "scores/"
 
 @dataclass(frozen=True)
 class _Placed:
-    """A row and where it comes from."""
+    """A row with its path and index, for messages."""
 
     row: Row
     path: str
@@ -36,24 +36,25 @@ class _Placed:
 
 
 class Preferences(PromptData):
-    """Rows with a prompt, two or more responses and, for each named objective, who wins.
+    """Rows with a prompt, two or more responses, and preference labels for each named objective.
 
-    Each row becomes ``prompt``, ``responses`` and one column ``wins/<objective>`` with each response's mean probability
-    to win against the others, NaN where nobody was asked; and ``scores/<name>`` where the format has numbers.
+    Each row becomes ``prompt``, ``responses`` and, for each objective, a column ``wins/<objective>`` with each
+    response's mean probability to win against the others; NaN where there is no label. Formats with numbers add
+    ``scores/<name>``.
 
     Args:
         path: JSONL, JSON, CSV or Parquet file (``.gz`` too), or hub id.
-        format: how the rows are laid out: ``Candidates``, ``ChosenRejected``, ``SafeRLHF``, ``Ratings``.
+        format: layout of the rows: ``Candidates``, ``ChosenRejected``, ``SafeRLHF``, ``Ratings``.
         val_path: file or hub id of the validation rows; ``None`` holds out ``val_size`` rows of ``path``.
         split: split for training, of a hub data set; ``None`` is ``train``.
         val_size: rows to hold out for validation.
         split_seed: decides which rows are held out.
-        on_bad_row: ``fail`` stops at the first row that cannot be used; ``skip`` leaves them out and says how many.
-            Where some rows have labels, one that has none for any objective cannot be used.
+        on_bad_row: ``fail`` stops at the first row that cannot be used; ``skip`` leaves such rows out and warns with
+            their number. If some rows have labels, a row without labels cannot be used.
         limit: use the first rows only; ``None`` is all of them.
         batch_size: prompts per batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
-        seed: of the order of training rows; ``None`` is that of the run (``seed_everything``).
+        seed: of the order of training rows; ``None`` is the run's (``seed_everything``).
     """
 
     def __init__(
@@ -80,11 +81,11 @@ class Preferences(PromptData):
         self._read_rows: dict[Stage, list[_Placed]] = {}
 
     def prepare(self) -> None:
-        """Read everything once on one process, so that the others find it in the cache."""
+        """Read all rows on one process first, so that the others find them in the cache."""
         self.rows(Stage.TRAIN)
 
     def rows(self, stage: Stage) -> Sequence[Row]:
-        """The rows of a stage; tests and predictions take those of validation."""
+        """The rows of a stage; testing and prediction use the validation rows."""
         return [placed.row for placed in self._placed(stage)]
 
     def _placed(self, stage: Stage) -> list["_Placed"]:
@@ -100,7 +101,7 @@ class Preferences(PromptData):
         return self._read_rows[stage]
 
     def screen(self, trainer_stage: str, problem: Callable[[Row], str | None]) -> None:
-        """Refuse or leave out rows that the policy cannot read, as ``on_bad_row`` says."""
+        """Refuse or skip rows that the policy cannot read, depending on ``on_bad_row``."""
         for name in self.rows_to_check(trainer_stage):
             placed = self._placed(Stage(name))
             kept, first = [], ""
@@ -123,7 +124,7 @@ class Preferences(PromptData):
             except BadRowError as error:
                 first = first or self._bad_row(path, index, str(error))
         labelled = [one for one in placed if _has_label(one.row)]
-        if labelled and len(labelled) < len(placed):  # without any, all objectives are scored by rewards
+        if labelled and len(labelled) < len(placed):  # if no row has labels, rewards score all objectives
             index = next(one.index for one in placed if not _has_label(one.row))
             first = first or self._bad_row(path, index, "no objective has a label")
             placed = labelled
@@ -131,7 +132,7 @@ class Preferences(PromptData):
         return placed
 
     def _bad_row(self, path: str, index: int, reason: str) -> str:
-        """What is wrong with a row; an error where such rows are not skipped."""
+        """Describe a bad row, or raise an error if such rows are not skipped."""
         line = f"{place(path, index)}: {reason}"
         if self.on_bad_row == "fail":
             raise UserError(f"{line}; or set --data.on_bad_row=skip")
@@ -158,10 +159,10 @@ class Preferences(PromptData):
 
 
 def to_row(comparison: Comparison) -> Row:
-    """A comparison as the sources read it.
+    """Convert a comparison to the columns that sources read.
 
     Raises:
-        BadRowError: an empty prompt or response, fewer than two responses, or two that are the same.
+        BadRowError: an empty prompt or response, fewer than two responses, or two identical ones.
     """
     checked = _checked(comparison)
     unknown = [float("nan")] * len(checked.responses)
@@ -200,7 +201,7 @@ def _has_label(row: Row) -> bool:
 
 
 def _same_columns(rows: list[Row]) -> None:
-    """Give every row every objective's column: what one row lacks is unknown there."""
+    """Add every objective's column to every row, with NaN where a row lacks it. In place."""
     names = list(dict.fromkeys(name for row in rows for name in row if name.startswith((WINS, SCORES))))
     for row in rows:
         for name in names:

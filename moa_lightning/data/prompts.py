@@ -11,36 +11,36 @@ from moa_lightning.errors import UserError
 from moa_lightning.utils.import_path import import_dotted
 from moa_lightning.utils.load_rows import load_rows, require_columns
 
-_RESERVED = ("prompts", "completions")  # the arguments of every reward function
+_RESERVED = ("prompts", "completions")  # arguments of every reward function
 
 
 class Prompts(PromptData):
     """Prompts from a JSONL, JSON, CSV or Parquet file, or from a hub data set.
 
-    A prompt is text, or a list of chat messages ``{"role": …, "content": …}``. The other columns go to the reward
-    functions. Without a file of its own, validation gets rows held out of ``path``, and tests get those of validation.
+    A prompt is text, or a list of chat messages ``{"role": …, "content": …}``. The other columns are passed to the
+    rewards. Without their own files, validation uses rows held out of ``path``, and testing uses the validation rows.
 
     Args:
         path: file, or hub id.
-        val_path: file or hub id of the validation rows; ``None`` holds out ``val_size`` rows of ``path``, or takes
-            its split ``val_split`` if that is given.
-        test_path: file or hub id for ``moa test`` and ``moa predict``; ``None`` takes the validation rows, or the
-            split ``test_split`` of ``path`` if that is given.
+        val_path: file or hub id of the validation rows; ``None`` uses split ``val_split`` of ``path`` if that is set,
+            or holds out ``val_size`` rows.
+        test_path: file or hub id for ``moa test`` and ``moa predict``; ``None`` uses split ``test_split`` of ``path``
+            if that is set, or the validation rows.
         split: split for training, of a hub data set; ``None`` is ``train``.
         val_split: split for validation, of a hub data set.
         test_split: split for tests, of a hub data set.
         subset: configuration of a hub data set.
         prompt_column: name of the column that holds the prompt.
-        prompt_function: dotted path to ``f(row: dict) -> str | list of messages`` that makes the prompt out of a row,
+        prompt_function: dotted path of ``f(row: dict) -> str | list of messages``, which builds the prompt from a row
             instead of ``prompt_column``; for HH-RLHF ``moa_lightning.data.dialogues.hh_prompt``.
         val_size: rows to hold out for validation.
-        split_seed: decides which rows are held out. ``seed`` does not: runs that differ in it are validated alike.
-        limit: use the first rows only, for training; ``None`` is all of them.
-        val_limit: the same for validation and for tests.
+        split_seed: decides which rows are held out. ``seed`` does not, so runs with different seeds share them.
+        limit: use only the first rows for training; ``None`` uses all.
+        val_limit: the same for validation and testing.
         batch_size: prompts per collected batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
-        seed: of the order in which training prompts are drawn, and of the responses that are sampled for them; ``None``
-            is that of the run (``seed_everything``).
+        seed: of the order of training prompts and of the responses that are sampled for them; ``None`` is the run's
+            (``seed_everything``).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Prompts(PromptData):
         self._rows: dict[Stage, list[Row]] = {}
 
     def prepare(self) -> None:
-        """Read everything once on one process, so that the others find it in the cache."""
+        """Read all rows on one process first, so that the others find them in the cache."""
         self._load()
 
     def rows(self, stage: Stage) -> Sequence[Row]:
@@ -86,7 +86,7 @@ class Prompts(PromptData):
         return self._rows[stage]
 
     def _load(self) -> dict[Stage, list[Row]]:
-        """Rows of all stages, with the columns of the training rows."""
+        """Read the rows of all stages, which have the columns of the training rows."""
         train, validation = self._read(self.path, self.split), []
         if self.val_path is not None or self.val_split is not None:
             validation = self._read(self.val_path or self.path, self.val_split)
@@ -144,7 +144,7 @@ class Prompts(PromptData):
             try:
                 prompt = function(dict(row))
             except Exception as error:
-                # The function is the user's.
+                # The user's function may raise anything.
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise UserError(f"{where}: {self.prompt_function} failed: {reason}") from error
             return _checked(prompt, where)
@@ -153,7 +153,7 @@ class Prompts(PromptData):
 
 
 def _checked(prompt: Any, where: str) -> str | list[dict[str, Any]]:
-    """The prompt, if it is text or a list of chat messages with something in it."""
+    """Return a prompt after checking that it is text or a list of chat messages, and not empty."""
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UserError(f"{where}: the prompt is empty; remove the row")
@@ -165,7 +165,7 @@ def _checked(prompt: Any, where: str) -> str | list[dict[str, Any]]:
         )
     if not prompt or not any(message["content"].strip() for message in prompt):
         raise UserError(f"{where}: the prompt is empty; remove the row")
-    # Rows of one file share their fields: what a message lacks comes as null.
+    # All rows of a file have the same fields, so a field that a message lacks is null.
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 

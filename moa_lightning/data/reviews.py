@@ -1,9 +1,9 @@
 """The embedded task: short film reviews from a seeded grammar, and a small policy that writes them.
 
-Two objectives have a price in each other: a sentence that states a fact praises nothing, so more ``informative`` is
-less ``sentiment``, and :func:`front` says exactly how much. Sentiment and length, the objectives of the IMDb
-experiment in arXiv 2508.07768, pull apart in the reviews that the policy learns from, where long ones turn critical. A
-policy can have both: a long review of praise.
+Two of its objectives conflict: a sentence that states a fact does not praise, so more ``informative`` means less
+``sentiment``; :func:`front` is the exact trade-off. Sentiment and length, the objectives of the IMDb experiment in
+arXiv 2508.07768, conflict only in the reviews that the policy learns from, where long ones become critical. A policy
+can still maximise both, with a long review of praise.
 """
 
 import json
@@ -33,7 +33,7 @@ _FACTS = ("it runs two hours .", "we saw it at home .", "it opened last week .",
 _LINKS = ("and", "but")
 _POLARITY = {**dict.fromkeys(_POSITIVE, 1), **dict.fromkeys(_NEGATIVE, -1)}
 
-# Chance that a sentence praises, by the number of sentences that the review will have.
+# Probability that a sentence praises, by the number of sentences in the review.
 _PRAISE = {1: 0.8, 2: 0.5, 3: 0.3, 4: 0.1}
 _SENTENCES = (1, 1, 2, 2, 2, 3, 3, 4)
 
@@ -53,7 +53,7 @@ _REVIEW = re.compile(
 def sentiment(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     """Praise minus criticism, divided by the number of sentences, in [-1, 1]; 0 for a text without opinions.
 
-    A sentence's opinion words are averaged first, so that piling them up changes nothing; a sentence that states a
+    Each sentence counts as the mean of its opinion words, so repeating them has no effect. A sentence that states a
     fact counts as 0.
     """
     return [_sentiment(text) for text in completions]
@@ -70,8 +70,8 @@ def _sentiment(text: str) -> float:
 def informative(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     """Square root of the share of sentences that state a fact, in [0, 1]; 0 for a text without sentences.
 
-    It has an exact price in :func:`sentiment`: a fact has no opinion and counts as 0 there, so a share x of facts
-    leaves a sentiment of at most 1 - x. The Pareto front of the two is ``sentiment = 1 - informative^2``.
+    It has an exact trade-off with :func:`sentiment`: a fact counts as 0 there, so a share x of facts leaves a sentiment
+    of at most 1 - x. The Pareto front of the two is ``sentiment = 1 - informative^2``.
     """
     return [_informative(text) for text in completions]
 
@@ -93,7 +93,7 @@ def front(informative: float) -> float:
 
 
 def distance_to_front(sentiment: float, informative: float) -> float:
-    """Euclidean distance of two means from the curve :func:`front`, from informative 0 to 1."""
+    """Euclidean distance of two means from the curve :func:`front`, for informative from 0 to 1."""
 
     def distance(f: float) -> float:
         return math.hypot(front(f) - sentiment, f - informative)
@@ -105,19 +105,19 @@ def distance_to_front(sentiment: float, informative: float) -> float:
 
 
 def is_grammatical(completion: str) -> bool:
-    """Whether the grammar could have written this continuation of a prompt."""
+    """Whether the grammar can generate this continuation of a prompt."""
     return _REVIEW.fullmatch(" ".join(completion.split())) is not None
 
 
 def prompts() -> list[str]:
-    """All openings that the grammar knows, in a fixed shuffled order."""
+    """All openings of the grammar, in a fixed shuffled order."""
     openings = [f"{opener} {kind} {subject}" for opener in _OPENERS for kind in _KINDS for subject in _SUBJECTS]
     random.Random(0).shuffle(openings)
     return openings
 
 
 def write_review(generator: random.Random) -> tuple[str, str]:
-    """A prompt and a review that goes on from it."""
+    """Generate a prompt and a review that continues it."""
     opening = f"{generator.choice(_OPENERS)} {generator.choice(_KINDS)} {generator.choice(_SUBJECTS)}"
     count = generator.choice(_SENTENCES)
     praise = _PRAISE[count]
@@ -131,7 +131,7 @@ def write_review(generator: random.Random) -> tuple[str, str]:
 
 
 def _reviews(opening: str, count: int) -> list[str]:
-    """Reviews of one opening, always the same."""
+    """Generate reviews that continue an opening; deterministic."""
     generator = random.Random(opening)
     return [write_review(generator)[1] for _ in range(count)]
 
@@ -151,23 +151,23 @@ def _opinion(generator: random.Random, positive: bool) -> str:
 
 
 class Reviews(PromptData):
-    """Openings of film reviews; the policy that continues them is built and warm-started where it is missing.
+    """Openings of film reviews. If the policy that continues them does not exist yet, it is built and warm-started.
 
-    The policy is written to ``policy_folder``, once: later runs find it there. A ``model.policy.path`` other than this
-    folder is refused unless it holds such a policy already, so that a misspelt one does not train another.
+    The policy is written to ``policy_folder`` once, and later runs reuse it. A ``model.policy.path`` other than this
+    folder is refused unless it already holds such a policy, so that a misspelt path does not train another one.
 
     Args:
         batch_size: prompts per collected batch, on each process.
         val_batch_size: prompts per evaluation batch; ``None`` is ``batch_size``.
         val_size: openings held out for evaluation, of 320.
         val_repeats: times each held-out opening is answered in an evaluation.
-        seed: of the order of prompts, and of the responses that are sampled for them; ``None`` is that of the run
+        seed: of the order of prompts, and of the responses that are sampled for them; ``None`` is the run's
             (``seed_everything``).
-        warm_start_seed: of the policy's initial weights and of the reviews it learns from. It does not follow the run's
-            seed: the policy is built once, and runs that differ in their seed start from the same one.
-        baseline_reviews: reviews of each opening that the grammar wrote, the same in each run, as a list in column
-            ``baseline_reviews``: what ``WinProbability`` compares with. 0 adds no column.
-        policy_folder: where the policy is built if it is not there yet; ``model.policy.path`` names the same folder.
+        warm_start_seed: of the policy's initial weights and of the reviews it learns from. It is independent of the
+            run's seed, so runs with different seeds start from the same policy.
+        baseline_reviews: number of reviews from the grammar for each opening, the same in each run, as a list in column
+            ``baseline_reviews`` for ``WinProbability``. 0 adds no column.
+        policy_folder: folder to build the policy in if it does not exist yet; ``model.policy.path`` must be the same.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Reviews(PromptData):
         self.warm_start_seed, self.policy_folder = warm_start_seed, policy_folder
         rows: list[Row] = [{"prompt": text} for text in openings]
         if baseline_reviews > 0:
-            # Each opening's by a generator of its own: what is held out changes nothing.
+            # Each opening has its own generator, so the held-out rows do not affect the others.
             rows = [row | {"baseline_reviews": _reviews(row["prompt"], baseline_reviews)} for row in rows]
         self._held_out = rows[:val_size] * val_repeats
         self._train = rows[val_size:]
@@ -202,7 +202,7 @@ class Reviews(PromptData):
         return self._train if stage == Stage.TRAIN else self._held_out
 
     def prepare(self) -> None:
-        """Build the policy and teach it the grammar, unless its folder holds it already."""
+        """Build and warm-start the policy, unless its folder already holds it."""
         assert self.trainer is not None
         path: str = self.trainer.lightning_module.policy_config.path  # type: ignore[assignment,union-attr]  # ours
         warm_start(path, self.warm_start_seed, self.policy_folder)
@@ -214,17 +214,17 @@ _TEXTS, _BATCH, _LEARNING_RATE = 25_600, 64, 3e-3
 
 
 def warm_start(path: str, seed: int = 0, only_in: str | None = None) -> None:
-    """Build the embedded task's policy in a folder: a word-level tokenizer and a small GPT-2, taught the grammar.
+    """Build the embedded task's policy in a folder: a word-level tokenizer and a small GPT-2, trained on the grammar.
 
-    Nothing happens where the folder holds that policy already.
+    If the folder already holds that policy, nothing happens.
 
     Args:
         path: of the folder.
         seed: of the initial weights and of the reviews.
-        only_in: the folder where one may be built; ``None`` is any.
+        only_in: the only folder in which to build one; ``None`` allows any.
 
     Raises:
-        UserError: the folder holds something else, or it holds no policy and is another one than ``only_in``.
+        UserError: the folder holds something else, or it holds no policy and is not ``only_in``.
     """
     folder = Path(path).expanduser()
     recipe = {"seed": seed, "texts": _TEXTS, "batch": _BATCH, "lr": _LEARNING_RATE, **_SHAPE, "words": [*VOCABULARY]}
@@ -235,7 +235,7 @@ def warm_start(path: str, seed: int = 0, only_in: str | None = None) -> None:
             f"policy.path '{path}' is no folder, and reads like a model on the hub; data class Reviews works with the "
             "policy that it builds in a folder such as .cache/moa/reviews, data class Prompts with any"
         )
-    # A policy that an older recipe of ours built here, or an aligned one, must not be lost.
+    # Do not overwrite a policy from an older recipe, or an aligned one.
     if folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"policy.path '{path}' holds something other than this task's warm-started policy; name a new folder, or "
@@ -268,7 +268,7 @@ def _build(folder: Path, seed: int, recipe: dict[str, Any]) -> None:
     generator = random.Random(seed)
     examples = [encode(tokenizer, *write_review(generator), max_length=64) for _ in range(_TEXTS + 256)]
     fit = Fitting(batch_size=_BATCH, learning_rate=_LEARNING_RATE, seed=seed, accelerator="cpu", weight_decay=0.0)
-    # The policy depends on its seed alone, and a run that builds it draws the same numbers as one that finds it.
+    # The policy depends only on its seed, and building it does not change the run's random numbers.
     with isolate_rng(), one_thread():
         torch.manual_seed(seed)
         model = build_model(NewModel("gpt2", len(VOCABULARY), _SHAPE), tokenizer)

@@ -1,4 +1,4 @@
-"""What the stages share: how long and how fast to train, and the training itself."""
+"""Training that the stages share: its settings, module, sampler and loop."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from moa_lightning.errors import UserError
 
@@ -21,13 +22,13 @@ class Fitting:
 
     Args:
         epochs: passes over the texts.
-        max_steps: stop earlier, after this many updates; -1 does not.
+        max_steps: stop after this many updates, if that is earlier; -1 is no limit.
         batch_size: texts per update.
         learning_rate: peak of the schedule (linear warm-up, linear decay to 0).
         warmup: share of the updates in which the learning rate rises.
         weight_decay: of AdamW.
-        max_length: tokens kept of a text, from its start.
-        seed: of initial weights and order.
+        max_length: truncate texts to this many tokens.
+        seed: of the initial weights and the order of the texts.
         accelerator: Lightning's.
         precision: Lightning's.
     """
@@ -44,7 +45,7 @@ class Fitting:
     precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        """Refuse fields out of range."""
+        """Validate hyperparameters."""
         for name, least in {"epochs": 1, "batch_size": 1, "max_length": 2, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"fit.{name} must be at least {least}, got {getattr(self, name)}")
@@ -62,8 +63,8 @@ class FittedModule(LightningModule, ABC):
     """A model trained in place with AdamW, linear warm-up and linear decay.
 
     Args:
-        model: trained in place.
-        fit: how.
+        model: the model to train.
+        fit: how to train it.
     """
 
     def __init__(self, model: PreTrainedModel, fit: Fitting) -> None:
@@ -74,14 +75,14 @@ class FittedModule(LightningModule, ABC):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch, in nats."""
 
+    @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss, logged."""
         loss = self.loss(batch)
         self.log("loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW; one schedule step per update."""
+        """AdamW, with one step of the schedule per update."""
         optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.fit.learning_rate, weight_decay=self.fit.weight_decay
         )
@@ -110,12 +111,12 @@ def run(module: FittedModule, loader: "DataLoader[Any]") -> None:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    module.train()  # a loaded model comes in evaluation mode, and Lightning leaves it there
+    module.train()  # a loaded model is in evaluation mode, and Lightning does not change that
     trainer.fit(module, loader)
 
 
 class SimilarLengths(Sampler[list[int]]):
-    """Batches of texts of similar length, in random order: little padding, all texts once an epoch.
+    """Samples batches of texts of similar length in random order: little padding, and every text once per epoch.
 
     Args:
         lengths: of the texts.
@@ -131,7 +132,7 @@ class SimilarLengths(Sampler[list[int]]):
         return (len(self.lengths) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Batches of one epoch."""
+        """Yield the batches of one epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         self.epoch += 1
         noise = torch.rand(len(self.lengths), generator=generator) * 8  # neighbours change from epoch to epoch

@@ -1,4 +1,4 @@
-"""The reward model: a sequence classifier taught which of two answers people preferred.
+"""The reward model stage: train a sequence classifier on pairs of preferred and rejected texts.
 
 Legend: B pairs, L tokens.
 """
@@ -29,9 +29,9 @@ class Preferences:
 
     Args:
         path: JSONL, JSON, CSV or Parquet file (``.gz`` too), or hub id.
-        chosen: column of the preferred text: a whole dialogue, or an answer if there is a ``prompt_column``.
+        chosen: column of the preferred text: a full dialogue, or an answer if there is a ``prompt_column``.
         rejected: column of the other text.
-        prompt_column: text that goes before both; ``None`` if they are whole.
+        prompt_column: column of the text before both; ``None`` if they are full dialogues.
         split: of a data set on the hub.
         val_size: pairs held out to measure the accuracy.
         limit: use the first pairs only; ``None`` uses all.
@@ -48,7 +48,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class RewardFitting(Fitting):
-    """How to train a reward model; a text that is longer than ``max_length`` keeps its end, where the answer is."""
+    """How to train a reward model. Texts longer than ``max_length`` are truncated at their start."""
 
     batch_size: int = 16
     learning_rate: float = 3e-4
@@ -67,20 +67,20 @@ def reward_model(
 ) -> None:
     """Train a reward model on preferences and write it as a Hugging Face folder.
 
-    The folder is an ``AutoModelForSequenceClassification`` with one label, which ``TextClassifier`` reads, and any
-    other tool that takes reward models. Its loss is Bradley and Terry's, ``-log sigmoid(r(chosen) - r(rejected))``
-    (Bai et al. 2022, arXiv 2204.05862, section 2.2).
+    The folder is an ``AutoModelForSequenceClassification`` with one label, for ``TextClassifier`` and other tools that
+    use reward models. The loss is that of the Bradley-Terry model, ``-log sigmoid(r(chosen) - r(rejected))`` (Bai et
+    al. 2022, arXiv 2204.05862, section 2.2).
 
     Args:
         output: folder to write.
-        data: what to learn from.
-        base: folder or hub id to start from: a causal language model, such as one of ``moa sft``, or a classifier.
+        data: the pairs to train on.
+        base: folder or hub id to start from: a causal language model, such as one from ``moa sft``, or a classifier.
         fit: how to train.
         label: name of the score in the model's config.
-        overwrite: replace ``output`` if it holds something already.
+        overwrite: replace ``output`` if it is not empty.
 
     Raises:
-        UserError: an output in use, a base that does not open, or data that cannot be used.
+        UserError: ``output`` is not empty, or ``base`` or the data cannot be used.
     """
     refuse_used(output, overwrite)
     pairs = _read(data)
@@ -106,14 +106,14 @@ def reward_model(
 
 @dataclass(frozen=True)
 class Pair:
-    """Tokens of the two texts."""
+    """Token ids of the two texts."""
 
     chosen: list[int]
     rejected: list[int]
 
 
 class BradleyTerry(FittedModule):
-    """Pairwise preference: the chosen text is to score above the rejected one."""
+    """Bradley-Terry model of pairwise preferences: trains the chosen text to score above the rejected one."""
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """``-log sigmoid`` of the margin, in nats."""
@@ -129,7 +129,7 @@ def margins(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train(model: PreTrainedModel, pairs: Sequence[Pair], fit: Fitting) -> None:
-    """Fit the model in place."""
+    """Train the model in place."""
     lengths = [max(len(p.chosen), len(p.rejected)) for p in pairs]
     pad_id = _pad_id(model)
     loader: DataLoader[Any] = DataLoader(
@@ -153,7 +153,7 @@ def accuracy(model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int) -> 
 
 
 def collate(batch: Sequence[Pair], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded texts: all chosen ones, then all rejected ones."""
+    """Collate pairs into right-padded texts: all chosen ones, then all rejected ones."""
     texts = [p.chosen for p in batch] + [p.rejected for p in batch]
     width = max(len(ids) for ids in texts)
     return {

@@ -1,4 +1,4 @@
-"""The supervised stage: build a small policy, or take one, and train it on text.
+"""The supervised stage: train a new or existing policy on text.
 
 Legend: B sequences, L tokens.
 """
@@ -51,13 +51,13 @@ class NewModel:
 class Texts:
     """What to train on: texts, or chat messages ``{"role": …, "content": …}``.
 
-    Of messages the last one is learnt, an assistant's, as the chat template of ``base`` writes and ends it; those
-    before it are read.
+    Of chat messages, the loss is on the last one, an assistant's, including the end of turn in the chat template of
+    ``base``.
 
     Args:
         path: JSONL, JSON, CSV or Parquet file (``.gz`` too), or hub id.
-        column: the text or the messages; the part that is learnt. Several columns give several texts of each row.
-        prompt_column: text or messages before it that are read but not learnt; ``None`` if there is none.
+        column: column of the text or messages to train on. Several columns give several texts per row.
+        prompt_column: column of the text or messages before it, without loss; ``None`` if there is none.
         split: of a data set on the hub.
         val_size: rows held out to measure the loss.
         limit: use the first rows only; ``None`` uses all.
@@ -87,13 +87,13 @@ def supervised(
     Args:
         output: folder to write.
         data: what to train on.
-        base: folder or hub id of a policy to start from.
-        new: or a policy from scratch. One of the two.
+        base: folder or hub id of a policy to start from. Set either this or ``new``.
+        new: a policy from scratch.
         fit: how to train.
-        overwrite: replace ``output`` if it holds something already.
+        overwrite: replace ``output`` if it is not empty.
 
     Raises:
-        UserError: neither or both of ``base`` and ``new``, an output in use, or data that cannot be used.
+        UserError: neither or both of ``base`` and ``new`` are set, ``output`` is not empty, or the data cannot be used.
     """
     if (base is None) == (new is None):
         raise UserError("give either --base (a policy to start from) or --new (one from scratch)")
@@ -138,16 +138,16 @@ def supervised(
 
 @dataclass(frozen=True)
 class Example:
-    """One text as tokens."""
+    """Token ids of a text."""
 
     ids: list[int]
-    learnt_from: int  # tokens before this index are read, not learnt
+    learnt_from: int  # tokens before this index have no loss
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, max_length: int) -> Example:
-    """Tokens of a prompt and a text, with its end behind it where there is room.
+    """Encode a prompt and a text, followed by its end if there is room.
 
-    That is the tokenizer's end token, or behind chat messages what the template writes there.
+    The end is the tokenizer's end token, or after chat messages what the chat template writes there.
     """
     if not isinstance(prompt, str):
         read = tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
@@ -165,7 +165,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, max_le
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the texts, with ``<pad>`` and ``<eos>``."""
+    """Train a byte-level BPE tokenizer with ``<pad>`` and ``<eos>`` on texts."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -186,7 +186,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def build_model(new: NewModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A freshly initialised model for the tokenizer.
+    """Build a randomly initialised model for the tokenizer.
 
     Raises:
         UserError: the architecture or one of its fields is unknown.
@@ -210,7 +210,10 @@ def build_model(new: NewModel, tokenizer: PreTrainedTokenizerBase) -> PreTrained
 def train(
     model: PreTrainedModel, examples: Sequence[Example], held_out: Sequence[Example], pad_id: int, fit: Fitting
 ) -> tuple[float, float]:
-    """Fit the model in place; held-out loss before and after, in nats per learnt token (NaN without held-out texts)."""
+    """Train the model in place. Returns the held-out loss before and after, in nats per token with loss.
+
+    The losses are NaN without held-out texts.
+    """
 
     def collate(batch: Sequence[Example]) -> dict[str, Tensor]:
         return collate_examples(batch, pad_id)
@@ -228,23 +231,23 @@ def train(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str | Path, overwrite: bool) -> None:
-    """Write model, tokenizer and generation config; the folder appears whole."""
+    """Write model, tokenizer and generation config to a folder, atomically."""
     with atomic_folder(output, overwrite) as folder, library_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 class NextToken(FittedModule):
-    """Next-token prediction."""
+    """Trains a model by next-token prediction."""
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy per learnt token, in nats."""
+        """Mean cross-entropy of the tokens with loss, in nats."""
         logits_BLV = self.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         return cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
 
 
 def collate_examples(batch: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded ids, attention mask and labels (-100 where nothing is learnt)."""
+    """Collate into right-padded ids, attention mask and labels (-100 on tokens without loss)."""
     width = max(len(e.ids) for e in batch)
     ids_BL = torch.full((len(batch), width), pad_id)
     mask_BL, labels_BL = torch.zeros_like(ids_BL), torch.full_like(ids_BL, -100)
@@ -292,7 +295,7 @@ def _read(data: Texts) -> tuple[list[Prompt], list[str]]:
 
 
 def _read_and_learnt(prompt: Any, text: Any) -> tuple[Prompt, str]:
-    """What is read and what is learnt; of messages the last one."""
+    """Split a row into the prompt and the text to train on; of messages, the last one."""
     before = prompt if isinstance(prompt, list) else []
     if not isinstance(text, list):
         if not before:
@@ -300,12 +303,12 @@ def _read_and_learnt(prompt: Any, text: Any) -> tuple[Prompt, str]:
         text = [{"role": "assistant", "content": str(text)}]
     if not isinstance(prompt, list) and prompt:
         raise UserError("holds messages, but the prompt is text; both must be messages")
-    said = [*before, *text]
-    if not is_chat(said) or said[-1]["role"] != "assistant" or len(said) < 2:
+    messages = [*before, *text]
+    if not is_chat(messages) or messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise UserError(
             "must hold messages with 'role' and 'content' as text, the last one the assistant's, after at least one "
             "other"
         )
-    # Rows of one file share their fields: what a message lacks comes as null.
-    said = [{key: value for key, value in message.items() if value is not None} for message in said]
-    return said[:-1], str(said[-1]["content"])
+    # All rows of a file have the same fields, so a field that a message lacks is null.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return messages[:-1], str(messages[-1]["content"])

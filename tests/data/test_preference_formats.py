@@ -364,5 +364,5 @@ def test_messages_need_a_role() -> None:
 
 def test_dialogues_that_ask_different_questions_are_no_comparison() -> None:
     row = {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Bye\n\nAssistant: b"}
-    with pytest.raises(BadRowError, match="part before the first answer; they must share the question"):
+    with pytest.raises(BadRowError, match="differ before the first answer; they must share the question"):
         ChosenRejected().read(row)
