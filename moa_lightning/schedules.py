@@ -1,4 +1,4 @@
-"""Schedules: weights that change as the run goes on.
+"""Schedules: weights that change over the run.
 
 Progress is the share of the run's optimiser steps that are done, from 0 to 1.
 """
@@ -9,35 +9,37 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from typing_extensions import override
+
 from moa_lightning.errors import UserError
 
 Point = tuple[float, float]
 
 
 class WeightSchedule(ABC):
-    """A weight that follows the progress of the run. It stands wherever a weight is a number.
+    """A weight that depends on the progress of the run. It can replace a number wherever a weight is configured.
 
     Subclasses are frozen dataclasses, validated in ``__post_init__``.
     """
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """Progress at which the weights are checked before the run starts: where it bends or jumps, and both ends."""
+        """Progress at which weights are checked before the run starts: breakpoints, and both ends of the run."""
         return (0.0, 1.0)
 
     @abstractmethod
     def at(self, progress: float) -> float:
-        """The weight, at least 0 and finite."""
+        """The weight at this progress, at least 0 and finite."""
 
 
-# The parser tells of the first of several types that a value is refused by.
+# In this order: for a union, the parser reports the error of the first type.
 Weight = WeightSchedule | float
-"""What a user gives as a weight."""
+"""A configured weight: a number or a schedule."""
 
 
 @dataclass(frozen=True)
 class ConstantWeight(WeightSchedule):
-    """The same weight from first to last; a plain number is the same.
+    """A constant weight, like a plain number.
 
     Args:
         value: the weight, >= 0.
@@ -46,22 +48,22 @@ class ConstantWeight(WeightSchedule):
     value: float
 
     def __post_init__(self) -> None:
-        """Refuse values that are no weight."""
+        """Validate hyperparameters."""
         check_weights({"ConstantWeight.value": self.value})
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """One is as good as another."""
+        """A single one is enough."""
         return (0.0,)
 
+    @override
     def at(self, progress: float) -> float:
-        """``value``."""
         return self.value
 
 
 @dataclass(frozen=True)
 class LinearWeight(WeightSchedule):
-    """From one weight to another in a straight line, and constant before and after it.
+    """Linear interpolation from one weight to another, constant before and after.
 
     >>> fading = LinearWeight(start=1.0, end=0.2, until=0.5)
     >>> [round(fading.at(progress), 6) for progress in (0.0, 0.25, 0.5, 1.0)]
@@ -70,8 +72,8 @@ class LinearWeight(WeightSchedule):
     Args:
         start: the weight up to ``begin``, >= 0.
         end: the weight from ``until`` on, >= 0.
-        begin: progress at which it starts to change, a share of the run.
-        until: progress at which it has changed, a share of the run.
+        begin: progress at which the change starts, a share of the run.
+        until: progress at which the change ends, a share of the run.
     """
 
     start: float
@@ -80,7 +82,7 @@ class LinearWeight(WeightSchedule):
     until: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse values that are no weight, and spans that are no part of a run."""
+        """Validate hyperparameters."""
         check_weights({"LinearWeight.start": self.start, "LinearWeight.end": self.end})
         if not 0 <= self.begin < self.until <= 1:
             raise UserError(
@@ -90,31 +92,31 @@ class LinearWeight(WeightSchedule):
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """Where it starts and stops changing, and both ends of the run."""
+        """Where the change starts and ends, and both ends of the run."""
         return (0.0, self.begin, self.until, 1.0)
 
+    @override
     def at(self, progress: float) -> float:
-        """The line's height."""
         return _interpolated(((self.begin, self.start), (self.until, self.end)), progress)
 
 
 @dataclass(frozen=True)
 class PiecewiseWeight(WeightSchedule):
-    """Through given points in straight lines, and constant before the first and after the last one.
+    """Linear interpolation between points, constant before the first and after the last.
 
     >>> peak = PiecewiseWeight([(0.2, 0.0), (0.5, 1.0), (0.6, 0.5)])
     >>> [round(peak.at(progress), 6) for progress in (0.0, 0.35, 0.5, 0.55, 1.0)]
     [0.0, 0.5, 1.0, 0.75, 0.5]
 
     Args:
-        points: ``[progress, weight]`` in the order of progress, a share of the run. A step is a line between two points
-            that are close together.
+        points: ``[progress, weight]`` by ascending progress, a share of the run. For a step, put two points close
+            together.
     """
 
     points: list[Point]
 
     def __post_init__(self) -> None:
-        """Refuse values that are no weight, and points out of order or outside of the run."""
+        """Validate hyperparameters."""
         if not self.points:
             raise UserError("PiecewiseWeight needs at least one point [progress, weight]")
         check_weights({f"PiecewiseWeight's weight at {where}": value for where, value in self.points})
@@ -133,25 +135,25 @@ class PiecewiseWeight(WeightSchedule):
         return (0.0, *(where for where, _ in self.points), 1.0)
 
     def at(self, progress: float) -> float:
-        """The height of the line between the neighbouring points."""
+        """Interpolate between the neighbouring points."""
         return _interpolated(self.points, progress)
 
 
 def weight_at(weight: Weight, progress: float) -> float:
-    """The number that a weight is at some progress."""
+    """The value of a weight at some progress."""
     return weight.at(progress) if isinstance(weight, WeightSchedule) else float(weight)
 
 
 def scheduled(weights: Mapping[str, Weight]) -> dict[str, WeightSchedule]:
-    """Those of the weights that follow a schedule."""
+    """The weights that follow a schedule."""
     return {name: weight for name, weight in weights.items() if isinstance(weight, WeightSchedule)}
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuse numbers that are no weight.
+    """Validate weights.
 
     Args:
-        weights: by what messages call them.
+        weights: by their names in messages.
 
     Raises:
         UserError: one is negative or not finite.
@@ -162,7 +164,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
 
 
 def _interpolated(points: Iterable[Point], progress: float) -> float:
-    # Not (1 - share) * start + share * end: between two equal weights that is not always exactly their value.
+    # Not (1 - share) * start + share * end: for two equal weights that is not always exactly their value.
     before, value = None, math.nan
     for where, height in points:
         if progress < where:

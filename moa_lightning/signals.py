@@ -13,7 +13,7 @@ from moa_lightning.functional.surrogate import is_clipped, probability_ratio, se
 
 
 class Signal(StrEnum):
-    """The kinds of evidence. A combiner names those it reads; the source must provide them."""
+    """The kinds of signals. A combiner declares those that it reads; the source must provide them."""
 
     ADVANTAGES = "advantages"
     SCORES = "scores"
@@ -40,7 +40,10 @@ MEANINGS = {
 
 
 class GradientPlace(StrEnum):
-    """Where the gradients of the Gram matrix are taken. Further down costs one backward pass for each objective."""
+    """The place in the model where the Gram matrix's gradients are taken.
+
+    All but the first cost one backward pass for each objective.
+    """
 
     REPRESENTATION = "representation"  # the last hidden state of every token: one pass through the head for all
     LAST_LAYER = "last_layer"  # trained parameters of the last block that has any
@@ -48,18 +51,18 @@ class GradientPlace(StrEnum):
 
 
 SIGNALS_OF_LOSSES = frozenset({Signal.PAIRS})
-"""What the loss provides, not the source."""
+"""Signals that the loss provides, not the source."""
 
 
 @dataclass(frozen=True)
 class ClipRange:
-    """What the surrogate of a loss does with the probability ratio; as it stands, nothing.
+    """How the surrogate of a loss clips the probability ratio; by default it does not.
 
     Args:
         low: epsilon below 1.
         high: epsilon above 1.
         delta: bound of the ratio for negative advantages; ``None`` is no bound.
-        of_responses: whether the ratio is that of a whole response, the geometric mean over its tokens.
+        of_responses: whether the ratio is that of a response, the geometric mean over its tokens.
     """
 
     low: float = float("inf")
@@ -68,7 +71,7 @@ class ClipRange:
     of_responses: bool = False
 
     def ratio(self, logprobs_BT: Tensor, behaviour_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The ratio that the surrogate takes, for each token."""
+        """The ratio that the surrogate uses for each token."""
         if self.of_responses:
             return sequence_ratio(logprobs_BT, behaviour_logprobs_BT, mask_BT).expand_as(logprobs_BT)
         return probability_ratio(logprobs_BT, behaviour_logprobs_BT)
@@ -80,34 +83,32 @@ class ClipRange:
 
 @dataclass
 class Signals:
-    """What a combiner reads of some rows. A field is None when its signal is not provided.
+    """The signals of some rows that a combiner reads. A field is None if its signal is not provided.
 
-    The one record of evidence: ``observe`` gets all rows of a collected batch (``types.Experience``, which has these
-    fields and more), ``combine`` those of a minibatch with the last three fields, which are of an update alone.
+    ``observe`` gets all rows of a collected batch (``types.Experience``, which extends this record). ``combine`` gets
+    those of a minibatch, with the last three fields, which exist only during an update.
     """
 
-    mask_BT: Tensor  # bool, tokens that are trained on (a row nobody could score, or left out when truncated: all 0)
-    valid_BN: Tensor  # bool, objectives that could score the row
+    mask_BT: Tensor  # bool, tokens to train on (all False for a row without scores, or truncated and masked)
+    valid_BN: Tensor  # bool, whether the objective has a score for the row
     advantages_BTN: Tensor | None = None  # float32
     scores_BN: Tensor | None = None  # float32, in the objectives' units after transform and penalties; 0 where invalid
     wins_BN: Tensor | None = None  # mean probability to win against the prompt's other responses; NaN where unknown
-    group_B: Tensor | None = None  # int64, which prompt a row belongs to; None: each to one of its own
-    log_prior_B: Tensor | None = None  # float32, log-weight of a row among those of its prompt; None is equal weights
-    penalty_B: Tensor | None = None  # float32, taken off each of a response's scores (cut-off ones); None is nothing
-    kl_penalty_B: Tensor | None = None  # float32, what a KL penalty in the reward takes off a response; None is nothing
-    preference_BN: Tensor | None = None  # float32, the weights that the row was drawn under; None where none were
-    # Of an update alone:
-    ratio_BT: Tensor | None = None  # float32, detached; the one that the loss's surrogate takes
-    clip_range: ClipRange | None = None  # of the surrogate that follows; None clips nothing
-    gramian: Callable[[Tensor], Tensor] | None = (
-        None  # surrogate slopes (B, T, N) -> Gram matrix (N, N), over all ranks, where the combiner asks for gradients
-    )
+    group_B: Tensor | None = None  # int64, index of the row's prompt; None: no two rows share a prompt
+    log_prior_B: Tensor | None = None  # float32, log-weight of a row among its prompt's rows; None: equal weights
+    penalty_B: Tensor | None = None  # float32, subtracted from all scores of a truncated response; None: nothing
+    kl_penalty_B: Tensor | None = None  # float32, KL penalty of a response in its reward; None: nothing
+    preference_BN: Tensor | None = None  # float32, the weights that the row was sampled for; None: no such weights
+    # Only during an update:
+    ratio_BT: Tensor | None = None  # float32, detached; the ratio that the loss's surrogate uses
+    clip_range: ClipRange | None = None  # of the loss's surrogate; None: no clipping
+    gramian: Callable[[Tensor], Tensor] | None = None  # surrogate slopes (B, T, N) -> Gram matrix (N, N) over all ranks
 
     def unclipped(self, advantages_BTN: Tensor) -> Tensor:
         """``I(A)``: the advantage where the clipped surrogate has a gradient, 0 where it has none.
 
         Source: PAMA, arXiv 2508.07768. There the surrogate is flat where ``A > 0, u > 1+eps``; ``A < 0, u < 1-eps``
-        arises only without Noon. The loss's other bounds (``epsilon_high``, ``delta``) count as well.
+        occurs only without Noon. The loss's other bounds (``epsilon_high``, ``delta``) apply too.
         """
         if self.ratio_BT is None or self.clip_range is None:
             return advantages_BTN
@@ -117,8 +118,8 @@ class Signals:
     def slopes(self, advantages_BTN: Tensor) -> Tensor:
         """Derivative of each objective's surrogate by the log-probability of each token, up to a common factor.
 
-        ``u I(A)`` of the token itself. Where the ratio is that of the response, each of its |y| tokens moves the
-        surrogate of all: ``s / |y|`` times the mean of ``I(A)``, for the surrogate is a mean over tokens.
+        It is ``u I(A)`` of the token. If the ratio is that of the response, each of its |y| tokens changes the
+        surrogate of all: then it is ``s / |y|`` times the mean of ``I(A)``, as the surrogate is a mean over tokens.
         """
         used_BTN = self.unclipped(advantages_BTN.where(self.present_BTN(), 0.0))
         if self.ratio_BT is None:
@@ -129,5 +130,5 @@ class Signals:
         return used_BTN * self.ratio_BT.unsqueeze(-1)
 
     def present_BTN(self) -> Tensor:
-        """Bool: tokens that count, per objective that could score their row."""
+        """Bool: tokens to train on, for each objective that has a score for their row."""
         return self.mask_BT.unsqueeze(-1) & self.valid_BN.unsqueeze(1)

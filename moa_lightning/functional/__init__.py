@@ -1,4 +1,4 @@
-"""Pure tensor mathematics."""
+"""Pure functions of tensors: the mathematics of the methods."""
 
 from moa_lightning.functional.advantages import gae, group_relative, masked_sum
 from moa_lightning.functional.caid import ReferenceDual, ReferenceSamples, reference_dual

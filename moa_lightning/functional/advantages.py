@@ -49,7 +49,7 @@ def group_relative(rewards_BN: Tensor, valid_BN: Tensor, group_size: int, scale:
     """Reward minus the mean of its prompt group, per objective: advantages without critics.
 
     Args:
-        rewards_BN: sequence rewards; the G rows of a prompt stand together. Values where ``valid_BN`` is False
+        rewards_BN: sequence rewards; the G rows of a prompt are consecutive. Values where ``valid_BN`` is False
             are ignored, whatever they are.
         valid_BN: bool, which rows have this objective.
         group_size: G, at least 2; B is a multiple of it.

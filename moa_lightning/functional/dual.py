@@ -106,13 +106,13 @@ def one_shot_dual(
 
 
 def without_prompt_effects(scores_BM: Tensor, group_B: Tensor, log_prior_B: Tensor) -> Tensor:
-    """Scores as if all responses answered one prompt: each prompt's own level is taken off, the mean over prompts kept.
+    """Remove each prompt's own level from the scores, but not the mean over prompts: as if all answered one prompt.
 
-    A score is taken as its prompt's level plus what the response adds, which is distributed alike in all prompts. So a
-    few responses to each of many prompts tell what many responses to one would. A prompt's level is estimated by its
-    mean, shrunk towards the mean over prompts by ``B = between / (between + within / n)``: as far as prompts differ by
-    no more than chance the scores stay as they are. What is left is divided by ``sqrt(1 - B / n)``, which gives back
-    the variance that a mean of ``n`` responses takes.
+    The model of a score is its prompt's level plus the response's effect, which has the same distribution in all
+    prompts. A few responses to each of many prompts are then as good as many responses to one prompt. The estimate of a
+    prompt's level is its mean, shrunk towards the mean over prompts by ``B = between / (between + within / n)``. If
+    prompts differ no more than by chance, the scores stay unchanged. The residuals are divided by ``sqrt(1 - B / n)``,
+    which restores the variance that subtracting a mean of ``n`` responses removes.
 
     Args:
         scores_BM: scores, each column by itself.
@@ -140,7 +140,7 @@ def without_prompt_effects(scores_BM: Tensor, group_B: Tensor, log_prior_B: Tens
     return mean_M + residuals_BM - (prior_B1 * residuals_BM).sum(0) / prompts
 
 
-_FAR = 1e6  # multipliers that stand for infinity: the KL term no longer matters beside them
+_FAR = 1e6  # multipliers in place of infinity: the KL term is negligible in comparison
 
 
 def _largest_slack(excess_BM: Tensor, group_B: Tensor, log_prior_B: Tensor) -> tuple[float, Tensor]:
@@ -170,11 +170,10 @@ def _largest_slack(excess_BM: Tensor, group_B: Tensor, log_prior_B: Tensor) -> t
 
 
 def _minimise(start_B: Tensor, excess_BM: Tensor, group_B: Tensor) -> Tensor:
-    """Newton steps on the dual over ``beta``, in ``lambda / beta``: log-sum-exp, whatever beta is.
+    """Minimise the dual divided by ``beta`` over ``lambda / beta`` by Newton steps; it is a log-sum-exp for any beta.
 
-    Each goes towards the least value of the quadratic model among multipliers of at least 0. A plain Newton step that
-    is cut off at 0 would be no descent where several multipliers end there. Where the curvature has vanished the
-    gradient alone goes on.
+    Each step minimises the quadratic model over multipliers of at least 0. A plain Newton step that is clipped at 0
+    need not descend if several multipliers end there. If the curvature has vanished, the step follows the gradient.
     """
     prompts = group_count(group_B)
 
@@ -204,7 +203,7 @@ def _minimise(start_B: Tensor, excess_BM: Tensor, group_B: Tensor) -> Tensor:
         steps = (_descend(dual, scaled_M, value, gradient_M, d) for d in (newton_M, gradient_M / residual, gradient_M))
         found = next((step for step in steps if step is not None), None)
         if found is None:
-            # The dual's own digits are used up, at half of those that its gradient has.
+            # The dual has no more precision here: half of the digits that its gradient has.
             last_M = (scaled_M - newton_M).clamp(min=0)
             if residual_of(last_M, policy(last_M) @ excess_BM) > residual / 2:
                 break
@@ -214,7 +213,7 @@ def _minimise(start_B: Tensor, excess_BM: Tensor, group_B: Tensor) -> Tensor:
 
 
 def _least_on_orthant(hessian_MM: Tensor, at_M: Tensor, gradient_M: Tensor) -> Tensor:
-    """Where the quadratic with this gradient at a point is least among vectors of at least 0."""
+    """Minimise the quadratic with this gradient at a point over vectors of at least 0."""
     from scipy.optimize import nnls
 
     curvature_M, axes_MM = torch.linalg.eigh(hessian_MM)
@@ -232,7 +231,7 @@ def _descend(
     dual: Callable[[Tensor], Tensor], start_M: Tensor, value: Tensor, gradient_M: Tensor, direction_M: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The first sufficient descent along the projected direction, or None."""
-    # Where the policy has all but collapsed the curvature is next to 0 and a whole step would be astronomic.
+    # If the policy has almost collapsed, the curvature is close to 0 and a full step would be astronomic.
     size = min(1.0, float(100 * (1 + start_M.norm()) / direction_M.norm().clamp(min=1e-300)))
     for _ in range(60):
         trial_M = (start_M - size * direction_M).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens without the whole log-softmax in memory.
+"""Log-probabilities of chosen tokens without the full log-softmax in memory.
 
 Legend: B sequences, T tokens, K selected tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
@@ -21,8 +21,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of each distribution, a chunk of tokens at a time.
 
-    Only ``chunk_size`` rows of logits exist at once, in the backward pass too: each chunk's logits are computed
-    again there. Masked tokens are not computed at all.
+    Only ``chunk_size`` rows of logits exist at once, also in the backward pass, which recomputes each chunk's logits.
+    Masked tokens are not computed at all.
 
     Args:
         hidden_BTD: last hidden state that predicts the token at the same position.
@@ -59,10 +59,10 @@ def token_logprobs(
 
 
 class _LogprobAndEntropy(torch.autograd.Function):
-    """Both from one chunk's logits, as a single node of the graph.
+    """Log-probability and entropy from one chunk's logits, as a single node of the graph.
 
-    Checkpointing frees what it computed again only once the backward pass has read it. If the entropy were nodes of
-    its own, a loss without an entropy bonus would never read theirs, and every chunk's would stay: the whole (B, T, V).
+    Checkpointing frees recomputed tensors only after the backward pass has read them. If the entropy had its own nodes,
+    a loss without an entropy bonus would never read them, and those of all chunks would stay: (B, T, V) in total.
     """
 
     @staticmethod

@@ -81,10 +81,10 @@ def modpo_logits(difference_P: Tensor, margin_P: Tensor, beta: float, weight: fl
 
 
 def virtual_reference(logprobs_BK: Tensor, weights_BK: Tensor) -> Tensor:
-    """``log p~ = -log sum_k a_k / p_k``: one reference that stands for K of them, their weighted harmonic mean.
+    """``log p~ = -log sum_k a_k / p_k``: a virtual reference, the weighted harmonic mean of K references.
 
     Args:
-        logprobs_BK: log-probabilities of whole responses under each reference.
+        logprobs_BK: log-probabilities of responses under each reference.
         weights_BK: a, which add to 1 over K; may be broadcast.
 
     Returns:
@@ -101,9 +101,9 @@ def virtual_reference(logprobs_BK: Tensor, weights_BK: Tensor) -> Tensor:
 
 
 def clip_around_first(logprobs_BK: Tensor, clip_range: float) -> Tensor:
-    """Hold every reference's log-probability within ``1 +- clip_range`` times that of the first one.
+    """Clip every reference's log-probability to ``1 +- clip_range`` times that of the first one.
 
-    A reference that finds a response far less likely than the first would otherwise take over the harmonic mean.
+    Otherwise a reference with a far smaller probability than the first would dominate the harmonic mean.
 
     Source: Le et al. 2024, arXiv 2405.16388 (clipped trust regions).
     """
@@ -114,16 +114,16 @@ def clip_around_first(logprobs_BK: Tensor, clip_range: float) -> Tensor:
 def confidence_weights(logprobs_BK: Tensor, group_B: Tensor) -> Tensor:
     """Weight of each reference, by how far apart it puts the responses to a prompt: ``|log p_k(y) - log p_k(y')|``.
 
-    Of more than two responses the mean over their pairs counts. Equal weights where no reference tells them apart.
+    With more than two responses it is the mean over their pairs. If no reference distinguishes them, weights are equal.
 
     Args:
-        logprobs_BK: log-probabilities of whole responses under each reference.
+        logprobs_BK: log-probabilities of responses under each reference.
         group_B: int64, the prompt that a response belongs to.
 
     Returns:
         weights_BK, the same within a prompt, adding to 1 over K.
 
-    Source: Le et al. 2024, arXiv 2405.16388 (adaptive reference weights). Which response was chosen plays no part.
+    Source: Le et al. 2024, arXiv 2405.16388 (adaptive reference weights). Which response was chosen has no effect.
     """
     same_BB = (group_B.unsqueeze(1) == group_B).to(logprobs_BK.dtype)
     apart_BBK = (logprobs_BK.unsqueeze(1) - logprobs_BK).abs()

@@ -43,7 +43,7 @@ def bradley_terry_wins(scores_PKN: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def group_softmax(logits_B: Tensor, group_B: Tensor) -> Tensor:
-    """Softmax within each group; rows of a group need not stand together.
+    """Softmax within each group; rows of a group need not be consecutive.
 
     Args:
         logits_B: any finite numbers, or -inf.
@@ -67,14 +67,14 @@ def group_logsumexp(logits_B: Tensor, group_B: Tensor) -> Tensor:
 
 
 def group_max(values_B: Tensor, group_B: Tensor) -> Tensor:
-    """Largest value of each group, ``(G,)``; -inf for one without rows. Further dimensions behind B are kept."""
+    """Largest value of each group, ``(G,)``; -inf for a group without rows. Dimensions after B are kept."""
     index = group_B.view(-1, *[1] * (values_B.ndim - 1)).expand_as(values_B)
     start_G = values_B.new_full((group_count(group_B), *values_B.shape[1:]), -torch.inf)
     return start_G.scatter_reduce(0, index, values_B, "amax")
 
 
 def group_sum(values_B: Tensor, group_B: Tensor) -> Tensor:
-    """Sum over each group, ``(G,)``. Further dimensions behind B are kept."""
+    """Sum over each group, ``(G,)``. Dimensions after B are kept."""
     return values_B.new_zeros(group_count(group_B), *values_B.shape[1:]).index_add(0, group_B, values_B)
 
 
@@ -86,7 +86,7 @@ def group_count(group_B: Tensor) -> int:
 def fill_from_group(values_BN: Tensor, group_B: Tensor) -> Tensor:
     """Values with each NaN replaced by the mean of its column over the group; 0 in a group that has none.
 
-    So a response that nobody judged is neither for nor against, whatever the others of its prompt have.
+    So a response without a label is neutral, whatever the labels of its prompt's other responses.
     """
     present_BN = torch.isfinite(values_BN)
     totals_GN = group_sum(values_BN.where(present_BN, 0.0), group_B)
@@ -95,10 +95,10 @@ def fill_from_group(values_BN: Tensor, group_B: Tensor) -> Tensor:
 
 
 def fill_scores(scores_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then.
+    """Replace missing scores by the mean of the prompt's other responses; returns them and which scores are present.
 
-    So a response that nobody scored is neither good nor bad at it; an objective that scored no response to a prompt is
-    left out of all of them.
+    So a response without a score is neither good nor bad. An objective without any score for a prompt is left out for
+    all of the prompt's responses.
 
     Args:
         scores_BN: anything where it is not valid.
@@ -114,10 +114,10 @@ def fill_scores(scores_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> tuple[T
 
 
 def truncated_log_ratio(log_ratio_B: Tensor, group_B: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Importance weights of responses among those of their prompt, in logarithms, held within limits.
+    """Truncated log importance weights of responses among those of their prompt.
 
-    The log-ratio of whole responses grows with their length, and only its differences within a group matter: its mean
-    over the group is taken off first, so that a common drift is no reason to truncate.
+    The log-ratio of a response grows with its length, and only differences within a group matter. So the group's mean
+    is subtracted first, and a common drift does not cause truncation.
 
     Args:
         log_ratio_B: logarithm of target over sampling probability.
@@ -126,7 +126,7 @@ def truncated_log_ratio(log_ratio_B: Tensor, group_B: Tensor, limit: float) -> t
 
     Returns:
         ``(log_weights_B, ess_B, truncated_B)``: the effective sample size ``(sum w)^2 / sum w^2`` of a row's group as a
-        share of its rows, and bool, which were cut.
+        share of its rows, and bool, which rows were truncated.
     """
     sizes_B = torch.bincount(group_B)[group_B].to(log_ratio_B.dtype)
     centred_B = log_ratio_B - group_sum(log_ratio_B, group_B)[group_B] / sizes_B

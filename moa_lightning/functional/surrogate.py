@@ -10,12 +10,12 @@ _LARGEST_LOG_RATIO = 20.0  # exp(20) is 4.9e8: far outside any clip range, far i
 
 
 def probability_ratio(logprobs_BT: Tensor, behaviour_logprobs_BT: Tensor) -> Tensor:
-    """``u = pi / pi_old`` per token, from log-probabilities in nats; the log-ratio is held within +-20."""
+    """``u = pi / pi_old`` per token, from log-probabilities in nats; the log-ratio is clipped to +-20."""
     return (logprobs_BT - behaviour_logprobs_BT).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
 
 
 def sequence_ratio(logprobs_BT: Tensor, behaviour_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """``s = (pi(y) / pi_old(y))^(1/|y|)`` per response, (B, 1): its tokens' log-ratio on average, held within +-20.
+    """``s = (pi(y) / pi_old(y))^(1/|y|)`` per response, (B, 1); the mean log-ratio of its tokens is clipped to +-20.
 
     Args:
         logprobs_BT: nats.

@@ -1,4 +1,4 @@
-"""Losses: from one score to one number to differentiate."""
+"""Losses: from a combined score to a scalar loss."""
 
 from moa_lightning.losses.base import LossTerms, PolicyLoss
 from moa_lightning.losses.clipped_surrogate import ClippedSurrogate

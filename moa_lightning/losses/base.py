@@ -1,4 +1,4 @@
-"""The contract of a policy loss: one score in, one loss out."""
+"""The interface of policy losses: a combined score in, a scalar loss out."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from moa_lightning.types import Experience
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss and the scalars it is made of, detached. Their mean over the processes is that of all rows."""
+    """A loss and its terms as detached scalars. Their mean over the processes is the mean over all rows."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -25,25 +25,25 @@ class PolicyLoss(ABC):
     """Turns a score into a loss. Subclasses are frozen dataclasses."""
 
     provides: ClassVar[frozenset[Signal]] = frozenset()
-    """What combiners can have from this loss beside what the source provides."""
+    """The signals that combiners can read from this loss, besides those of the source."""
     needs: ClassVar[frozenset[Signal]] = frozenset()
-    """What the source must provide for it."""
+    """The signals that the source must provide for this loss."""
     takes_advantages: ClassVar[bool] = True
-    """Whether a score may be of either sign."""
+    """Whether scores may be negative."""
 
     @property
     @abstractmethod
     def clip_range(self) -> ClipRange:
-        """How far the ratio may move before the gradient stops; ``ClipRange()`` without clipping."""
+        """How far the ratio may move before its gradient is 0; ``ClipRange()`` without clipping."""
 
     @abstractmethod
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
-        """Loss of these rows, divided by the number of tokens that this many rows have on average over all processes.
+        """Compute the loss of these rows, divided by the average number of tokens of as many rows over all processes.
 
-        So its mean over processes and accumulated minibatches is the loss of all rows.
+        The mean over processes and accumulated minibatches is then the loss of all rows.
         """
 
 
 def with_values_in_graph(loss: Tensor, output: PolicyOutput) -> Tensor:
-    """The same loss, with a gradient of 0 for value heads that it does not train: DDP would wait for theirs."""
+    """Add a zero gradient for value heads that the loss does not train: DDP would wait for their gradients."""
     return loss if output.values_BTN is None else loss + 0.0 * output.values_BTN.sum()

@@ -24,13 +24,13 @@ from moa_lightning.types import Experience
 class ClippedSurrogate(PolicyLoss):
     """Clipped surrogate, value loss of each head, entropy bonus and, if so configured, KL.
 
-    Every sum is divided by the number of trained tokens that this many rows have on average in the collected batch,
-    over all processes. So accumulated and distributed minibatches add up to one batch, whatever their lengths.
+    Every sum is divided by the average number of trained tokens of as many rows of the collected batch, over all
+    processes. So accumulated and distributed minibatches add up to one batch, whatever their lengths.
 
     With ``importance_sampling_level: sequence`` the surrogate is a mean over responses, each the mean over its tokens,
-    for the expectation is over whole responses; value loss, entropy and KL stay means over tokens.
+    because the expectation is over responses. Value loss, entropy and KL stay means over tokens.
 
-    Logged beside the terms: ``clip_ratio``, the share of tokens (of responses, at that level) whose ratio has left
+    Logged besides the terms: ``clip_ratio``, the share of tokens (or responses, at that level) whose ratio is outside
     ``[1 - cliprange, 1 + epsilon_high]``.
 
     Source: Schulman et al. 2017, arXiv 1707.06347. ``epsilon_high``: Yu et al. 2025 (DAPO), arXiv 2503.14476.
@@ -43,9 +43,9 @@ class ClippedSurrogate(PolicyLoss):
         cliprange_value: how far a value may move from its old estimate per update; ``None`` does not clip.
         entropy_coef: weight of the entropy bonus.
         epsilon_high: epsilon above 1, as in TRL ("clip-higher", 0.28 in DAPO); ``None`` is ``cliprange``.
-        delta: largest ratio that counts where the advantage is negative, as in TRL (dual clip; verl's ``clip_ratio_c``,
-            3 there); above ``1 + epsilon_high``. ``None`` leaves it open.
-        importance_sampling_level: as in TRL: ``token``, each token's ratio; ``sequence``, one ratio for a response, the
+        delta: upper bound of the ratio for negative advantages, as in TRL (dual clip; verl's ``clip_ratio_c``, 3
+            there); above ``1 + epsilon_high``. ``None`` is no bound.
+        importance_sampling_level: as in TRL: ``token``, each token's ratio; ``sequence``, one ratio per response, the
             geometric mean over its tokens (GSPO, whose epsilons are some hundred times smaller: 3e-4 and 4e-4).
     """
 
@@ -81,12 +81,12 @@ class ClippedSurrogate(PolicyLoss):
 
     @property
     def clip_range(self) -> ClipRange:
-        """The epsilons, and whose ratio they bound."""
+        """The epsilons, and whether they bound the ratios of tokens or of responses."""
         high = self.cliprange if self.epsilon_high is None else self.epsilon_high
         return ClipRange(self.cliprange, high, self.delta, self.importance_sampling_level == "sequence")
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
-        """Loss of these rows and its terms."""
+        """Compute the loss of these rows and its terms."""
         mask_BT, score, clip = experience.mask_BT, combined.score, self.clip_range
         tokens = max(experience.tokens_per_row * experience.counted_rows, 1e-8)
         ratio_BT = clip.ratio(output.logprobs_BT, experience.behaviour_logprobs_BT, mask_BT)

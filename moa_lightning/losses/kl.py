@@ -1,11 +1,11 @@
-"""The KL penalty: what holds the policy near its reference. Who applies it, where, and how much.
+"""KL penalties, which keep the policy near its reference: where they are applied, and how strongly.
 
-* **In the loss** (``LossKL``): each loss adds :meth:`KLPenalty.loss`, whatever combiner and source are.
-* **In the reward** (``RewardKL``): source ``Rollout``, which therefore provides ``Signal.KL_PENALTY``, takes
-  :func:`penalty_in_reward` off every objective's reward, so it is in the advantages. Combiners of whole responses'
-  scores take ``kl_penalty_B`` off their combined score. Combiners of win probabilities do neither
+* **In the loss** (``LossKL``): every loss adds :meth:`KLPenalty.loss`, whatever the combiner and source.
+* **In the reward** (``RewardKL``): source ``Rollout``, which provides ``Signal.KL_PENALTY``, subtracts
+  :func:`penalty_in_reward` from every objective's reward, so it is in the advantages. Combiners of responses' scores
+  subtract ``kl_penalty_B`` from their combined score. Combiners of win probabilities do neither
   (:func:`penalty_reaches_score`).
-* **How much**: :meth:`KLPenalty.reward_coefficient` per nat; ``Experience.kl_coefficient`` is that of a collected
+* **Strength**: :meth:`KLPenalty.reward_coefficient` per nat; ``Experience.kl_coefficient`` is that of a collected
   batch. A combiner that needs ``Signal.KL_PENALTY`` (``CAID``) works only with one above 0.
 
 Legend: B sequences, T tokens.
@@ -27,7 +27,7 @@ from moa_lightning.types import State
 
 
 def penalty_in_reward(log_ratio_BT: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
-    """What a penalty in the reward takes off each token's reward, and off a whole response.
+    """Penalty in the reward, for each token and for each response.
 
     Args:
         log_ratio_BT: ``log pi - log pi_ref`` under the policy that sampled, 0 on padding.
@@ -40,45 +40,51 @@ def penalty_in_reward(log_ratio_BT: Tensor, coefficient: float) -> tuple[Tensor,
 
 
 def penalty_reaches_score(combiner: Combiner, provided: frozenset[Signal]) -> bool:
-    """Whether a penalty in the reward reaches what is trained on, with a source that provides these signals."""
+    """Whether a penalty in the reward affects the training, with a source that provides these signals."""
     return Signal.KL_PENALTY in provided and combiner.takes_kl_penalty
 
 
 class KLPenalty(ABC):
-    """Where the divergence from the reference is penalised, and how strongly."""
+    """Penalises the divergence from the reference, in the rewards or in the loss."""
 
     def init(self) -> State:
-        """First state."""
+        """The initial state."""
         return {}
 
     def observe(self, kl: float, sequences: int, state: State) -> State:
-        """State after a collected batch with this mean KL per sequence (nats), over all processes."""
+        """Update the state after a collected batch.
+
+        Args:
+            kl: mean per sequence, in nats, over all processes.
+            sequences: number of sequences over all processes.
+            state: before the batch.
+        """
         return state
 
     @abstractmethod
     def reward_coefficient(self, state: State) -> float:
-        """Penalty per nat, subtracted from every objective's reward at each token; 0 leaves the reward as it is."""
+        """Penalty per nat, subtracted from every objective's reward at each token; 0 does not change the reward."""
 
     @abstractmethod
     def loss(self, logprobs_BT: Tensor, reference_logprobs_BT: Tensor) -> Tensor:
-        """Penalty per token, added to the loss, with gradient."""
+        """Penalty per token (B, T), added to the loss, with gradient."""
 
 
 @dataclass(frozen=True)
 class RewardKL(KLPenalty):
     """KL in the reward, with a coefficient that adapts towards a target.
 
-    Each token's ``log pi - log pi_ref`` under the policy that sampled is taken off every objective: linear in the
-    log-probabilities, so it cannot overflow.
+    The penalty of each token is the coefficient times ``log pi - log pi_ref``, with the policy that sampled. It is
+    subtracted from every objective's reward. It is linear in the log-probabilities, so it cannot overflow.
 
-    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2; target 3 and coefficient .2 are those of PAMA
-    (arXiv 2508.07768). Deviation: the coefficient is multiplied by ``exp(error * sequences / horizon)`` in place of
-    ``1 + error * sequences / horizon``, and a batch counts as ``horizon`` sequences at most. For small batches the two
-    agree to first order; for large ones the paper's factor turns negative, and a larger gain overshoots the target.
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2; target 3 and coefficient 0.2 are those of PAMA
+    (arXiv 2508.07768). Deviation: the coefficient is multiplied by ``exp(error * sequences / horizon)`` instead of
+    ``1 + error * sequences / horizon``, and a batch counts as at most ``horizon`` sequences. For small batches the two
+    agree to first order. For large ones the paper's factor becomes negative, and a larger gain overshoots the target.
 
     Args:
-        init_kl_coef: the coefficient at the start; 0 is no penalty.
-        target: mean KL per sequence, in nats, that the coefficient steers to; ``None`` keeps the coefficient.
+        init_kl_coef: the initial coefficient; 0 is no penalty.
+        target: mean KL per sequence, in nats, that the coefficient is adapted to; ``None`` keeps it constant.
         horizon: sequences over which the coefficient reacts.
     """
 
@@ -99,12 +105,12 @@ class RewardKL(KLPenalty):
         return {"kl_coefficient": torch.tensor(self.init_kl_coef)}
 
     def observe(self, kl: float, sequences: int, state: State) -> State:
-        """Proportional control in log space, its error clipped to +-0.2."""
+        """Update the coefficient by proportional control in log space, with the error clipped to +-0.2."""
         if self.target is None:
             return state
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         coefficient = state["kl_coefficient"] * math.exp(error * min(sequences / self.horizon, 1.0))
-        # Float32 would round a long decay to 0, from which no factor leads back.
+        # Float32 would round a long decay to 0, from which no factor can recover.
         smallest = torch.finfo(coefficient.dtype).tiny if self.init_kl_coef > 0 else 0.0
         return {"kl_coefficient": coefficient.clamp(min=smallest)}
 

@@ -26,22 +26,22 @@ _LOSSES = {"sigmoid": dpo_loss, "ipo": ipo_loss}
 
 @dataclass(frozen=True)
 class PairwiseLogistic(PolicyLoss):
-    """DPO and its relatives: of two responses to a prompt, the one with the higher score is to become likelier.
+    """DPO and related losses: of two responses to a prompt, make the one with the higher score more likely.
 
-    Every pair of responses to a prompt whose scores differ is compared; a prompt's pairs share its weight equally,
-    and a prompt with none adds nothing. The reference of the log-ratios is the module's ``reference``. With combiner
-    ``MODPO`` the other objectives enter as a margin; with reference ``MultiReference`` this is MRPO.
+    All pairs of responses to a prompt with different scores are compared. The pairs of a prompt share its weight
+    equally, and a prompt without pairs contributes nothing. The log-ratios are relative to the module's ``reference``.
+    With combiner ``MODPO`` the other objectives enter as a margin; with reference ``MultiReference`` this is MRPO.
 
-    Logged: ``pair_accuracy``, the share of pairs that the policy's log-ratio orders as the score does, ``pair_margin``,
-    the mean of ``beta (D_chosen - D_rejected)``, and ``pairs``, the number of pairs for each prompt.
+    Logged: ``pair_accuracy``, the share of pairs that the policy's log-ratio orders like the score; ``pair_margin``,
+    the mean of ``beta (D_chosen - D_rejected)``; and ``pairs``, the number of pairs per prompt.
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7 (``sigmoid``); Azar et al. 2023, arXiv 2310.12036, eq. 17
-    (``ipo``). The log-ratios are sums over tokens in both, as in the papers. TRL's ``ipo`` takes their mean over
-    tokens: ``average_log_prob`` does that, and a ``beta`` that was found one way does not carry over to the other.
+    (``ipo``). The log-ratios are sums over tokens in both, as in the papers. TRL's ``ipo`` uses their mean over tokens,
+    which is ``average_log_prob`` here. A ``beta`` that was tuned for one does not suit the other.
 
     Args:
-        beta: strength of the KL regularisation towards the reference; with ``average_log_prob`` in units of a mean
-            log-ratio per token, so that it is to be chosen anew.
+        beta: strength of the KL regularisation towards the reference. With ``average_log_prob`` its unit is a mean
+            log-ratio per token, so it must be tuned again.
         loss_type: ``sigmoid`` (DPO) or ``ipo``.
         label_smoothing: probability that a comparison is the wrong way round.
         average_log_prob: a response's log-ratio is the mean over its tokens, not their sum: ``ipo`` is then TRL's
@@ -70,14 +70,14 @@ class PairwiseLogistic(PolicyLoss):
         return ClipRange()
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
-        """Loss of these rows and its terms."""
-        assert experience.group_B is not None, "sources of one response to a prompt are refused at the start"
+        """Compute the loss of these rows and its terms."""
+        assert experience.group_B is not None, "sources with one response per prompt are refused at the start"
         mask_BT = experience.mask_BT
         score_B = _of_rows(combined.score, mask_BT)
         trained_B = mask_BT.any(1)
         groups, group_B = experience.group_B.unique(return_inverse=True)
-        together_BB = (group_B.unsqueeze(1) == group_B) & trained_B & trained_B.unsqueeze(1)
-        chosen_P, rejected_P = (together_BB & (score_B.unsqueeze(1) > score_B)).nonzero(as_tuple=True)
+        same_prompt_BB = (group_B.unsqueeze(1) == group_B) & trained_B & trained_B.unsqueeze(1)
+        chosen_P, rejected_P = (same_prompt_BB & (score_B.unsqueeze(1) > score_B)).nonzero(as_tuple=True)
 
         log_ratio_BT = output.logprobs_BT - experience.reference_logprobs_BT
         log_ratio_B = response_log_ratio(log_ratio_BT, mask_BT, self.average_log_prob)
@@ -86,7 +86,7 @@ class PairwiseLogistic(PolicyLoss):
         logits_P = modpo_logits(difference_P, margin_B[chosen_P] - margin_B[rejected_P], self.beta, combined.weight)
         losses_P = _LOSSES[self.loss_type](logits_P, self.beta, self.label_smoothing)
 
-        # Each prompt counts once, however many pairs its responses make, and processes may have unequally many prompts.
+        # Each prompt has weight 1, however many pairs it has. Processes may have different numbers of prompts.
         pairs_G = torch.bincount(group_B[chosen_P], minlength=len(groups))
         prompts = float(all_sum(torch.tensor(float(len(groups)), device=group_B.device))) / world_size()
         share_P = 1 / (pairs_G[group_B[chosen_P]] * max(prompts, 1e-8)).to(losses_P.dtype)
@@ -98,16 +98,16 @@ class PairwiseLogistic(PolicyLoss):
 
         kl_loss = mean(kl.loss(output.logprobs_BT, experience.reference_logprobs_BT))
         with torch.no_grad():
-            whole = (all_sum(share_P.sum()) / world_size()).clamp(min=torch.finfo(share_P.dtype).tiny)
+            total = (all_sum(share_P.sum()) / world_size()).clamp(min=torch.finfo(share_P.dtype).tiny)
             terms = {
                 "policy_loss": policy_loss,
                 "kl_loss": kl_loss,
                 "entropy": mean(output.entropy_BT),
-                "pair_accuracy": ((difference_P > 0) * share_P).sum() / whole,
-                "pair_margin": (self.beta * difference_P * share_P).sum() / whole,
+                "pair_accuracy": ((difference_P > 0) * share_P).sum() / total,
+                "pair_margin": (self.beta * difference_P * share_P).sum() / total,
                 "pairs": (pairs_G.sum() / max(prompts, 1e-8)).float(),
             }
-        # Without any pair the loss still hangs on the policy, so that backward passes work on every process.
+        # Even without pairs the loss depends on the policy, so that the backward pass works on every process.
         loss = policy_loss + kl_loss + 0.0 * log_ratio_B.sum()
         return LossTerms(loss, {name: value.detach() for name, value in terms.items()})
 

@@ -21,21 +21,21 @@ from moa_lightning.types import Experience
 
 @dataclass(frozen=True)
 class WeightedLikelihood(PolicyLoss):
-    """``-E[w(y) log pi(y)]``: raise the likelihood of each response by its weight, which carries no gradient.
+    """``-E[w(y) log pi(y)]``: raise the likelihood of each response by its weight, which has no gradient.
 
-    With the weights of ``MOPO`` its minimiser is the constrained optimum itself. Weights below 0 would make
-    the loss unbounded below and are refused: combiners whose score is an advantage go with ``ClippedSurrogate``.
+    With the weights of ``MOPO`` its minimiser is the constrained optimum itself. Negative weights would make the loss
+    unbounded below and are refused: use ``ClippedSurrogate`` for combiners whose score is an advantage.
 
     Logged: ``ess``, the effective sample size ``(sum w)^2 / sum w^2`` as a share of the responses, and
-    ``capped_ratio``, the share whose weight was cut to ``max_weight``.
+    ``capped_ratio``, the share whose weight was clipped to ``max_weight``.
 
-    The sum over a response's tokens is divided by the number of responses, not of tokens: the expectation is over whole
-    responses, and a divisor that follows the lengths of each batch would favour short ones.
+    The sum over a response's tokens is divided by the number of responses, not of tokens: the expectation is over
+    responses, and a divisor that depends on the lengths in each batch would favour short ones.
 
     Source: Agnihotri et al., arXiv 2505.10892, the policy step of Algorithm 1.
 
     Args:
-        max_weight: largest weight; ``None`` does not cut. Cutting trades bias for variance.
+        max_weight: largest weight; ``None`` does not clip. Clipping trades bias for variance.
     """
 
     max_weight: float | None = None
@@ -52,7 +52,7 @@ class WeightedLikelihood(PolicyLoss):
         return ClipRange()
 
     def __call__(self, combined: Combined, experience: Experience, output: PolicyOutput, kl: KLPenalty) -> LossTerms:
-        """Loss of these rows and its terms."""
+        """Compute the loss of these rows and its terms."""
         mask_BT, score = experience.mask_BT, combined.score
         if bool((score < 0).any()):
             raise UserError(
