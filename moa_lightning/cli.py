@@ -1,6 +1,6 @@
-"""The command line: LightningCLI for what trains, plain functions for the stages around it.
+"""The command line: LightningCLI for training and evaluation, plain functions for the other commands.
 
-Imports of torch and its friends wait until a command is known: ``moa --help`` answers at once.
+torch and other slow imports wait until the command is known, so that ``moa --help`` is fast.
 """
 
 import os
@@ -27,7 +27,7 @@ _DEFECT = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``moa``. A mistake of the user ends with one line and exit code 2."""
+    """Run ``moa``. A mistake of the user prints one line and exits with code 2."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args or args[0] in {"-h", "--help"}:
         print(_overview())
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it: the parser wraps what a class says of its fields."""
+    """Yield an error, then its causes: the parser wraps errors that a class raises about its fields."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -62,15 +62,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _in_a_collective(error: BaseException) -> bool:
-    """Whether torch raised the error while processes exchanged something: the cause is most often a peer that ended."""
+    """Whether torch raised the error in a collective, usually because another process has ended."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, RuntimeError) and any("/torch/distributed/" in frame.filename for frame in frames)
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a defect is this package's: whether its code was the last that ran before that of libraries.
+    """Whether a bug is in this package, and not in user code such as a custom combiner or callback.
 
-    Otherwise it is in code of the user's, such as a combiner or a callback.
+    It is if the last frame outside of libraries is this package's.
     """
     libraries = [Path(folder).resolve() for folder in {*sysconfig.get_paths().values(), *site.getsitepackages()}]
     ours = (PACKAGE, (PACKAGE / "callbacks").resolve())
@@ -84,13 +84,13 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _fail(message: str, shared: bool = False, cause: BaseException | None = None) -> None:
-    """End with one line, and the traceback of a cause in the user's code.
+    """Exit with one line, and with the traceback of a cause in user code.
 
-    Of several processes that refuse alike the first one says it.
+    If several processes fail with the same message, rank 0 prints it.
     """
     rank = launched_as()
     if rank:
-        # The launcher ends the others with the first one. Where that one goes on, this process refuses alone.
+        # If rank 0 fails too, the launcher stops the others with it. If it continues, only this process has failed.
         time.sleep(_SECONDS_TO_BE_SECOND)
         message = message if shared else f"rank {rank}: {message}"
     if is_main_process(rank) or not shared:

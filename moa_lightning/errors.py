@@ -1,20 +1,20 @@
-"""What a user did wrong, apart from what we did."""
+"""Errors of the user, as opposed to bugs."""
 
 
 class UserError(ValueError):
-    """A mistake of the user, in one line that says what to write instead.
+    """A mistake of the user, with a one-line message that says how to correct it.
 
-    The command line prints the message alone. Any other exception, a ``ValueError`` too, is a defect of the code that
+    The command line prints only the message. Any other exception, including ``ValueError``, is a bug of the code that
     raised it and keeps its traceback.
     """
 
     shared = False
-    """Whether every process raises it in the same words, so that to print it once is enough."""
+    """Whether every process raises it with the same message, so that printing it once is enough."""
     shows_cause = False
-    """Whether the traceback of what led to it is printed as well."""
+    """Whether the traceback of its cause is printed too."""
 
 
 class RewardError(UserError):
-    """A reward raised an exception of its own, which is the cause."""
+    """A reward raised an exception, which is the cause of this one."""
 
     shows_cause = True

@@ -1,4 +1,4 @@
-"""Rewards: what responses are scored by, one file per kind, and the panel that scores them together."""
+"""Rewards, one file per kind, and the panel that scores responses under all objectives."""
 
 from moa_lightning.rewards.base import Objective, Reward
 from moa_lightning.rewards.classifier import ClassifierOutput, Logit, Probability, TextClassifier

@@ -11,35 +11,36 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moa_lightning.errors import UserError
 from moa_lightning.rewards.scored_text import PromptAndCompletion, ScoredText
 from moa_lightning.rewards.with_model import RewardWithModel
 from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 
-_LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit say 10**30
+_LARGEST_REAL_LENGTH = 10**6  # tokenizers without a limit have 10**30
 
 
 class ClassifierOutput(ABC):
-    """Which number of a classifier is the score."""
+    """How a classifier's logits become scores."""
 
     @abstractmethod
     def of(self, logits_BK: Tensor, label: int, independent: bool) -> Tensor:
-        """Scores (B,) of one label.
+        """Compute the scores (B,) of one label.
 
         Args:
             logits_BK: float32.
             label: its index in K.
-            independent: each label has a probability of its own (a single label, or a multi-label model).
+            independent: whether each label has its own probability (a single label, or a multi-label model).
         """
 
 
 @dataclass(frozen=True)
 class Logit(ClassifierOutput):
-    """The raw logit: unbounded, does not saturate."""
+    """The raw logit, which is unbounded and does not saturate."""
 
+    @override
     def of(self, logits_BK: Tensor, label: int, independent: bool) -> Tensor:
-        """The label's column."""
         return logits_BK[:, label]
 
 
@@ -47,8 +48,8 @@ class Logit(ClassifierOutput):
 class Probability(ClassifierOutput):
     """The probability, in [0, 1]: softmax over the labels; sigmoid for a single label and for multi-label models."""
 
+    @override
     def of(self, logits_BK: Tensor, label: int, independent: bool) -> Tensor:
-        """Sigmoid or softmax."""
         return logits_BK[:, label].sigmoid() if independent else logits_BK.softmax(-1)[:, label]
 
 
@@ -56,21 +57,20 @@ class Probability(ClassifierOutput):
 class TextClassifier(RewardWithModel):
     """Any ``AutoModelForSequenceClassification`` with its own tokenizer: sentiment, toxicity, a reward model.
 
-    The model is frozen, in evaluation mode, computes in its own ``dtype`` whatever the Trainer's precision is, and
-    is no part of the policy: not trained, not saved in checkpoints. Each process holds a copy, or its pieces of one
-    where the strategy cuts models into pieces.
+    The model is frozen and in evaluation mode. It computes in its own ``dtype``, whatever the Trainer's precision, and
+    checkpoints do not hold it. Each process has a copy, or its shards if the strategy shards models.
 
-    A text without any token (an empty completion for some tokenizers) has no score.
+    A text without tokens (an empty completion, with some tokenizers) has no score.
 
     Args:
         path: folder or hub id of model and tokenizer.
-        label: the label whose score it is, by name or index; may be left out where there is only one.
+        label: the label to score, by name or index; may be omitted if there is only one.
         output: ``Logit``, or ``Probability``.
-        text: what the classifier reads: ``PromptAndCompletion``, ``CompletionOnly``, ``TextPair`` or ``Chat``.
+        text: the text to score: ``PromptAndCompletion``, ``CompletionOnly``, ``TextPair`` or ``Chat``.
         batch_size: texts per forward pass; changes speed and memory, not scores.
-        max_length: in tokens; longer texts keep their end. ``None`` is the model's own limit.
+        max_length: in tokens; longer texts are truncated at their start. ``None`` is the model's own limit.
         dtype: of the weights; ``auto`` is the checkpoint's. Scores are float32.
-        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+        trust_remote_code: run code that comes with the checkpoint.
         revision: branch, tag or commit on the hub.
     """
 
@@ -96,15 +96,15 @@ class TextClassifier(RewardWithModel):
 
     @property
     def label_name(self) -> str:
-        """The label as the model's config calls it; known after :meth:`check` or :meth:`setup`."""
+        """Name of the label in the model's config; available after :meth:`check` or :meth:`setup`."""
         return self._labels()[self._label]
 
     def check(self, columns: set[str]) -> None:
-        """Read config and tokenizer, no weights, and compare the label and lengths with them.
+        """Load config and tokenizer, but no weights, and check the label and lengths against them.
 
         Raises:
-            UserError: the folder does not exist or does not open, or the model has no such label, or reads less than
-                ``max_length`` tokens.
+            UserError: the folder does not exist or does not open, or the model has no such label, or its limit is less
+                than ``max_length`` tokens.
         """
         from transformers import AutoConfig
 
@@ -125,7 +125,7 @@ class TextClassifier(RewardWithModel):
             raise UserError(
                 f"max_length {self.max_length} leaves no room for text: its tokenizer adds up to {special} of its own"
             )
-        tokenizer.truncation_side = "left"  # the completion is at the end, and it is what is judged
+        tokenizer.truncation_side = "left"  # the completion, which is scored, is at the end
         self._tokenizer = tokenizer
 
     def _load(self) -> nn.Module:
@@ -141,14 +141,14 @@ class TextClassifier(RewardWithModel):
             **self._arguments(),
         )
         missing = sorted(report["missing_keys"])
-        if missing:  # transformers would fill them with random numbers
+        if missing:  # transformers would initialise them randomly
             raise UserError(
                 f"'{self.path}' is not a trained sequence classifier: it has no weights for {', '.join(missing[:3])}"
             )
         return model
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """Scores in the order of the completions."""
+        """Score completions, in their order."""
         if self._model is None:
             self.setup(torch.device("cpu"))
         encoded = self._encode(prompts, completions) if completions else {"input_ids": []}
@@ -171,7 +171,7 @@ class TextClassifier(RewardWithModel):
         device = self._device
         padding = self._padding_id(inputs["input_ids"])
         self._model.config.get_text_config().pad_token_id = padding
-        # On the right, whatever the tokenizer's habit: with absolute positions a text must start at position 0.
+        # Pad on the right, whatever the tokenizer does: with absolute positions a text must start at position 0.
         width = max(len(ids) for ids in inputs["input_ids"])
         inputs_BL = {
             name: torch.tensor(
@@ -208,10 +208,10 @@ class TextClassifier(RewardWithModel):
         raise UserError(f"'{self.path}' has no label '{self.label}'; its labels are {known}{hint}")
 
     def _padding_id(self, texts: list[list[int]]) -> int:
-        """The tokenizer's padding token, else the model's, else any that ends none of these texts.
+        """The tokenizer's padding token, or the model's, or any token that ends none of these texts.
 
-        Attention skips padding whatever it is, but decoder classifiers find a text's last token by the padding id: the
-        end token, which is often taken, would hide itself where a text ends with it.
+        Attention ignores padding whatever its id. But decoder classifiers find a text's last token by the padding id.
+        If that is the end token, as is common, they miss the end token of a text that ends with it.
         """
         declared = (self._tokenizer.pad_token_id, getattr(self._config.get_text_config(), "pad_token_id", None))
         last = {ids[-1] for ids in texts}
@@ -219,7 +219,7 @@ class TextClassifier(RewardWithModel):
         return next((int(i) for i in declared if i is not None), next(free, 0))
 
     def _limit(self, tokenizer: Any) -> int | None:
-        """Tokens that the model reads at once; ``None`` without a limit."""
+        """Maximum number of tokens that the model can read; ``None`` without a limit."""
         positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
         limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and 0 < n < _LARGEST_REAL_LENGTH]
         return int(min(limits)) if limits else None

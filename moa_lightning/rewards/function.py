@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward
 from moa_lightning.utils.import_path import import_dotted
 
-# What TRL's trainers pass beside the data's columns, and this package does not have.
+# Arguments that TRL's trainers pass besides the data's columns, and that this package does not have.
 _ONLY_TRL_PASSES = frozenset(
     {"prompt_ids", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 )
@@ -21,18 +22,18 @@ _ONLY_TRL_PASSES = frozenset(
 class FunctionReward(Reward):
     """A function ``f(prompts, completions, **columns) -> list[float | None]``: the signature of TRL.
 
-    The function is called by keyword with one list entry per completion, and gets every column of the data that it
-    names, or all of them if it takes ``**kwargs``. ``None`` leaves a completion out of this objective. A module
-    beside which the command is run (the current folder) can be imported.
+    Dataset columns are passed as keyword arguments by name, or all of them if the function takes ``**kwargs``. Each is
+    a list with one entry per completion. Return ``None`` or NaN to skip a completion: it is excluded from this
+    objective only. The function may be in a module in the current folder.
 
-    Differences from TRL: nothing of the trainer is passed (``completion_ids``, ``trainer_state``, …), and functions
-    must not be ``async``.
+    Differences from TRL: arguments from the trainer (``completion_ids``, ``trainer_state``, …) are not passed, and
+    functions must not be ``async``.
 
     Args:
         function: dotted path, such as ``rewards.brevity`` for ``def brevity`` in ``rewards.py``; in Python, the
             function itself.
-        conversational: pass each prompt and completion as a list of one chat message, as TRL does for conversational
-            data; else as text. The prompt's message holds the whole prompt as the policy reads it.
+        conversational: pass each prompt and completion as a list with one chat message, as TRL does for conversational
+            data, instead of text. The prompt's message holds the full prompt as the policy reads it.
     """
 
     function: str | Callable[..., Any]
@@ -41,8 +42,8 @@ class FunctionReward(Reward):
     _accepted: frozenset[str] | None = field(default=None, init=False, repr=False, compare=False)  # None: everything
 
     @property
+    @override
     def title(self) -> str:
-        """``function 'rewards.f'``."""
         given = self.function
         return f"function '{given if isinstance(given, str) else getattr(given, '__name__', type(given).__name__)}'"
 
@@ -65,11 +66,11 @@ class FunctionReward(Reward):
                 )
 
     def setup(self, device: torch.device) -> None:
-        """Import the function, for those who did not check."""
+        """Import the function, if :meth:`check` was not called."""
         self._resolve()
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """What the function returns, as it is: the panel checks it."""
+        """Call the function. The panel checks what it returns."""
         if self._resolved is None:
             self._resolve()
         assert self._resolved is not None
@@ -87,7 +88,7 @@ class FunctionReward(Reward):
         return [[{"role": role, "content": text}] for text in texts] if self.conversational else texts
 
     def _resolve(self) -> list[inspect.Parameter]:
-        """Find the function once; its parameters, without ``*args``."""
+        """Import the function once; returns its parameters, without ``*args``."""
         if self._resolved is None:
             found = import_dotted(self.function) if isinstance(self.function, str) else self.function
             self._resolved = self._callable(found)
@@ -114,7 +115,7 @@ class FunctionReward(Reward):
             raise UserError(
                 f"{self.title} is {kind}, not a function; give the path of a function f(prompts, completions, **kwargs)"
             )
-        inside = getattr(found, "__call__", found)  # noqa: B004  # an object's own __call__ may be the async one
+        inside = getattr(found, "__call__", found)  # noqa: B004  # an object's __call__ may be async
         if any(test(f) for f in (found, inside) for test in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)):
             raise UserError(f"{self.title} is async, which is not supported; write 'def' instead of 'async def'")
         return found  # type: ignore[no-any-return]  # checked above; narrowing loses it

@@ -1,4 +1,4 @@
-"""The reward that a policy trained with DPO carries in itself.
+"""The implicit reward of a policy trained with DPO.
 
 Legend: B sequences, L tokens.
 """
@@ -22,7 +22,7 @@ from moa_lightning.utils.pretrained import open_pretrained, open_tokenizer
 class ImplicitReward(RewardWithModel):
     """``beta (log pi(y|x) - log pi_ref(y|x))`` with pi a PEFT adapter and pi_ref the same model without it.
 
-    An adapter that was trained by DPO on one objective's labels serves as that objective's reward: the margins of MODPO
+    An adapter that was trained with DPO on one objective's labels is a reward for that objective. MODPO's margins then
     need no other reward model.
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 5 without its partition function, which cancels between the
@@ -33,7 +33,7 @@ class ImplicitReward(RewardWithModel):
         beta: the one that the adapter was trained with.
         batch_size: texts per forward pass; changes speed and memory, not scores.
         dtype: of the weights; ``auto`` is the checkpoint's. Scores are float32.
-        trust_remote_code: run code that comes with the checkpoint. Off unless asked for.
+        trust_remote_code: run code that comes with the checkpoint.
         revision: branch, tag or commit on the hub.
     """
 
@@ -46,14 +46,14 @@ class ImplicitReward(RewardWithModel):
     _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse fields out of range."""
+        """Validate hyperparameters."""
         if not 0 < self.beta < math.inf:
             raise UserError(f"ImplicitReward.beta must be a finite number above 0, got {self.beta}")
         if self.batch_size < 1:
             raise UserError(f"ImplicitReward.batch_size must be at least 1, got {self.batch_size}")
 
     def check(self, columns: set[str]) -> None:
-        """Read the adapter's config and its tokenizer, no weights."""
+        """Load the adapter's config and its tokenizer, but no weights."""
         from peft import PeftConfig
 
         if self._tokenizer is not None:
@@ -76,11 +76,11 @@ class ImplicitReward(RewardWithModel):
         return model
 
     def _sharded_module(self) -> nn.Module:
-        model: nn.Module = self._model.base_model.model  # peft's own layers stay around it
+        model: nn.Module = self._model.base_model.model  # without the wrappers of peft
         return model
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """Scores in the order of the completions."""
+        """Score completions, in their order."""
         if self._model is None:
             self.setup(torch.device("cpu"))
         texts = [self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -95,14 +95,14 @@ class ImplicitReward(RewardWithModel):
         return answer_turn(self._tokenizer)
 
     def _tokens(self, prompt: str, completion: str) -> tuple[list[int], int]:
-        """Token ids of both, closed as in training, and how many of them are the prompt's."""
+        """Token ids of prompt and completion, with an end token as in training, and the number of prompt tokens."""
         if self._turn is not None and self._turn.starts_answer(prompt):
             read: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
             return [*read, *answer_tokens(self._tokenizer, prompt, completion, self._turn)], len(read)
         bos = self._tokenizer.bos_token  # a chat template has written its own
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
         end = self._tokenizer.eos_token_id
-        while ids and ids[-1] == end:  # some tokenizers close every text
+        while ids and ids[-1] == end:  # some tokenizers append an end token to every text
             ids.pop()
         answer = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
         return [*ids, *answer, *([] if end is None else [end])], len(ids)

@@ -1,4 +1,4 @@
-"""Preference models: what wins when two responses to a prompt are put side by side."""
+"""Preference models, which compare two responses to a prompt."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import override
 
 from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward
@@ -17,11 +18,11 @@ class PairwisePreference(Reward):
     """A function that compares two responses to a prompt; the score is the mean probability to win.
 
     ``f(prompts, completions, **columns) -> list[float | None]`` gets pairs ``[first, second]`` as completions and
-    returns the probability that the first one wins. It may ask a model, or people. Each response is compared with
-    every other one to the same prompt, in one order, or with the text of a column.
+    returns the probability that the first one wins. It may query a model or people. Each response is compared with
+    every other response to the same prompt, in one order only, or with the text of a column.
 
-    A response without anything to compare it with has no score: without ``baseline``, evaluations of one response a
-    prompt show none for this objective.
+    A response without another one to compare with has no score. So without ``baseline``, evaluations with one response
+    per prompt have no scores for this objective.
 
     Args:
         function: dotted path, such as ``judges.prefer`` for ``def prefer`` in ``judges.py``; in Python, the function
@@ -37,17 +38,17 @@ class PairwisePreference(Reward):
     gives_wins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Take the function."""
+        """Wrap the function, which is imported later."""
         self._judge = FunctionReward(self.function)
 
     @property
+    @override
     def title(self) -> str:
-        """The function's."""
         return self._judge.title
 
     @property
+    @override
     def fixed_rivals(self) -> bool:
-        """With a baseline."""
         return self.baseline is not None
 
     def check(self, columns: set[str]) -> None:
@@ -60,7 +61,7 @@ class PairwisePreference(Reward):
             )
 
     def setup(self, device: torch.device) -> None:
-        """Import the function, for those who did not check."""
+        """Import the function, if :meth:`check` was not called."""
         self._judge.setup(device)
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
@@ -93,11 +94,11 @@ class PairwisePreference(Reward):
     def _pairs(
         self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]
     ) -> list[tuple[int, int | None, str]]:
-        """Which completion is compared with which: their indices, None for the baseline, and the other's text."""
+        """Pairs to compare: index of the completion, index of the other one (None: the baseline), the other's text."""
         if self.baseline is not None:
             return [(i, None, str(other)) for i, other in enumerate(columns[self.baseline])]
-        # The responses to a prompt stand together. A prompt that comes twice in a row is one prompt here: its
-        # responses are as comparable.
+        # The responses to a prompt are consecutive. Consecutive rows with the same prompt count as one prompt: their
+        # responses are just as comparable.
         pairs: list[tuple[int, int | None, str]] = []
         start = 0
         for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Objectives that the data bring along: labels of people, or numbers."""
+"""Objectives from the data themselves: preference labels, or numbers."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,10 +9,10 @@ from moa_lightning.rewards.base import Reward
 
 @dataclass
 class _OfCandidates(Reward):
-    """Reads the data's own column for each candidate.
+    """Reads a column of the data with an entry for each candidate.
 
     Args:
-        label: name in the data.
+        label: name of the objective in the data.
     """
 
     label: str
@@ -22,7 +22,7 @@ class _OfCandidates(Reward):
     of_data_alone: ClassVar[bool] = True
 
     def check(self, columns: set[str]) -> None:
-        """Refuse data without it."""
+        """Refuse data without this column."""
         known = sorted(name.removeprefix(self.prefix) for name in columns if name.startswith(self.prefix))
         if self.label not in known:
             raise UserError(
@@ -31,7 +31,7 @@ class _OfCandidates(Reward):
             )
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """What the data say of the candidates."""
+        """Return the data's entries for the candidates."""
         values = columns[self.prefix + self.label]
         if any(isinstance(value, list) for value in values):
             raise UserError(
@@ -56,7 +56,7 @@ class FromLabels(_OfCandidates):
 
 @dataclass
 class FromScores(_OfCandidates):
-    """Numbers that the data hold for each candidate, such as ratings: a margin for MODPO, or an objective.
+    """Numbers in the data for each candidate, such as ratings: a margin for MODPO, or an objective.
 
     Args:
         label: name of the scores in the data.

@@ -1,4 +1,4 @@
-"""The panel: all objectives, scored together.
+"""The reward panel: scores responses under all objectives.
 
 Legend: B responses, N objectives (of ``weights_N``: trained objectives).
 """
@@ -29,22 +29,22 @@ _TAKEN_ENDS = (
     "interval",
     "threshold",
     "outcome",
-)  # of a column beside an objective's
+)  # endings of the columns that tables add for an objective
 _TAKEN_COLUMNS = ("prompts", "completions", "self")
 
 
 class RewardPanel:
     """Named objectives that score the same responses.
 
-    A response that an objective cannot score (None, NaN, or an infinite number) is NaN in the table for that
-    objective and nothing else: it counts for all the others.
+    A response that an objective cannot score (None, NaN, or an infinite number) is NaN in the table for that objective
+    only: it counts for all the others.
 
     Args:
-        objectives: by name, in the order that every table keeps.
+        objectives: by name, in the order of all tables.
 
     Raises:
-        UserError: no objectives, none that is trained, or a name that cannot be part of a metric's key or is a
-            column's already.
+        UserError: no objectives, none that is trained, or a name that cannot be part of a metric key or is already the
+            name of a column.
     """
 
     def __init__(self, objectives: Mapping[str, Objective]) -> None:
@@ -62,38 +62,38 @@ class RewardPanel:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All objectives, in order."""
+        """Names of all objectives, in order."""
         return tuple(self.objectives)
 
     @property
     def trained(self) -> tuple[bool, ...]:
-        """For each objective, whether it reaches the combiner; False for eval-only ones."""
+        """Whether each objective is trained; False for eval-only ones."""
         return tuple(not objective.eval_only for objective in self.objectives.values())
 
     @property
     def trained_names(self) -> tuple[str, ...]:
-        """The objectives that reach the combiner, in order."""
+        """Names of the trained objectives, in order."""
         return tuple(name for name, objective in self.objectives.items() if not objective.eval_only)
 
     @property
     def weights_N(self) -> Tensor:
-        """Weights of the trained objectives when the run starts, float32, not normalised."""
+        """Weights of the trained objectives at the start of the run, float32, not normalised."""
         return self.weights_at(0.0)
 
     @property
     def weights(self) -> dict[str, Weight]:
-        """Weights of the trained objectives as the user gave them."""
+        """Weights of the trained objectives as configured: numbers or schedules."""
         return {name: self.objectives[name].weight for name in self.trained_names}
 
     def weights_at(self, progress: float) -> Tensor:
-        """Weights of the trained objectives when this share of the run is done, float32, not normalised."""
+        """Weights of the trained objectives at this progress of the run (0 to 1), float32, not normalised."""
         return torch.tensor([weight_at(weight, progress) for weight in self.weights.values()], dtype=torch.float32)
 
     def check(self, columns: set[str]) -> None:
         """Refuse objectives that cannot work on data with these columns, before any model is loaded.
 
         Args:
-            columns: names of the data's columns beside the prompt.
+            columns: names of the data's columns besides the prompt.
 
         Raises:
             UserError: one line, with the objective's name.
@@ -111,7 +111,7 @@ class RewardPanel:
         self._each(lambda reward: reward.setup(device))
 
     def shard(self, shard_model: ShardModel) -> None:
-        """Load the rewards' models in pieces, before :meth:`setup`."""
+        """Load the rewards' models and shard them, before :meth:`setup`."""
         self._each(lambda reward: reward.shard(shard_model))
 
     def _each(self, call: Callable[[Reward], None]) -> None:
@@ -122,7 +122,7 @@ class RewardPanel:
                 raise UserError(f"objective '{name}': {error}") from error
 
     def score(self, prompts: list[str], completions: list[str], columns: Columns) -> RewardTable:
-        """Score B responses under every objective, eval-only ones included.
+        """Score B responses under every objective, including eval-only ones.
 
         Args:
             prompts: one per response.
@@ -130,7 +130,7 @@ class RewardPanel:
             columns: the data's other columns, one entry per response; each reward gets all of them by keyword.
 
         Returns:
-            The table, on the CPU. Numbers too large for float32 count as infinite, so as missing.
+            The table, on the CPU. Numbers too large for float32 count as infinite, and so as missing.
 
         Raises:
             RewardError: a reward raised an exception, which is its cause.
@@ -140,7 +140,7 @@ class RewardPanel:
         """
         assert len(prompts) == len(completions), "one prompt per completion"
         assert all(len(values) == len(prompts) for values in columns.values()), "one entry per response"
-        # Without a dtype these would follow the default dtype, which bf16-true sets to bfloat16.
+        # The dtype is explicit, because bf16-true sets the default dtype to bfloat16.
         raw_BN = torch.empty(len(prompts), len(self.objectives), dtype=torch.float32)
         value_BN = torch.empty_like(raw_BN)
         for i, (name, objective) in enumerate(self.objectives.items()):
@@ -180,17 +180,17 @@ def _check_name(name: str, names: Iterable[str]) -> None:
 
 
 def _scores(name: str, reward: Reward, prompts: list[str], completions: list[str], columns: Columns) -> list[float]:
-    """The reward's answer as floats, NaN for None."""
+    """Call a reward; returns floats, NaN for None."""
     try:
-        # Copies: a reward that sorts its arguments in place must not disturb the next one.
+        # Copies: a reward that changes its arguments in place must not affect the next one.
         answer: Any = reward.score(list(prompts), list(completions), **{k: list(v) for k, v in columns.items()})
-        scores = list(answer) if isinstance(answer, Iterable) else None  # a generator runs only now
+        scores = list(answer) if isinstance(answer, Iterable) else None  # a generator runs here
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # one that exits must not end the run as if it had succeeded
-        said = " ".join(str(error).split())
+    except (Exception, SystemExit) as error:  # a reward that exits must not end the run as if it had succeeded
+        reason = " ".join(str(error).split())
         raise RewardError(
-            f"objective '{name}': {reward.title} raised {type(error).__name__}{f': {said}' if said else ''}"
+            f"objective '{name}': {reward.title} raised {type(error).__name__}{f': {reason}' if reason else ''}"
         ) from error
     if scores is None:
         raise UserError(
@@ -209,7 +209,7 @@ def _number(name: str, reward: Reward, row: int, score: Any) -> float:
     if score is None:
         return math.nan
     try:
-        if isinstance(score, str | bytes):  # float() would read "1.5", and "nan" would pass unseen
+        if isinstance(score, str | bytes):  # float() would accept "1.5", and "nan" silently
             raise TypeError
         return float(score)
     except OverflowError:
@@ -222,6 +222,6 @@ def _number(name: str, reward: Reward, row: int, score: Any) -> float:
 
 
 def _finite_or_nan(values_B: Tensor) -> Tensor:
-    """The values as float32 holds them, NaN where they are infinite."""
+    """Convert to float32, with NaN in place of infinities."""
     values_B = values_B.float()
     return values_B.where(values_B.isfinite(), math.nan)

@@ -1,25 +1,27 @@
-"""What a classifier reads of a prompt and its completion."""
+"""The text that a classifier scores, built from a prompt and its completion."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from moa_lightning.errors import UserError
 
 
 class ScoredText(ABC):
-    """Turns prompts and completions into tokens of the classifier."""
+    """Encodes prompts and completions with the classifier's tokenizer."""
 
     def check(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer that cannot do it.
+        """Refuse a tokenizer that cannot encode this text.
 
         Raises:
-            UserError: one line that says what to write instead.
+            UserError: one line that says what to choose instead.
         """
 
     @abstractmethod
     def encode(self, tokenizer: Any, prompts: list[str], completions: list[str], **options: Any) -> Any:
-        """Tokens by input name (``input_ids``, …), one list per text; ``options`` go to the tokenizer."""
+        """Encode to token lists by input name (``input_ids``, …), one per text; ``options`` go to the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class PromptAndCompletion(ScoredText):
 
     separator: str = ""
 
+    @override
     def encode(self, tokenizer: Any, prompts: list[str], completions: list[str], **options: Any) -> Any:
-        """One text each."""
         return tokenizer([p + self.separator + c for p, c in zip(prompts, completions, strict=True)], **options)
 
 
@@ -41,29 +43,29 @@ class PromptAndCompletion(ScoredText):
 class CompletionOnly(ScoredText):
     """The completion, without its prompt."""
 
+    @override
     def encode(self, tokenizer: Any, prompts: list[str], completions: list[str], **options: Any) -> Any:
-        """One text each."""
         return tokenizer(completions, **options)
 
 
 @dataclass(frozen=True)
 class TextPair(ScoredText):
-    """The prompt as first and the completion as second text: the tokenizer puts its separators between them.
+    """The prompt as first and the completion as second text, with the tokenizer's separators.
 
-    Too long a pair loses tokens at the start of its longer part.
+    A pair that is too long loses tokens at the start of its longer part.
     """
 
+    @override
     def encode(self, tokenizer: Any, prompts: list[str], completions: list[str], **options: Any) -> Any:
-        """Two texts each."""
         return tokenizer(prompts, completions, **options)
 
 
 @dataclass(frozen=True)
 class Chat(ScoredText):
-    """A user's message and the assistant's answer, through the classifier's own chat template.
+    """A user message and the assistant's answer, formatted with the classifier's own chat template.
 
-    For reward models that were trained on chats. The prompt is taken as the user's message as it is, so the data's
-    prompts should be plain text: chat messages would carry the policy's template into the classifier's.
+    For reward models that were trained on chats. The prompt becomes the user message unchanged, so the data's prompts
+    should be plain text: chat messages would already be formatted with the policy's template.
     """
 
     def check(self, tokenizer: Any) -> None:
@@ -75,7 +77,7 @@ class Chat(ScoredText):
             )
 
     def encode(self, tokenizer: Any, prompts: list[str], completions: list[str], **options: Any) -> Any:
-        """One conversation each. The template writes its own special tokens."""
+        """Encode one conversation per completion. The template writes the special tokens."""
         chats = [
             [{"role": "user", "content": p}, {"role": "assistant", "content": c}]
             for p, c in zip(prompts, completions, strict=True)

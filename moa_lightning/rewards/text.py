@@ -1,4 +1,4 @@
-"""Rewards that read nothing but the text."""
+"""Rewards that need only the text."""
 
 import math
 from abc import ABC, abstractmethod
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward
@@ -13,7 +14,7 @@ from moa_lightning.utils.pretrained import open_tokenizer
 
 
 class LengthUnit(ABC):
-    """What the length of a text is counted in."""
+    """The unit in which the length of a text is counted."""
 
     def check(self) -> None:
         """Refuse a configuration that cannot work."""
@@ -25,29 +26,29 @@ class LengthUnit(ABC):
 
 @dataclass(frozen=True)
 class Words(LengthUnit):
-    """Words: what stands between white space."""
+    """Words, separated by white space."""
 
+    @override
     def count(self, texts: list[str]) -> list[int]:
-        """Number of words."""
         return [len(text.split()) for text in texts]
 
 
 @dataclass(frozen=True)
 class Characters(LengthUnit):
-    """Unicode characters, white space included."""
+    """Unicode characters, including white space."""
 
+    @override
     def count(self, texts: list[str]) -> list[int]:
-        """Number of characters."""
         return [len(text) for text in texts]
 
 
 @dataclass
 class Tokens(LengthUnit):
-    """Tokens of a tokenizer, special tokens not counted.
+    """Tokens of a tokenizer, without special tokens.
 
     Args:
         path: folder or hub id of the tokenizer; for the policy's own tokens, the policy's path.
-        trust_remote_code: run code that comes with the tokenizer. Off unless asked for.
+        trust_remote_code: run code that comes with the tokenizer.
     """
 
     path: str
@@ -55,12 +56,12 @@ class Tokens(LengthUnit):
     _tokenizer: Any = field(default=None, init=False, repr=False, compare=False)
 
     def check(self) -> None:
-        """Open the tokenizer."""
+        """Load the tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
+    @override
     def count(self, texts: list[str]) -> list[int]:
-        """Number of tokens."""
         self.check()
         if not texts:  # tokenizers refuse an empty batch
             return []
@@ -71,12 +72,11 @@ class Tokens(LengthUnit):
 class Length(Reward):
     """Length of the completion: ``clip(l / divisor, low, high)``.
 
-    ``Length()`` is the form of PAMA's IMDb experiment, ``clip(l/140, 70/140, 210/140)``: half a point at 70 and
-    below, 1.5 at 210 and above. Its form for HH-RLHF, ``clip(l/140, 0, 4096/140)``, is
-    ``Length(low=0, high=29.257)``.
+    ``Length()`` is that of PAMA's IMDb experiment, ``clip(l/140, 70/140, 210/140)``: 0.5 at 70 and below, 1.5 at 210
+    and above. That of its HH-RLHF experiment, ``clip(l/140, 0, 4096/140)``, is ``Length(low=0, high=29.257)``.
 
-    Source: He & Maghsudi, ECML-PKDD 2025, arXiv 2508.07768. The paper leaves the unit of ``l`` open; it is words here
-    unless ``unit`` says otherwise.
+    Source: He & Maghsudi, ECML-PKDD 2025, arXiv 2508.07768. The paper does not specify the unit of ``l``; the default
+    here is words.
 
     Args:
         divisor: length that scores 1, in the unit.
@@ -100,13 +100,13 @@ class Length(Reward):
             raise UserError(f"Length.low must be below Length.high, got {self.low} and {self.high}")
 
     def check(self, columns: set[str]) -> None:
-        """Open the unit's tokenizer, if it has one."""
+        """Load the unit's tokenizer, if it has one."""
         self.unit.check()
 
     def setup(self, device: torch.device) -> None:
-        """The same, for those who did not check."""
+        """Load the unit's tokenizer, if :meth:`check` was not called."""
         self.unit.check()
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """Scores; every completion has one, the empty one too."""
+        """Score completions. Every one has a score, even an empty one."""
         return [min(max(length / self.divisor, self._low), self._high) for length in self.unit.count(completions)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import override
 
 from moa_lightning.errors import UserError
 from moa_lightning.rewards.base import Reward, ShardModel
@@ -17,19 +18,19 @@ from moa_lightning.rewards.base import Reward, ShardModel
 class WinProbability(Reward):
     """Probability that a response beats the fixed responses to its prompt, by another reward's scores of both.
 
-    ``mean_m sigmoid((score - score_m) / scale)`` (Bradley and Terry's model): .5 is as good as the fixed responses.
-    These do not move with the policy, so a threshold on this objective means the same throughout the run and in each
-    evaluation. Without this reward combiners of win probabilities compare the policy's own responses with each other,
-    and .5 is no more than its average of the moment.
+    ``mean_m sigmoid((score - score_m) / scale)`` (the Bradley-Terry model): 0.5 is as good as the fixed responses.
+    These do not change with the policy, so a threshold on this objective means the same throughout the run and in each
+    evaluation. Without this reward, combiners of win probabilities compare the policy's own responses with each other,
+    and 0.5 is only its current average.
 
-    A response has no score where its prompt has no fixed response, or where the reward scores neither. The fixed
-    responses are scored with each batch, in the same call; each of them once, however many responses a prompt has.
+    A response has no score if its prompt has no fixed response, or if the reward does not score both. The fixed
+    responses are scored in the same call as each batch, each of them once, however many responses a prompt has.
 
     Args:
-        reward: what both are scored by.
+        reward: scores both.
         baseline: name of the column with the fixed responses: a text, or a list of texts, for each prompt.
-        scale: difference in score at which the better one wins 73 % of the time; above 0. Of the size of the reward's
-            spread, differences count in proportion; far below it, only their sign does.
+        scale: difference in score at which the better one wins 73 % of the time; above 0. If it is about the reward's
+            spread, differences count in proportion; if it is far below, only their sign counts.
     """
 
     reward: Reward
@@ -49,17 +50,17 @@ class WinProbability(Reward):
             )
 
     @property
+    @override
     def title(self) -> str:
-        """With the reward's."""
         return f"win probability by {self.reward.title}"
 
     @property
+    @override
     def fixed_rivals(self) -> bool:
-        """True."""
         return True
 
     def check(self, columns: set[str]) -> None:
-        """Check the reward, and that the data have the fixed responses."""
+        """Check the reward, and that the data have a column of fixed responses."""
         self.reward.check(columns)
         if self.baseline not in columns:
             raise UserError(
@@ -67,24 +68,24 @@ class WinProbability(Reward):
                 f"{', '.join(sorted(columns)) or 'none beside the prompt'}"
             )
 
+    @override
     def setup(self, device: torch.device) -> None:
-        """The reward's."""
         self.reward.setup(device)
 
+    @override
     def shard(self, shard_model: ShardModel) -> None:
-        """The reward's."""
         self.reward.shard(shard_model)
 
     def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """Mean probability of each completion to win."""
         fixed = [_texts(self.baseline, value) for value in columns[self.baseline]]
-        # Responses to a prompt share their rivals: the first row that has one scores it for all of them.
+        # Responses to a prompt share their rivals, so each rival is scored once, for the first row that has it.
         first: dict[tuple[str, str], int] = {}
         for i, texts in enumerate(fixed):
             for text in texts:
                 first.setdefault((prompts[i], text), i)
         rows = [*range(len(completions)), *first.values()]
-        # One call for both, so that processes which share a model score equally often.
+        # One call for both: processes that share a sharded model must score equally often.
         answers: Any = self.reward.score(
             [prompts[i] for i in rows],
             completions + [text for _, text in first],
