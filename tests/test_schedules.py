@@ -181,7 +181,7 @@ def test_a_constant_schedule_is_a_number_to_the_bit(tmp_path, folder):
 
 
 def test_a_run_without_end_makes_no_progress(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"weight of 'good' follows.* no end; give trainer\.max_steps"):
+    with pytest.raises(ValueError, match=r"weight of 'good' follows.* no end; set trainer\.max_steps"):
         run(tmp_path, module(folder, Linear(), good=FADING), max_steps=-1, max_epochs=-1)
 
 

@@ -14,18 +14,18 @@ from moa_lightning.functional.preference import fill_scores, group_max, group_so
 
 @dataclass(frozen=True)
 class ReferenceSamples:
-    """The kept responses as a problem; float64."""
+    """Responses of the reference with their scores, as data of the dual problem; float64."""
 
-    scores_RN: Tensor  # less the penalty; a missing one is the mean of the prompt's others
-    present_RN: Tensor  # bool: False in prompts that an objective did not score at all
-    scored_RN: Tensor  # bool: the response itself has the score
+    scores_RN: Tensor  # minus the penalty; a missing score is the mean of the prompt's others
+    present_RN: Tensor  # bool: False in prompts without any score of the objective
+    scored_RN: Tensor  # bool: whether the response itself has the score
     penalty_R: Tensor
     log_prior_R: Tensor
     group_R: Tensor
 
     @classmethod
     def of(cls, samples_RC: Tensor) -> "ReferenceSamples":
-        """From a table with a row for each response.
+        """Build from a table with a row for each response.
 
         Args:
             samples_RC: each objective's score without penalties (NaN: none), then penalty, log-weight under the
@@ -37,10 +37,10 @@ class ReferenceSamples:
         return cls(scores_RN, present_RN, raw_RN.isfinite(), penalty_R, samples_RC[:, -2].double(), group_R)
 
     def pooled(self, needed_N: Tensor) -> "ReferenceSamples":
-        """The responses that all needed objectives scored, as if they were to one prompt; each prompt weighs as much.
+        """Responses with scores of all needed objectives, as if to one prompt. All prompts have the same weight.
 
         Args:
-            needed_N: bool.
+            needed_N: bool, the objectives.
         """
         used_R = self.scored_RN[:, needed_N].all(1)
         rows = {field.name: getattr(self, field.name)[used_R] for field in fields(self)}
@@ -58,52 +58,53 @@ class ReferenceSamples:
         return group_softmax(self.log_prior_R, self.group_R)
 
     def without_penalties(self) -> "ReferenceSamples":
-        """The same with the objectives' own scores."""
+        """The same responses, with scores without penalties."""
         unpenalised_RN = self.scores_RN + self.penalty_R.unsqueeze(1)
         return replace(self, scores_RN=unpenalised_RN, penalty_R=torch.zeros_like(self.penalty_R))
 
     def means(self, counted_RN: Tensor) -> Tensor:
-        """Mean of each objective under the reference, over what counts; NaN where nothing does."""
+        """Mean of each objective under the reference, over the counted responses; NaN if there are none."""
         prior_RN = self.prior_R.unsqueeze(1) * counted_RN
         return (prior_RN * self.scores_RN).sum(0) / prior_RN.sum(0)
 
     def deviations(self) -> Tensor:
-        """Standard deviation of each objective among the responses to a prompt; 0 where nothing is known of it."""
+        """Standard deviation of each objective among the responses to a prompt; 0 if it has no scores."""
         prior_RN = self.prior_R.unsqueeze(1) * self.present_RN
         means_GN = group_sum(prior_RN * self.scores_RN, self.group_R)
         squares_RN = prior_RN * (self.scores_RN - means_GN[self.group_R]).square()
         return (squares_RN.sum(0) / prior_RN.sum(0).clamp(min=1e-9)).sqrt()
 
     def complete(self) -> Tensor:
-        """Bool ``(R, N)``: True in prompts whose responses all have the objective's score."""
+        """Bool ``(R, N)``: whether all responses to the row's prompt have the objective's score."""
         return group_sum((~self.scored_RN).double(), self.group_R)[self.group_R] == 0
 
 
 @dataclass(frozen=True)
 class ReferenceDual:
-    """What the responses of the reference say of the multipliers."""
+    """Multipliers estimated from responses of the reference."""
 
-    duals_N: Tensor  # 0 where there is no threshold
+    duals_N: Tensor  # 0 for objectives without a threshold
     feasible: bool  # whether some policy on these responses meets all thresholds
-    attainable_N: Tensor  # mean of each objective if the best response were always chosen
+    attainable_N: Tensor  # mean of each objective if always the best response were chosen
 
 
 def reference_dual(
     samples: ReferenceSamples, primary_N: Tensor, thresholds_N: Tensor, beta: float, fixed: bool, pool_prompts: bool
 ) -> ReferenceDual | None:
-    """Solve the dual on responses of the reference; None where no response has the scores that a threshold takes.
+    """Solve the dual on responses of the reference. Returns None if no response has the scores that a threshold needs.
 
-    A missing score does not say what a policy would have, so nothing is put in its place. Pooled, only responses count
-    that have all the scores that the problem takes. By prompt, one where only some of the responses have an objective's
-    score counts in no expectation of it; where none has, the objective's term is left out, as in training.
+    Missing scores are not imputed. With pooling, only responses with all needed scores count. Without pooling, a prompt
+    with scores for only some of its responses is left out of that objective's expectations; if it has no score at all,
+    the objective's term is left out, as in training.
 
     Args:
         samples: responses of the reference.
         primary_N: 1 for the primary objective, else 0.
-        thresholds_N: least means; NaN where there is none.
+        thresholds_N: lower bounds of the means; NaN for objectives without one.
         beta: strength of the KL penalty.
-        fixed: whether the thresholds are given; else they are the means of these very responses, penalties included.
-        pool_prompts: take what responses add to their prompt's level as samples of one distribution for all prompts.
+        fixed: whether to use these thresholds; otherwise they are the means of these responses, including penalties.
+        pool_prompts: treat the effects of responses, beyond their prompt's level, as samples of one distribution for
+            all prompts.
 
     Source: Huang et al., arXiv 2405.19544, Eq. 8, by :func:`one_shot_dual`; the pooling by
     :func:`without_prompt_effects`.

@@ -1,4 +1,4 @@
-"""Dynamic reward weighting: weights that gradients move, and a factor that the front's growth gives.
+"""Dynamic reward weighting: weights adapted by gradients, and a factor from the front's growth.
 
 Legend: N objectives.
 """
@@ -12,14 +12,14 @@ from moa_lightning.functional.pareto import hypervolume, non_dominated
 
 
 def influence(gram_NN: Tensor) -> Tensor:
-    """How much a step along the sum of all gradients improves each objective: ``g_i . sum_j g_j``, without unit.
+    """How much a step along the sum of all gradients improves each objective: ``g_i . sum_j g_j``, dimensionless.
 
     Args:
         gram_NN: inner products of the objectives' gradients.
 
     Returns:
-        influence_N, in units of the mean squared gradient norm; 0 where there is no gradient at all. Its sum is at
-        least 0, because it is the squared norm of the sum.
+        influence_N, in units of the mean squared gradient norm; 0 if all gradients are 0. Its sum is at least 0,
+        because it is the squared norm of the sum.
 
     Source: Lu et al. 2025, "Learning to Optimize Multi-Objective Alignment Through Dynamic Reward Weighting",
     arXiv 2509.11452. Deviation: the paper's has the units of the gradients, and so depends on the size of the model.
@@ -51,15 +51,15 @@ def mirror_step(log_weights_N: Tensor, influence_N: Tensor, lr: float) -> Tensor
 
 
 def grow_front(front_AN: Tensor, point_N: Tensor, reference_N: Tensor) -> tuple[Tensor, float]:
-    """The front with one more point, and by how much its hypervolume has grown.
+    """Add a point to a front; returns the new front and the growth of its hypervolume.
 
     Args:
         front_AN: points that do not dominate each other; A may be 0.
-        point_N: the new one.
-        reference_N: that the hypervolume is counted from.
+        point_N: the new point.
+        reference_N: reference point of the hypervolume.
 
     Returns:
-        The points that are not dominated now, each once, and the growth, at least 0.
+        The non-dominated points, without duplicates, and the growth, at least 0.
 
     Example:
         >>> front, origin = torch.tensor([[2.0, 1.0]]), torch.zeros(2)

@@ -53,17 +53,17 @@ def parameter_gradients(
 def weights_from_gramian(gram_NN: Tensor, weigh: Callable[[Tensor], Tensor], norm_power: float = 0.0) -> Tensor:
     """Weights of N objectives by a rule on the Gram matrix of their gradients, each scaled by its norm first.
 
-    Objectives whose gradient is 0 are left out of the problem and get weight 0: they have nothing to lose. The matrix
-    is handed to the rule with 1 as its largest diagonal element, in float64.
+    Objectives whose gradient is 0 are left out of the problem and get weight 0: they have nothing to lose. The rule
+    gets the matrix in float64, scaled so that its largest diagonal element is 1.
 
     Args:
         gram_NN: symmetric, positive semi-definite.
         weigh: from the Gram matrix of the scaled gradients to their weights.
-        norm_power: p; gradients are divided by the p-th power of their norm. 0 leaves them as they are.
+        norm_power: p; gradients are divided by the p-th power of their norm. 0 does not scale them.
 
     Returns:
-        weights_N of the gradients as they were given, float64; their magnitudes sum to 1, or all are 0. Only the
-        direction of the weighted sum is the rule's: its length is left to the learning rate.
+        weights_N of the original gradients, float64; their magnitudes sum to 1, or all are 0. The rule determines only
+        the direction of the weighted sum; the learning rate determines its length.
 
     Source: the scaling is GAPO's, Li et al. 2025, arXiv 2507.01915.
 

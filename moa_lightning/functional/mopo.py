@@ -29,7 +29,7 @@ def mopo_policy(
         group_B: int64, which prompt a response belongs to; ``None`` is one prompt.
 
     Returns:
-        policy_B, which adds to 1 over the responses to each prompt; 0 in a prompt without any prior weight.
+        policy_B, which sums to 1 over the responses to each prompt; 0 in a prompt without prior weight.
 
     Raises:
         ValueError: ``tau`` is not above 0.
@@ -61,7 +61,7 @@ def robust_value(values_B: Tensor, radius: float, log_prior_B: Tensor | None = N
 
     Returns:
         ``(value, chi)``, scalars in the dtype of ``values_B``. ``chi`` is infinite for radius 0 and for equal values,
-        and 0 where the ball reaches the distribution that sits on the smallest values.
+        and 0 if the ball contains the distribution on the smallest values.
 
     Raises:
         ValueError: the radius is negative.
@@ -94,7 +94,7 @@ def robust_value(values_B: Tensor, radius: float, log_prior_B: Tensor | None = N
         else:
             high = middle
     chi = math.exp((low + high) / 2)
-    # The dual value's derivative is 0 here, so it is exact to second order in what is left of the bisection.
+    # The dual value's derivative is 0 here, so its error is of second order in that of the bisection.
     value = -chi * torch.logsumexp(log_prior - above / chi, 0) - chi * radius
     return (lowest + spread * value).to(like), torch.tensor(chi * spread, dtype=like, device=values_B.device)
 

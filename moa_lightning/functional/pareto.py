@@ -14,8 +14,8 @@ def hypervolume(points_PN: Tensor, reference_N: Tensor) -> float:
 
     Args:
         points_PN: objective vectors, bigger is better; P may be 0.
-        reference_N: the fixed point from which the volume counts. A point that is not better than it in every
-            objective adds nothing, and is no error.
+        reference_N: the fixed reference point. A point that is not better in every objective contributes nothing and
+            is not an error.
 
     Returns:
         The volume, in the product of the objectives' units.

@@ -1,4 +1,4 @@
-"""From the N scores of a response to one: sums, minima and smooth minima.
+"""Scalarisation: combining the N scores of a response into one by sums, minima and smooth minima.
 
 Legend: B responses, N objectives. ``present_BN`` says which objectives take part in a response's problem; ``None`` is
 all of them. Objectives of weight 0 never do. Each function of several objectives returns ``(score_B, shares_BN)``: the
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from moa_lightning.functional.preference import group_sum
 
-# Relative to the scores' size; of a spread below it, float32 scores hold little but rounding errors.
+# Relative to the scores' size; a smaller spread of float32 scores is mostly rounding error.
 NO_SPREAD = 1e-6
 
 
 def group_standardize(scores_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> Tensor:
-    """Each objective less its mean over the prompt's responses, divided by their sample standard deviation.
+    """Subtract each objective's mean over the prompt's responses, and divide by their sample standard deviation.
 
     Args:
         scores_BN: floating point, in any unit; ignored where ``valid_BN`` is False, NaN included.
@@ -48,13 +48,13 @@ def group_standardize(scores_BN: Tensor, valid_BN: Tensor, group_B: Tensor) -> T
 
 
 def group_centered(score_B: Tensor, counted_B: Tensor, group_B: Tensor, mean: float) -> Tensor:
-    """Each score less the mean of its prompt's, or less ``mean`` where it is the only one; 0 where it does not count.
+    """Subtract the mean of the prompt's scores from each score. The result is 0 where a score does not count.
 
     Args:
         score_B: one for each response.
         counted_B: bool; the others are ignored.
         group_B: int64, from 0: which prompt a response belongs to.
-        mean: for a response without another one to compare it with.
+        mean: subtracted instead if the prompt has no other score.
 
     Example:
         >>> counted = torch.tensor([True, True, True, False])
@@ -71,13 +71,13 @@ def group_covariance(scores_BN: Tensor, signal_B: Tensor, valid_BN: Tensor, grou
 
     Args:
         scores_BN: in the objectives' units; ignored where ``valid_BN`` is False.
-        signal_B: what is trained on.
+        signal_B: the signal.
         valid_BN: bool.
         group_B: int64, from 0: which prompt a response belongs to.
 
     Returns:
-        ``(covariance_GN, known_GN)``: the mean product of the deviations from the means, and bool, whether
-        the prompt has two responses with this objective; 0 where it has not.
+        ``(covariance_GN, known_GN)``: the mean product of the deviations from the means, and bool, whether the prompt
+        has at least two responses with this objective; without them the covariance is 0.
 
     Example:
         >>> scores, signal = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([-1.0, 1.0])
@@ -97,7 +97,7 @@ def group_covariance(scores_BN: Tensor, signal_B: Tensor, valid_BN: Tensor, grou
 
 
 def weighted_sum(scores_BN: Tensor, weights_N: Tensor, present_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``sum_i w_i s_i``; an objective that takes no part adds 0, and the other weights stay as they are."""
+    """``sum_i w_i s_i``; an objective that takes no part adds 0, and the other weights are not rescaled."""
     shares_BN = _taking_part(scores_BN, weights_N, present_BN) * weights_N
     score_B = (scores_BN.where(shares_BN > 0, 0.0) * shares_BN).sum(1)
     return score_B, _normalized(shares_BN)
@@ -116,7 +116,7 @@ def tchebycheff(
         weights_N: at least 0, in inverse units.
         present_BN: bool.
 
-    Source: Miettinen, "Nonlinear Multiobjective Optimization", 1999, section 3.4, with its sign turned.
+    Source: Miettinen, "Nonlinear Multiobjective Optimization", 1999, section 3.4, with the sign flipped.
 
     Example:
         >>> tchebycheff(torch.tensor([[0.5, 0.2]]), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]))[0].item()
@@ -138,7 +138,7 @@ def smooth_tchebycheff(
         scores_BN: in the objectives' units.
         ideal_N: z, in the same units.
         weights_N: at least 0, in inverse units.
-        mu: above 0: how far from the largest distance another one still counts.
+        mu: smoothing, above 0; distances within about this of the largest one have an effect.
         present_BN: bool.
 
     Source: Lin et al. 2024, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", arXiv 2402.19078.
@@ -180,7 +180,7 @@ def soft_minimum(
     smallest_B1 = scores_BN.masked_fill(~taking_BN, torch.inf).amin(1, keepdim=True)
     smallest_B1 = smallest_B1.where(smallest_B1.isfinite(), 0.0)
     above_BN = k * (scores_BN.where(taking_BN, smallest_B1) - smallest_B1)
-    # exp - 1 and log(1 + x) keep their digits where k is tiny and the sum next to 1.
+    # exp - 1 and log(1 + x) stay precise for tiny k, where the sum is close to 1.
     score_B = smallest_B1.squeeze(1) - torch.log1p((weights_BN * torch.expm1(-above_BN)).sum(1)) / k
     return score_B.where(taking_BN.any(1), 0.0), _normalized(weights_BN * torch.exp(-above_BN))
 

@@ -9,13 +9,13 @@ Z = 1.96
 def threshold_verdict(mean: float, std_error: float | None, threshold: float) -> str:
     """Whether the mean of a held-out evaluation meets a threshold: ``met``, ``missed`` or ``open``.
 
-    It is ``met`` or ``missed`` where the 95 % interval of the mean lies on one side of the threshold, and ``open``
-    where the interval holds it or is not known.
+    It is ``met`` or ``missed`` if the 95 % interval of the mean is on one side of the threshold, and ``open`` if the
+    interval contains it or is unknown.
 
     Args:
         mean: of the objective's values, in the unit of the threshold.
-        std_error: of the mean; ``None`` or NaN where one response was all there was.
-        threshold: the least value that is wanted.
+        std_error: of the mean; ``None`` or NaN if there was only one response.
+        threshold: lower bound of the mean.
 
     Example:
         >>> threshold_verdict(-0.7, 0.01, -0.1)

@@ -119,7 +119,7 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.parametrize("combiner", [Gramian(at="parameters"), GAPO(at="last_layer"), DynamicWeights(at="parameters")])
 def test_a_strategy_that_keeps_parameters_in_pieces_is_refused(combiner):
     at, name = combiner.at, type(combiner).__name__
-    with pytest.raises(ValueError, match=f"{name} takes gradients at {at}, which FSDP2Strategy keeps in"):
+    with pytest.raises(ValueError, match=f"{name} takes gradients at {at}, which FSDP2Strategy shards"):
         check_strategy(combiner, FSDP2Strategy())
     for strategy in (DDPStrategy(), SingleDeviceStrategy()):
         check_strategy(combiner, strategy)
