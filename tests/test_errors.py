@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moa_lightning
-from moa_lightning import commands
+from moa_lightning import cli
 from moa_lightning.cli import main
 from moa_lightning.distributed import raise_on_all_ranks
 from moa_lightning.errors import UserError
@@ -38,7 +38,7 @@ def test_a_mistake_is_one_line(
             raise error
         raise TypeError("the parser's") from UserError("write b")
 
-    monkeypatch.setattr(commands, "run", run)
+    monkeypatch.setattr(cli, "run", run)
     assert complaint(capsys, "fit") == "write b"
 
 
@@ -54,7 +54,7 @@ def test_a_value_error_of_somebody_elses_code_is_not_said_to_be_ours(monkeypatch
     def run(command: str, args: list[str]) -> None:
         raise ValueError("of a combiner of one's own")
 
-    monkeypatch.setattr(commands, "run", run)
+    monkeypatch.setattr(cli, "run", run)
     with pytest.raises(ValueError, match="of one's own") as caught:
         main(["fit"])
     assert not hasattr(caught.value, "__notes__")

@@ -206,8 +206,8 @@ def test_flags_and_the_printed_config_say_the_same(tmp_path, capsys, flags):
     assert printed(f"--config={tmp_path / 'again.yaml'}") == given
 
 
-def test_the_example_of_the_readme(capsys, tmp_path):
-    text = (ROOT / "README.md").read_text()
+def test_the_example_of_the_documentation(capsys, tmp_path):
+    text = (ROOT / "docs/rewards.md").read_text()
     block = next(b for b in text.split("```yaml\n")[1:] if "LinearWeight" in b).partition("```")[0]
     (tmp_path / "schedule.yaml").write_text(block)
     with pytest.raises(SystemExit):
