@@ -1,4 +1,4 @@
-"""Single files that are whole or not there at all; for folders see ``atomic_folder``."""
+"""Single files that are written atomically; for folders see ``atomic_folder``."""
 
 import os
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Context manager: give a hidden path beside ``path`` to write to, and move it there when the block ends.
+    """Context manager: yields a hidden path next to ``path`` to write to, and renames it if the block raises no error.
 
-    A reader sees the old file or the new one, and never a part. After an error the old file stays. The data is not
-    flushed to the disk: what must outlast a power cut is a checkpoint (``training.checkpoints.Replacement``).
+    A reader sees either the old or the new file, never a partial one. After an error the old file stays. The data is
+    not flushed to disk, so use ``training.checkpoints.Replacement`` for files that must survive a power failure.
 
     Raises:
-        OSError: the file cannot be moved to its place.
+        OSError: the file cannot be renamed.
     """
     scratch = path.with_name(f".{path.name}")
     try:

@@ -38,9 +38,9 @@ def open_pretrained(auto_class: Any, path: str, what: str, **arguments: Any) -> 
 
 
 def _nearest(folder: Path) -> str:
-    """A folder with nearly this name beside it."""
-    beside = [other.name for other in folder.parent.iterdir() if other.is_dir()] if folder.parent.is_dir() else []
-    near = get_close_matches(folder.name, beside, n=1)
+    """A hint with the sibling folder whose name is most similar; empty if there is none."""
+    siblings = [other.name for other in folder.parent.iterdir() if other.is_dir()] if folder.parent.is_dir() else []
+    near = get_close_matches(folder.name, siblings, n=1)
     return f" (did you mean '{folder.with_name(near[0])}'?)" if near else ""
 
 
