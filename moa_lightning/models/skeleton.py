@@ -26,6 +26,10 @@ class UnsuitedError(Exception):
     """A model cannot be read shard by shard; the message says why."""
 
 
+# Why not HuggingFaceStorageReader of torch.distributed.checkpoint (read in torch 2.13): it finds a tensor by one name.
+# Files hold tied weights once, and a base model without the prefix of its head or with it; `_name_in` looks names up,
+# and a weight that no file holds is found before memory is taken. That reader also opens every safetensors
+# file of a folder, such as an adapter's beside the model. With the names known, a read is a slice of a file.
 class WeightFiles:
     """The safetensors files of a checkpoint, opened when they are first read.
 
