@@ -68,7 +68,7 @@ def test_a_folder_with_pieces_is_whole_or_not_there_and_resumes_to_the_bit(tmp_p
     assert torch.load(folder / "meta.pt", weights_only=True)["global_step"] == 2
 
     newest = tmp_path / "fsdp2-pieces-passes.ckpt"
-    with pytest.raises(ValueError, match=r"lora.ckpt is in pieces, .* use strategy FSDP2Strategy"):
+    with pytest.raises(ValueError, match=r"lora.ckpt is sharded, .* use strategy FSDP2Strategy"):
         AtomicCheckpointIO().load_checkpoint(folder)
     piece = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     cut_off(piece)
