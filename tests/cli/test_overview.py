@@ -75,7 +75,7 @@ LATE = DATA | SOLVERS | MODELS | {"matplotlib"}  # imported by what uses them, o
             DATA | {"torchjd", "cvxpy", "accelerate", "peft", "wandb"},
         ),
     ],
-    ids=" ".join,
+    ids=["--help", "--version", "combiners", "compare --help", "fit --help", "fit --print_config"],
 )
 def test_a_command_imports_only_what_it_uses(arguments: list[str], unused: set[str]) -> None:
     code = (
