@@ -45,9 +45,13 @@ def end_process_group() -> None:
         vars(sys).pop(name, None)
     gc.collect()
     dist.destroy_process_group()
-    for found in gc.get_objects():  # DTensor's caches keep every mesh; read in torch 2.13
+    # DTensor's caches keep every mesh, and LightningCLI's parsers a trainer with its sharded model; read in torch 2.13.
+    for found in gc.get_objects():
         if type(found) is DeviceMesh:
             getattr(found, "_pg_registry", {}).clear()
+        elif type(found).__name__.endswith("DPMeshInfo"):  # FSDP, HSDP and DDP
+            for name in ("shard_process_group", "replicate_process_group"):
+                vars(found).pop(name, None)
 
 
 atexit.register(end_process_group)
