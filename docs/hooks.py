@@ -1,6 +1,8 @@
 """Pages of the documentation site that are generated while it is built, so that nothing is written down twice.
 
-MkDocs calls the two functions that begin with ``on_``; :func:`generated` needs no MkDocs.
+MkDocs calls the functions that begin with ``on_``; :func:`generated` needs no MkDocs. Written pages are read in the
+repository as well. So tables that are generated stand in them, and links to generated pages are added for the site
+only. ``python docs/hooks.py`` writes those tables again; a test compares them.
 """
 
 import contextlib
@@ -22,7 +24,8 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
-TABLE = re.compile("<!-- generated: (.*) -->")  # a table takes the place of this line
+TABLE = re.compile(r"(<!-- generated: (\w+), by python docs/hooks.py -->\n).*?(\n<!-- end -->)", re.DOTALL)
+NAMED = re.compile(r"(?<!\[)`(?:moa )?(\w+)`(?!\])")
 
 
 def generated() -> dict[str, Callable[[], str]]:
@@ -73,13 +76,44 @@ def tables() -> dict[str, str]:
 
 
 def _by_combiner(title: str, texts: dict[str, str]) -> str:
-    rows = [f"| [{name}](combiners/{name}.md) | {text} |" for name, text in texts.items()]
+    rows = [f"| `{name}` | {text} |" for name, text in texts.items()]
     return "\n".join([f"| combiner | {title} |", "| --- | --- |", *rows])
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables where the pages ask for them."""
-    return TABLE.sub(lambda found: tables()[found[1]], markdown)
+def with_tables(markdown: str) -> str:
+    """The page with its generated tables as they should be."""
+    return TABLE.sub(lambda found: f"{found[1]}\n{tables()[found[2]]}\n{found[3]}", markdown)
+
+
+def write_tables() -> None:
+    """Write the generated tables into the written pages again."""
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if TABLE.search(text):
+            path.write_text(with_tables(text), encoding="utf-8")
+
+
+def linked(markdown: str) -> str:
+    """A written page for the site: in tables combiners and commands link to their pages, files to theirs."""
+    from moa_lightning.cli import COMMANDS
+    from moa_lightning.commands.combiners.facts import every_combiner
+
+    pages = {f"`{one.name}`": f"combiners/{one.name}.md" for one in every_combiner()}
+    pages |= {f"`moa {command}`": f"reference/{command}.md" for command in COMMANDS}
+
+    def link(found: re.Match[str]) -> str:
+        return f"[{found[0]}]({pages[found[0]]})" if found[0] in pages else found[0]
+
+    lines = markdown.split("\n")
+    text = "\n".join(NAMED.sub(link, line) if line.startswith("|") else line for line in lines)
+    for file, page in PAGES.items():
+        text = text.replace(f"](../{file})", f"]({page})")
+    return text
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Add the links of the site to the written pages."""
+    return markdown if page.file.src_uri in generated() else linked(markdown)
 
 
 def on_config(config: Any) -> Any:
@@ -99,3 +133,7 @@ def on_files(files: Any, config: Any) -> Any:
     for name, write in generated().items():
         files.append(File.generated(config, name, content=write()))
     return files
+
+
+if __name__ == "__main__":
+    write_tables()
