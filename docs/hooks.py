@@ -49,9 +49,7 @@ def help_page(command: str) -> str:
     terminal = (patch.dict(os.environ, COLUMNS="84"), patch.object(sys, "argv", ["moa"]))  # as wide as a page
     with terminal[0], terminal[1], contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main([command, "--help"])
-    # The usage names every option, and each of them follows below it with what it does.
-    shown = re.sub(r"\Ausage: .*?\n\n", f"usage: moa {command} [options]\n\n", printed.getvalue(), flags=re.DOTALL)
-    return f"# moa {command}\n\n```text\n{shown.strip()}\n```\n"
+    return f"# moa {command}\n\n```text\n{printed.getvalue().strip()}\n```\n"
 
 
 def file_page(file: str) -> str:

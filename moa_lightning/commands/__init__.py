@@ -20,6 +20,7 @@ class Command:
 
     summary: str  # its line of ``moa --help``
     function: str  # its signature is the command line; with ``parser=None`` it takes the arguments themselves
+    example: str  # what follows the command's name in the example of its help
     parser: str | None = _PARSER
     positional: Sequence[str] = ()  # options that may be given without their names
     repeatable: Sequence[str] = ()  # options that may be given several times, or once as a list
@@ -27,36 +28,58 @@ class Command:
 
 
 _CLI = "commands.fit.cli:AlignmentCLI.run_command"
+_OF_A_RUN = "--config=runs/hh/config.yaml --ckpt_path=last"
 COMMANDS = {
-    "fit": Command("align a policy", _CLI, parser=None),
-    "validate": Command("score a policy's responses to the validation prompts", _CLI, parser=None),
-    "test": Command("score a policy's responses to the test prompts", _CLI, parser=None),
-    "predict": Command("write responses with their scores as JSONL", _CLI, parser=None),
-    "sft": Command("build or fine-tune a policy on text (the supervised stage)", "stages.supervised:supervised"),
-    "reward": Command("train a reward model on chosen/rejected pairs", "stages.reward_model:reward_model"),
+    "fit": Command("align a policy", _CLI, "--config=configs/demo.yaml", parser=None),
+    "validate": Command("score a policy's responses to the validation prompts", _CLI, _OF_A_RUN, parser=None),
+    "test": Command("score a policy's responses to the test prompts", _CLI, _OF_A_RUN, parser=None),
+    "predict": Command("write responses with their scores as JSONL", _CLI, _OF_A_RUN, parser=None),
+    "sft": Command(
+        "build or fine-tune a policy on text (the supervised stage)",
+        "stages.supervised:supervised",
+        "--config=configs/hh/sft.yaml --data.path=train.jsonl",
+    ),
+    "reward": Command(
+        "train a reward model on chosen/rejected pairs",
+        "stages.reward_model:reward_model",
+        "--config=configs/hh/reward.yaml --data.path=train.jsonl",
+    ),
     "label": Command(
         "fill in preference labels that are missing, from rewards",
         "commands.label.command:label",
+        "--config=label.yaml --data.path=train.jsonl --output=labelled.jsonl",
         parser="commands.label.command:LabelParser",
     ),
     "compare": Command(
         "put the objectives and thresholds of several runs side by side",
         "commands.compare.command:compare",
+        "--runs='runs/*' --output=comparison",
         repeatable=("runs",),
         loads_models=False,
     ),
     "combiners": Command(
         "compare the ways N objectives become one, or print the page of one",
         "commands.combiners.pages:combiners",
+        "--name=PAMA",
         loads_models=False,
     ),
     "export": Command(
         "write a run's policy as a plain Hugging Face folder",
         "commands.export.command:export",
+        "runs/hh hh/aligned",
         positional=("run", "output"),
     ),
-    "demo": Command("the embedded task: several methods, one table, one picture", "commands.demo.command:demo"),
+    "demo": Command(
+        "the embedded task: several methods, one table, one picture",
+        "commands.demo.command:demo",
+        "--output=runs/demo",
+    ),
 }
+
+
+def usage(name: str) -> str:
+    """The first lines of a command's help. The parser's own usage names every option, and those follow below anyway."""
+    return f"moa {name} [options]\nexample: moa {name} {COMMANDS[name].example}"
 
 
 def run(name: str, args: list[str]) -> None:
@@ -130,5 +153,6 @@ def _call(function: Callable[..., None], args: list[str], parser: Any) -> None:
         as_positional=False,
         parser_class=parser,
         prog=f"moa {args[0]}",
+        usage=usage(args[0]),
         allow_abbrev=False,
     )

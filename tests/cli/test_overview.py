@@ -1,6 +1,7 @@
 """What ``moa`` says about itself, and the installed script."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,10 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
         "compare": "--runs",
         "combiners": "--name",
     }
+    first = printed.splitlines()[:3]
+    assert first == [f"usage: moa {command} [options]", f"example: moa {command} {COMMANDS[command].example}", ""]
+    options = re.findall(r"--([\w.]+)=", COMMANDS[command].example)
+    assert [option for option in options if f"--{option} " not in printed] == []
     expected = (named | {"export": "--merge", "demo": "--steps"}).get(command, "--model.combiner")
     assert expected in printed
 

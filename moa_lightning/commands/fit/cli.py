@@ -29,6 +29,7 @@ from moa_lightning.callbacks import (
     Throughput,
 )
 from moa_lightning.callbacks.constraints import BEST
+from moa_lightning.commands import usage
 from moa_lightning.commands.errors import OneLineErrors, UsageError, check_config_files, name_objective
 from moa_lightning.commands.fit.monitors import check_monitors
 from moa_lightning.commands.fit.resume_settings import settle
@@ -106,7 +107,7 @@ class AlignmentCLI(LightningCLI):
             args=args,
             subclass_mode_data=True,
             parser_class=AlignmentParser,
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, **{name: {"usage": usage(name)} for name in cls.subcommands()}},
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},  # the run folder is a new one, or that of the resumed run
             seed_everything_default=0,
