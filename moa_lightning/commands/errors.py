@@ -68,7 +68,7 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
         given = found[1] or found[2]
         if found[1] and not given.startswith("-"):
             return f"'{given}' is not expected here; options are written --name=value"
-        hint = _closest(given.lstrip("-").partition("=")[0], flags, "--")
+        hint = closest(given.lstrip("-").partition("=")[0], flags, "--")
         return f"unknown option '{given}'{hint or '; --help lists the options'}"
     if (found := _UNKNOWN_FIELD.search(message)) and "class_path='typing.Union'" not in message:
         given, fields = found[1].partition(".")[0], [field for field in (found[2] or "").split(", ") if field]
@@ -77,7 +77,7 @@ def explain(message: str, bases: Sequence[type], flags: Iterable[str]) -> str:
         named = [kind for base in bases for kind in concrete(base) if classes and kind.__name__ == classes[-1]]
         if why := next((lacks[given] for kind in named if given in (lacks := getattr(kind, "lacks", {}))), None):
             return f"{path}: {classes[-1]} has no field '{given}': {why}"
-        return f"{path}: {classes[-1] if classes else 'it'} has no field '{given}'{_closest(given, fields)}; {has}"
+        return f"{path}: {classes[-1] if classes else 'it'} has no field '{given}'{closest(given, fields)}; {has}"
     if found := _AMBIGUOUS.search(message):
         return f"{path}: several classes are called '{found[1]}'; give the import path of one of them: {found[2]}"
     base = _base_of(path, bases)
@@ -155,7 +155,7 @@ def _unknown_class(given: str, path: str, base: type, others: str) -> str:
         fields = ", ".join(inspect.signature(base).parameters)
         return f"{path} must hold fields of {base.__name__} ({fields}); got '{given}'"
     return (
-        f"unknown {path.rpartition('.')[2]} '{given}'{_closest(given, known)}; known: {others}{', '.join(known)}. For "
+        f"unknown {path.rpartition('.')[2]} '{given}'{closest(given, known)}; known: {others}{', '.join(known)}. For "
         f"a class of your own, give its import path, such as my_package.{base.__name__}OfMine"
     )
 
@@ -182,7 +182,8 @@ def _values_of(types: Sequence[str]) -> str:
     return " or ".join(dict.fromkeys([*choices, *others])).replace("NoneType", "null")
 
 
-def _closest(given: str, known: Iterable[str], prefix: str = "") -> str:
+def closest(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message that asks for the known name nearest to the given one; empty if none is near."""
     written = {name.lower(): name for name in known}  # 'pama' is as near to 'PAMA' as can be
     best = difflib.get_close_matches(given.lower(), list(written), n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{written[best[0]]}'?" if best else ""
@@ -202,12 +203,12 @@ def check_config_files(args: Sequence[str], known: Collection[str] | None = None
         path = Path(given)
         if not path.is_file():
             names = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise UserError(f"config file '{given}' does not exist{_closest(given, names)}")
+            raise UserError(f"config file '{given}' does not exist{closest(given, names)}")
         node = _composed(path)
         _check_node(node, path, {})
         for key, _ in node.value:
             if known is not None and key.value.partition(".")[0] not in known:
-                near = _closest(key.value, known) or f"; known: {', '.join(sorted(known))}"
+                near = closest(key.value, known) or f"; known: {', '.join(sorted(known))}"
                 raise UserError(f"{path}, line {key.start_mark.line + 1}: unknown setting '{key.value}'{near}")
 
 

@@ -132,6 +132,7 @@ def test_a_page_of_your_own(
     ("name", "says"),
     [
         ("Gramain", "there is no combiner 'Gramain'; did you mean 'Gramian'?"),
+        ("Pama", "there is no combiner 'Pama'; did you mean 'PAMA'?"),
         ("nowhere_at_all.Mine", "combiner 'nowhere_at_all.Mine': there is no module 'nowhere_at_all'"),
         ("moa_lightning.combiners.Combiner", "is no combiner: subclass"),
         ("moa_lightning.rewards.Length", "is no combiner: subclass"),

@@ -1,6 +1,5 @@
 """``moa combiners``: which there are, how they compare, and a page of each."""
 
-import difflib
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from moa_lightning.combiners import Combiner
 from moa_lightning.combiners.claims import MEANINGS, Claim
 from moa_lightning.commands.combiners.facts import FAMILIES, Facts, every_combiner, facts
+from moa_lightning.commands.errors import closest
 from moa_lightning.errors import UserError
 from moa_lightning.signals import MEANINGS as SIGNALS
 from moa_lightning.utils.import_path import import_dotted
@@ -49,8 +49,7 @@ def _named(name: str, known: Sequence[Facts]) -> Facts:
         if one.name == name:
             return one
     if "." not in name:
-        near = difflib.get_close_matches(name, [one.name for one in known], n=1)
-        close = f"; did you mean '{near[0]}'?" if near else ";"
+        close = closest(name, [one.name for one in known]) or ";"
         raise UserError(
             f"there is no combiner '{name}'{close} 'moa combiners' lists them, "
             "and one of your own has its module before it, such as my_combiner.Mine"
