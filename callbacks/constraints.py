@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, log_everywhere, step_of
+from moa_lightning.callbacks.evaluations import EvaluationCallback, log_everywhere, step_of
 from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.functional.verdict import Z
 from moa_lightning.signals import Signal
-from moa_lightning.types import Evaluation, Minibatch
+from moa_lightning.types import Evaluation, Minibatch, Statistics
 
 BEST = "best.ckpt"
 """Name of the best checkpoint, in the folder of the run's checkpoints."""

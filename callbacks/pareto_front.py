@@ -13,12 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, log_everywhere, step_of
+from moa_lightning.callbacks.evaluations import EvaluationCallback, log_everywhere, step_of
 from moa_lightning.callbacks.front_plot import draw_front
 from moa_lightning.callbacks.writing import Writing
 from moa_lightning.errors import UserError
 from moa_lightning.functional import hypervolume, non_dominated
-from moa_lightning.types import Evaluation
+from moa_lightning.types import Evaluation, Statistics
 from moa_lightning.utils.atomic_file import atomic_file
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moa_lightning.callbacks.evaluations import moments
 from moa_lightning.distributed import all_sum, world_size
 from moa_lightning.types import Experience, Minibatch, RewardTable, StepOutput
+from moa_lightning.utils.moments import moments
 
 
 class ObjectiveMetrics(Callback):
@@ -118,10 +118,12 @@ def _correlations(names: tuple[str, ...], values_BN: torch.Tensor) -> dict[str, 
     """Pearson correlation of each pair over the responses that both could score, over all processes."""
     metrics = {}
     for i, j in combinations(range(len(names)), 2):
-        both_B = torch.isfinite(values_BN[:, i]) & torch.isfinite(values_BN[:, j])
-        pair_B2 = values_BN[:, [i, j]].where(both_B.unsqueeze(1), torch.nan)
-        count_2, mean_2, std_2 = moments(pair_B2)
-        product = all_sum((pair_B2 - mean_2).nan_to_num().prod(1).sum())
-        if count_2[0] > 1 and (std_2 > 0).all():
-            metrics[f"correlation/{names[i]}/{names[j]}"] = float(product / (count_2[0] - 1) / std_2.prod())
+        # Var[x + y] = Var[x] + Var[y] + 2 Cov[x, y]. torchmetrics' PearsonCorrCoef wants rows on every process.
+        x_B, y_B = values_BN[:, i], values_BN[:, j]
+        sum_B = x_B + y_B
+        both_B3 = torch.stack([x_B, y_B, sum_B], dim=1).where(torch.isfinite(sum_B).unsqueeze(1), torch.nan)
+        count_3, _, std_3 = moments(both_B3)
+        x, y, total = std_3.tolist()
+        if count_3[0] > 1 and x > 0 and y > 0:
+            metrics[f"correlation/{names[i]}/{names[j]}"] = (total**2 - x**2 - y**2) / (2 * x * y)
     return metrics

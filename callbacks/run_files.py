@@ -11,13 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moa_lightning.callbacks.constraints import Constraints, thresholds_by_unit
-from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, step_of
+from moa_lightning.callbacks.evaluations import EvaluationCallback, step_of
 from moa_lightning.callbacks.pareto_front import ParetoFront
 from moa_lightning.callbacks.rewards import combiner_report
 from moa_lightning.callbacks.throughput import Throughput
 from moa_lightning.callbacks.writing import Writing
 from moa_lightning.distributed import raise_on_all_ranks
-from moa_lightning.types import Evaluation
+from moa_lightning.types import Evaluation, Statistics
 from moa_lightning.utils.atomic_file import atomic_file
 from moa_lightning.utils.random_state import run_seed
 

@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from moa_lightning.callbacks.evaluations import EvaluationCallback, Statistics, step_of
+from moa_lightning.callbacks.evaluations import EvaluationCallback, step_of
 from moa_lightning.callbacks.growing_file import drop_cut_line
 from moa_lightning.callbacks.writing import Writing
 from moa_lightning.errors import UserError
-from moa_lightning.types import Evaluation
+from moa_lightning.types import Evaluation, Statistics
 
 
 def lines_of(evaluation: Evaluation) -> list[dict[str, Any]]:

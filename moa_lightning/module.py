@@ -7,13 +7,11 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from moa_lightning.chat import end_tokens
 from moa_lightning.combiners import PAMA, Combiner
@@ -37,7 +35,17 @@ from moa_lightning.training.finite_updates import (
 from moa_lightning.training.resumption import OptimizerSettings, ResumedModule
 from moa_lightning.training.scheduled_weights import ScheduledWeights
 from moa_lightning.training.strategies import load, place
-from moa_lightning.types import Evaluation, Experience, Minibatch, PromptBatch, State, StepOutput
+from moa_lightning.types import (
+    Evaluation,
+    Experience,
+    Minibatch,
+    PromptBatch,
+    RewardTable,
+    State,
+    Statistics,
+    StepOutput,
+)
+from moa_lightning.utils.moments import Moments
 from moa_lightning.utils.random_state import run_seed
 
 if TYPE_CHECKING:
@@ -98,8 +106,6 @@ class AlignmentModule(ResumedModule):
             raise UserError(f"value_learning_rate must be a finite number >= 0 (or null), got {value_learning_rate}")
         compatibility.check_optimizer(optimizer)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        if value_learning_rate is not None and not 0 <= value_learning_rate < math.inf:
-            raise UserError(f"value_learning_rate must be a finite number of at least 0, got {value_learning_rate}")
         if silent_batches < 0:
             raise UserError(f"silent_batches must be at least 0, got {silent_batches}")
         self.value_learning_rate = value_learning_rate
@@ -117,9 +123,8 @@ class AlignmentModule(ResumedModule):
         self.policy: Policy
         self.encoder: Encoder
         self.tokenizer: PreTrainedTokenizerBase
-        keys = [f"{kind}/{name}/mean" for kind in ("rewards", "values") for name in self.panel.names]
-        self._means = nn.ModuleDict({key: MeanMetric(nan_strategy="ignore") for key in keys})
-        self._evaluated_2N = torch.zeros(2, len(self.objective_names))  # sums and counts of the values of an evaluation
+        self._evaluation = Moments(2 * len(self.panel.names))  # of an evaluation's values, then of its raw scores
+        self._evaluated: RewardTable | None = None  # of its last batch, for names and transforms
         self._panel_device: torch.device | None = None
         self._scored_N = torch.zeros(len(self.objective_names), dtype=torch.bool)
 
@@ -274,30 +279,40 @@ class AlignmentModule(ResumedModule):
         Logs each objective's mean raw score as ``val/rewards/<name>/mean`` and, if values differ from raw scores, its
         mean value as ``val/values/<name>/mean``. The step of an evaluation is the number of updates before it.
         """
-        return self._evaluate(batch, batch_idx, "val")
+        return self._evaluate(batch, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the sums over the evaluation."""
-        self._evaluated_2N = torch.zeros(2, len(self.objective_names))
+        """Start the statistics of this evaluation."""
+        self._evaluation.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Log the evaluation at its step, and update the combiner's state once for each completely evaluated step."""
-        self._log_at_step()
-        sums_2N, step = all_sum(self._evaluated_2N.to(self.device)).cpu(), self.trainer.global_step
+        self._log_evaluation("val")
+        step = self.trainer.global_step
         if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps != math.inf:
             return
         if self.evaluated_at != step:  # a resumed run may evaluate the same step again
-            self.combiner_state = self.combiner.observe_evaluation(sums_2N[0] / sums_2N[1], self.combiner_state)
+            statistics = self.evaluation_statistics()
+            means_N = torch.tensor([statistics[name].mean for name in self.objective_names])
+            self.combiner_state = self.combiner.observe_evaluation(means_N, self.combiner_state)
         self.evaluated_at = step
 
-    def _log_at_step(self) -> None:
-        """Log an evaluation's metrics at the number of updates before it, including those of the sanity check."""
+    def evaluation_statistics(self) -> dict[str, Statistics]:
+        """Statistics of the evaluation so far, of each objective by name. Every process calls it; callbacks may."""
+        if self._evaluated is None:
+            return {}
+        return Statistics.by_name(self._evaluated, self._evaluation.compute())  # computed once, then cached
+
+    def _log_evaluation(self, prefix: str) -> None:
+        """Log an evaluation's means at the number of updates before it, including those of the sanity check."""
+        statistics = self.evaluation_statistics()
+        means = {f"{prefix}/rewards/{name}/mean": one.raw_mean for name, one in statistics.items()}
+        means |= {f"{prefix}/values/{name}/mean": one.mean for name, one in statistics.items() if one.transform}
         if self.trainer.sanity_checking:  # Lightning discards what is logged then
-            metrics = {key: cast(MeanMetric, metric) for key, metric in self._means.items()}
-            means = {f"val/{key}": float(m.compute()) for key, m in metrics.items() if m.update_called}
             for logger in self.trainer.loggers:
                 logger.log_metrics(means, self.steps_done)
         else:
+            self.log_dict(means, batch_size=1, reduce_fx="max", sync_dist=True)  # the same on all processes
             # Lightning would use the index of the last update, which is one less. A metric of this name sets the step.
             self.log("step", float(self.steps_done), batch_size=1, reduce_fx="max", sync_dist=True)
 
@@ -307,35 +322,29 @@ class AlignmentModule(ResumedModule):
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:  # type: ignore[override]
         """Respond and score, like :meth:`validation_step`, with the prefix ``test/`` in the metrics."""
-        return self._evaluate(batch, batch_idx, "test")
+        return self._evaluate(batch, batch_idx)
+
+    def on_test_epoch_start(self) -> None:
+        """Start the statistics of this evaluation."""
+        self._evaluation.reset()
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics at the number of updates of the weights."""
-        self._log_at_step()
+        self._log_evaluation("test")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         """Respond to prompts and score the responses, without logging."""
         return self._respond(batch, batch_idx)
 
-    def _evaluate(self, batch: PromptBatch, batch_idx: int, prefix: str) -> Evaluation:
+    def _evaluate(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         evaluation = self._respond(batch, batch_idx)
-        table = evaluation.rewards
-        for i, name in enumerate(table.names):
-            self._log_mean(prefix, f"rewards/{name}/mean", table.raw_BN[:, i])
-            if name in table.transform_by_name:
-                self._log_mean(prefix, f"values/{name}/mean", table.value_BN[:, i])
-        values_BN, valid_BN = evaluation.rewards.trained_BN, evaluation.rewards.valid_BN
-        self._evaluated_2N += torch.stack([values_BN.where(valid_BN, 0.0).sum(0), valid_BN.to(values_BN).sum(0)]).cpu()
+        self._evaluated = evaluation.rewards
+        self._evaluation.update(torch.cat([evaluation.rewards.value_BN, evaluation.rewards.raw_BN], dim=1))
         return evaluation
 
     def _respond(self, batch: PromptBatch, batch_idx: int) -> Evaluation:
         with naming_the_step(self.trainer):
             return self.source.evaluate(batch, self._actors(), self._evaluation_seed(batch_idx)).counted(batch)
-
-    def _log_mean(self, prefix: str, key: str, scores_B: Tensor) -> None:
-        metric = cast(MeanMetric, self._means[key])
-        metric.update(scores_B.double())
-        self.log(f"{prefix}/{key}", metric, on_step=False, on_epoch=True, batch_size=1)
 
     def _evaluation_seed(self, batch_idx: int) -> int:
         return ((run_seed(self.seed) + 1) * 15_485_863 + batch_idx) % 2**62

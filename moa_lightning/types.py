@@ -94,6 +94,36 @@ class RewardTable:
         return torch.isfinite(self.trained_BN)
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """One objective over one evaluation, over all processes, responses without a score left out.
+
+    ``mean``, ``std`` and ``std_error`` are of its values: after scale, shift and clip, the unit of training and of
+    thresholds.
+    """
+
+    mean: float
+    std: float  # of the responses
+    std_error: float  # of the mean; NaN with fewer than two responses
+    count: int
+    raw_mean: float  # of the scores as the reward gave them
+    raw_std_error: float
+    transform: str = ""  # how values follow from raw scores, in words; empty where they are the same
+
+    @classmethod
+    def by_name(cls, table: RewardTable, moments_2N: tuple[Tensor, Tensor, Tensor]) -> "dict[str, Statistics]":
+        """Of each objective of a table, from count, mean and standard deviation of its values and then raw scores."""
+        count_2N, mean_2N, std_2N = moments_2N
+        error_2N = (std_2N / count_2N.sqrt()).where(count_2N > 1, torch.nan)
+        count, mean, std, error = (moment_2N.tolist() for moment_2N in (count_2N, mean_2N, std_2N, error_2N))
+        n = len(table.names)
+        transforms = table.transform_by_name
+        return {
+            name: cls(mean[i], std[i], error[i], int(count[i]), mean[n + i], error[n + i], transforms.get(name, ""))
+            for i, name in enumerate(table.names)
+        }
+
+
 @dataclass(kw_only=True)
 class Experience(Signals):
     """A collected batch, or some rows of it, with everything that its updates need. N counts trained objectives.

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from moa_lightning.rewards.base import transform_in_words
-from moa_lightning.types import Evaluation, Experience, Minibatch, Responses, RewardTable, StepOutput
+from moa_lightning.types import Evaluation, Experience, Minibatch, Responses, RewardTable, Statistics, StepOutput
+from moa_lightning.utils.moments import Moments
 
 NAMES = ("good", "short")
 LENGTH = 3  # tokens of every response, unless a test gives a mask
@@ -127,6 +128,7 @@ class Scripted(LightningModule):
         table = (*self.evaluations, *self.collected)[0].rewards
         self.objective_names = table.trained_names
         self._shown = -1
+        self.evaluation = Moments(2 * len(table.names))
 
     @property
     def policy(self) -> Any:
@@ -145,6 +147,10 @@ class Scripted(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._shown += 1
+        self.evaluation.reset()
+
+    def evaluation_statistics(self) -> dict[str, Statistics]:
+        return Statistics.by_name(self.evaluations[self._shown].rewards, self.evaluation.compute())
 
     def validation_step(self, batch: int, batch_idx: int) -> Evaluation:
         """One half of the evaluation; the halves differ in size."""
@@ -162,6 +168,7 @@ class Scripted(LightningModule):
             {name: [column[i] for i in picked] for name, column in responses_.columns.items()},
         )
         half = replace(table, raw_BN=table.raw_BN[picked], value_BN=table.value_BN[picked])
+        self.evaluation.update(torch.cat([half.value_BN, half.raw_BN], dim=1))
         return Evaluation(part, half, whole.kl_B[picked])
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
