@@ -42,6 +42,16 @@ def settings(*arguments: str) -> dict[str, Any]:
     return Settings.found
 
 
+def test_a_config_of_an_older_run_still_names_its_strategy(tmp_path: Path) -> None:
+    """FSDP2Strategy was in moa_lightning.strategies."""
+    older = tmp_path / "config.yaml"
+    shipped = (ROOT / "configs" / "trainer" / "fsdp.yaml").read_text()
+    older.write_text(shipped.replace("moa_lightning.training.strategies", "moa_lightning.strategies"))
+    assert "class_path: moa_lightning.strategies.FSDP2Strategy" in older.read_text()
+    found = settings("--config", "configs/demo.yaml", "--config", str(older))
+    assert found["trainer"]["strategy"]["class_path"].endswith("strategies.FSDP2Strategy")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
