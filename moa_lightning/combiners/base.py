@@ -55,7 +55,7 @@ class Combined:
         weights_KN = self.weights.flatten(0, -2)
         total = all_sum(torch.cat([weights_KN.sum(0), (weights_KN != 0).any(1).sum().reshape(1)]))
         mean_N = (total[:-1] / total[-1].clamp(min=1)).float()
-        return mean_N if total[-1] > 0 else torch.full_like(mean_N, 1 / len(mean_N))
+        return mean_N.where(total[-1] > 0, 1 / len(mean_N))  # a branch would wait for the GPU
 
 
 class Combiner(

@@ -1,4 +1,4 @@
-"""CTWA: weights that follow how well the trained signal is_main_process for each objective.
+"""CTWA: weights that follow how well the trained signal follows each objective.
 
 Legend: B sequences, G prompts, N objectives.
 """

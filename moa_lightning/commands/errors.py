@@ -24,7 +24,6 @@ _FIELD_OF_NOTHING = re.compile(r"NestedArg\(key='([^']+)', val='([^']*)'\)")
 _REQUIRED = re.compile(r"the following arguments are required: (?:(?:fit|validate|test|predict)\.)?(\S+)")
 _WRONG_VALUE = re.compile(r"Expected an? (.+?)\. Got value: .*$", re.MULTILINE)
 _WRONG_FOR_ALL = re.compile(r"- Expected an? (.+?)\.?$", re.MULTILINE)
-_NO_TYPES = ("path but ", "dot import path ")
 _NODES = 100_000  # of a config, with its aliases written out
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 

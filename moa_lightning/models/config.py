@@ -41,9 +41,11 @@ class LoRA:
     def _check_options(self) -> None:
         from peft import LoraConfig  # a slow import that few runs need
 
-        own = {field.name for field in fields(self)} | {"task_type"}
-        known = {field.name for field in fields(LoraConfig) if field.init} - own
+        own = {field.name for field in fields(self)}
+        known = {field.name for field in fields(LoraConfig) if field.init} - own - {"task_type"}
         for name in self.options:
+            if name == "task_type":
+                raise UserError("policy.lora.options holds 'task_type', which is always CAUSAL_LM here; remove it")
             if name in own:
                 raise UserError(f"policy.lora.options holds '{name}', which is set elsewhere; use policy.lora.{name}")
             if name not in known:

@@ -110,16 +110,18 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.ckpt_path is None or self.dirpath is None or "://" in str(self.dirpath):
             return
         last = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        newest = {path for path in by_steps(last.parent) if steps_of(path) == trainer.global_step}
         # Another callback writes its checkpoint of an evaluation just before this one.
-        missing, stale = all_objects(
-            (newest and not newest & set(map(Path, self._kept())), newest and last not in newest)
-        )[0]
-        if missing:
+        newest = self._newest(trainer)
+        if all_objects(bool(newest) and not newest & set(map(Path, self._kept())))[0]:
             super().on_validation_end(trainer, pl_module)
-        elif stale and self.save_last:
+        newest = self._newest(trainer)
+        if self.save_last and all_objects(bool(newest) and last not in newest)[0]:
             self.last_model_path = str(last)
             self._save_checkpoint(trainer, str(last))
+
+    def _newest(self, trainer: Trainer) -> set[Path]:
+        """The checkpoints of the run's last step."""
+        return {path for path in by_steps(Path(str(self.dirpath))) if steps_of(path) == trainer.global_step}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a checkpoint if ``save_on_exception`` is set. A failure to write it must not hide the error."""

@@ -1,8 +1,10 @@
 """Settings that have the right type and no sense: one line before anything is loaded or written."""
 
 import csv
+import importlib
 import json
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from jsonargparse import Namespace
 from transformers import AutoConfig
 
 from moa_lightning.commands.errors import check_config_files
-from moa_lightning.commands.fit.settings import check_nulls, check_settings
+from moa_lightning.commands.fit.settings import arguments_of, check_nulls, check_settings
 from moa_lightning.errors import UserError
 from moa_lightning.models import LoRA
 from moa_lightning.module import AlignmentModule
@@ -121,6 +123,18 @@ def test_nulls_of_classes(class_path: str, field: str, default: str) -> None:
     check_nulls(Namespace(class_path=class_path, init_args=Namespace()), Any, "it")
 
 
+@pytest.mark.parametrize("package", ["combiners", "losses", "rewards", "sources"])
+def test_the_types_of_every_class_that_a_config_names_are_known(package: str) -> None:
+    """A type that only type checkers import must not hide the others."""
+    module = importlib.import_module(f"moa_lightning.{package}")
+    classes = [c for name in module.__all__ if isinstance(c := getattr(module, name), type) and is_dataclass(c)]
+    assert classes
+    for one in classes:
+        fields_of_init = {field.name for field in fields(one) if field.init}
+        known = set(arguments_of(one))
+        assert known == fields_of_init - ({"weighting"} if one.__name__ == "Gramian" else set()), one
+
+
 def test_nulls_where_they_are_values_and_where_not() -> None:
     rollout = Namespace(class_path="moa_lightning.sources.Rollout", init_args=nested("missing_eos_penalty", None))
     good = Namespace(reward=Namespace(class_path="moa_lightning.rewards.Length", init_args=Namespace()), clip=None)
@@ -135,6 +149,7 @@ def test_nulls_where_they_are_values_and_where_not() -> None:
     ("options", "says"),
     [
         ({"use_dra": True}, "peft.LoraConfig has no field 'use_dra'; did you mean 'use_dora'?"),
+        ({"task_type": "SEQ_CLS"}, "policy.lora.options holds 'task_type', which is always CAUSAL_LM here; remove it"),
         ({"r": 3}, "policy.lora.options holds 'r', which is set elsewhere; use policy.lora.r"),
     ],
 )

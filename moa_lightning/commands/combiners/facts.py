@@ -92,8 +92,8 @@ class Facts:
         """Where a KL penalty in the reward reaches what is trained on."""
         if Signal.ADVANTAGES in self.needs:
             return "counts in each advantage"
-        charged = self.combiner is None or self.combiner.takes_kl_penalty
-        return "is taken off the combined score" if charged else "does not count"
+        penalised = self.combiner is None or self.combiner.takes_kl_penalty
+        return "is taken off the combined score" if penalised else "does not count"
 
     @cached_property
     def state(self) -> State:

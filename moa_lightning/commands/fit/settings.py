@@ -105,7 +105,7 @@ def check_nulls(value: Any, hint: Any, name: str) -> None:
         for key, part in parts:
             check_nulls(part, below, f"{name}.{key}")
         return
-    fields = _fields(kind)
+    fields = arguments_of(kind)
     for field, part in inside.items():
         wanted, default = fields.get(field, (Any, None))
         if part is None and default is not None and not {Any, types.NoneType} & {*_members(wanted)}:
@@ -126,14 +126,24 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _fields(kind: Any) -> dict[str, tuple[Any, Any]]:
+def arguments_of(kind: Any) -> dict[str, tuple[Any, Any]]:
     """Type and default of the arguments of a class, or of a function; empty where nobody can say."""
+    function = kind.__init__ if inspect.isclass(kind) else kind
     try:
-        hints = get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
         parameters = inspect.signature(kind).parameters.values()
-    except (NameError, TypeError, ValueError, AttributeError):  # it has no signature, or types that do not import
+    except (TypeError, ValueError):  # it has none, such as a class of C
         return {}
-    return {p.name: (hints[p.name], p.default) for p in parameters if p.name in hints}
+    return {p.name: (hint, p.default) for p in parameters if (hint := _hint(function, p.name)) is not None}
+
+
+def _hint(function: Any, name: str) -> Any:
+    """Type of one argument; ``None`` where it has none, or one that is imported for type checkers alone."""
+    annotations, names = getattr(function, "__annotations__", {}), getattr(function, "__globals__", {})
+    one = types.SimpleNamespace(__annotations__={name: annotations.get(name)}, __globals__=names)
+    try:
+        return get_type_hints(one)[name] if name in annotations else None
+    except (NameError, TypeError, AttributeError):
+        return None
 
 
 def _check_objectives(config: Namespace) -> None:

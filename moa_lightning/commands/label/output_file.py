@@ -152,7 +152,7 @@ class Tally:
         self._counts = {name: dict.fromkeys(("there", "replaced", "filled", "part", "open"), 0) for name in names}
 
     def add(self, given: Comparison, written: Comparison) -> str | None:
-        """Count a row; what is_main_process against its being the labelled form of the given one, or ``None``."""
+        """Count a row. Returns why it cannot be the labelled form of the given one, or ``None``."""
         before, after = to_record(given)["preferences"], to_record(written)["preferences"]
         names = list(dict.fromkeys([*before, *self.names]))
         if set(after) != set(names):
