@@ -102,6 +102,15 @@ def test_a_run_that_fails_ends_all_and_shows_its_last_lines(fake):
     assert slow.process.poll() is not None
 
 
+@pytest.fixture
+def heeded():
+    """``SIGHUP`` is not ignored; it would be where the tests run under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_lets_runs_save_and_leaves_none(fake, number):
     trainings = [fake(name, "--pause=60") for name in "ab"]
@@ -120,6 +129,26 @@ def test_ctrl_c_lets_runs_save_and_leaves_none(fake, number):
     assert [training.process.poll() for training in trainings] == [75, 75]
     assert all((training.folder / "last.ckpt").is_file() for training in trainings)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_an_ignored_signal_stays_ignored(fake):
+    """As under ``nohup``."""
+    training = fake("a", "--pause=0.2")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def hang_up():
+        while not (training.folder / "metrics.csv").is_file():
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGHUP)
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    try:
+        assert "a (what a is for) finished" in printed_by([training], 1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        thread.join()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_demo_is_continued_where_its_settings_are_the_same(tmp_path):

@@ -170,12 +170,16 @@ class _Bars:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Context manager: a signal that asks this process to end does what Ctrl-C does."""
+    """Context manager: a signal that asks this process to end does what Ctrl-C does.
+
+    A signal that the process ignores stays ignored: ``nohup`` asks for that with ``SIGHUP``.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:
