@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -66,6 +67,12 @@ def printed_by(*arguments):
     out = io.StringIO()
     train(*arguments, Console(file=out, width=100))
     return out.getvalue()
+
+
+def test_no_file_of_the_working_directory_hides_a_library(tmp_path):
+    (tmp_path / "traceback.py").write_text("raise SystemExit('the wrong one')")
+    shown = subprocess.run([*processes._MOA, "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (shown.stderr, shown.stdout.split()[:1]) == ("", ["moa"])
 
 
 def test_two_runs_at_a_time_and_a_line_for_each_state(fake):

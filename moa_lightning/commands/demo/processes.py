@@ -19,7 +19,7 @@ from moa_lightning.commands.demo.runs import is_finished, steps_done
 from moa_lightning.errors import UserError
 from moa_lightning.utils.console import shows_progress
 
-_MOA = (sys.executable, "-m", "moa_lightning.cli")
+_MOA = (sys.executable, "-P", "-m", "moa_lightning.cli")  # -P: no file of the working directory hides a library
 _LOOK = 0.25  # seconds between two looks at the processes
 _PATIENCE = 20.0  # seconds in which a run that is asked to stop saves what it has
 _LAST_LINES = 12
@@ -98,8 +98,8 @@ class Training:
 def train(runs: Sequence[Training], jobs: int, console: Console) -> None:
     """Bring all runs to their end, ``jobs`` at a time; finished ones are kept, interrupted ones resumed.
 
-    On a terminal each run has a line with a bar; elsewhere a line is printed where a run starts or ends. However this
-    ends, no process is left.
+    On a terminal each run has a line with a bar; elsewhere a line is printed where a run starts or ends. When this
+    returns or raises, no process is left. If this process is killed at once (``SIGKILL``), its runs train to their end.
 
     Raises:
         UserError: a run failed; the last lines of its log are printed before.
