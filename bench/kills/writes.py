@@ -8,6 +8,7 @@ the run only notes what it does.
 import builtins
 import io
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def target_of(path: Path) -> str | None:
     parts = path.parts
     if parts and parts[0].lstrip(".").startswith("policy"):
         return "policy"
-    name = path.name.lstrip(".").removesuffix(".partial").removesuffix(".former")
+    name = re.sub(r"(\.\d+)?\.partial$|\.former$", "", path.name.lstrip("."))
     if name.startswith("step-"):
         return "checkpoint"
     return name if name in TARGETS else None
