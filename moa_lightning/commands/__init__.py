@@ -124,8 +124,6 @@ def _joined(args: list[str], name: str) -> list[str]:
     """The arguments with an option that is given several times as one list: the parser would keep the last alone."""
     import json
 
-    import yaml
-
     given: list[str] = []
     others, is_value = args[:1], False
     for argument in args[1:]:
@@ -137,8 +135,18 @@ def _joined(args: list[str], name: str) -> list[str]:
         is_value = argument == f"--{name}" and not is_value
     if len(given) < 2:
         return args
-    runs = [run for text in given for run in (yaml.safe_load(text) if text.startswith("[") else [text])]
-    return [*others, f"--{name}={json.dumps(runs)}"]
+    return [*others, f"--{name}={json.dumps([value for text in given for value in _values(text)])}"]
+
+
+def _values(text: str) -> list[Any]:
+    """Those of a list; other text is one value, such as the pattern ``[ab]-run``."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text) if text.startswith("[") else None
+    except yaml.YAMLError:
+        values = None
+    return values if isinstance(values, list) else [text]
 
 
 def _call(function: Callable[..., None], args: list[str], parser: Any) -> None:

@@ -78,11 +78,15 @@ def test_runs_may_be_named_one_by_one_and_thresholds_be_absent(
     assert len(lines) == 3
 
 
-def test_runs_may_each_have_a_flag(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_may_each_have_a_flag(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
     for flags in (
         [f"--runs={runs / 'a'}", f"--runs={runs / 'b'}", f"--runs={runs / 'c'}"],
         ["--runs", runs / "a", "--runs", runs / "b", f"--runs={runs}/c*"],
         [f"--runs=[{runs / 'a'}, {runs / 'b'}]", f"--runs={runs / 'c'}"],
+        ["--runs=[ab]*", "--runs=c"],  # a pattern, and no list
     ):
         moa("compare", *flags)
         lines = capsys.readouterr().out.splitlines()[1:]
