@@ -170,6 +170,47 @@ def test_a_demo_is_continued_where_its_settings_are_the_same(tmp_path):
     assert command.claim(tmp_path / "mine", 80, 0) == tmp_path / "mine-2"
 
 
+@pytest.mark.parametrize("content", [b"", b'{"version": "0.1', b"\xff"])
+def test_a_record_that_cannot_be_read_is_of_another_demo(content, tmp_path):
+    root = tmp_path / "demo"
+    command.claim(root, 80, 0)
+    (root / ".demo.json").write_bytes(content)
+    assert command.claim(root, 80, 0) == tmp_path / "demo-2"
+    assert (root / ".demo.json").read_bytes() == content
+
+
+def test_a_record_is_written_once_and_whole(tmp_path, monkeypatch):
+    root = tmp_path / "demo"
+    write = Path.write_text
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(OSError, match="disk full"):
+        command.claim(root, 80, 0)
+    monkeypatch.setattr(Path, "write_text", write)
+    assert list(root.iterdir()) == []
+    ended = subprocess.Popen([sys.executable, "-IS", "-c", ""])
+    ended.wait()
+    (root / f".{command._RECORD}.{ended.pid}.partial").write_text('{"ver')  # killed while it wrote
+    assert command.claim(root, 80, 0) == root
+    assert [file.name for file in root.iterdir()] == [command._RECORD]
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    assert command.claim(root, 80, 0) == root
+
+
+def cut_off(file, content, **_):
+    file.write_bytes(content[:5].encode())
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("content", ["", '{"st', "[]", "{}", '{"steps": null}'])
+def test_a_run_whose_summary_cannot_be_read_is_not_finished(content, tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").touch()
+    (tmp_path / "summary.json").write_text('{"steps": 3}')
+    assert runs.is_finished(tmp_path, 3)
+    (tmp_path / "summary.json").write_text(content)
+    assert not runs.is_finished(tmp_path, 3)
+
+
 @pytest.mark.parametrize(
     ("flag", "says"),
     [

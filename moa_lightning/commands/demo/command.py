@@ -13,6 +13,7 @@ from rich.table import Table
 from moa_lightning.commands.demo.processes import Training, train
 from moa_lightning.commands.demo.runs import CONFIG, INFORMATIVE, RUNS, SENTIMENT, Point, Reached, nearest, read
 from moa_lightning.errors import UserError
+from moa_lightning.utils.atomic_file import atomic_file, is_scratch
 
 _RECORD = ".demo.json"
 _MOST_JOBS = 4  # a run needs about 0.7 GB
@@ -67,21 +68,30 @@ def claim(root: Path, steps: int, seed: int) -> Path:
 
     settings = {"version": __version__, "steps": steps, "seed": seed}
     candidate, number = root, 1
-    while (record := _record(candidate)) != settings and not (record is None and not _is_used(candidate)):
+    while _is_used(candidate):
+        if _record(candidate) == settings:
+            return candidate
         number += 1
         candidate = root.with_name(f"{root.name}-{number}")
     candidate.mkdir(parents=True, exist_ok=True)
-    (candidate / _RECORD).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    with atomic_file(candidate / _RECORD) as scratch:
+        scratch.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     return candidate
 
 
 def _record(root: Path) -> object:
-    file = root / _RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """The settings of the demo that was begun there; ``None`` where none was, or its record cannot be read."""
+    try:
+        return json.loads((root / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _is_used(root: Path) -> bool:
-    return root.exists() and (not root.is_dir() or any(root.iterdir()))
+    """Whether anything is there, but for the record of a demo that was killed while it wrote it."""
+    if not root.is_dir():
+        return root.exists()
+    return any(not is_scratch(file, root / _RECORD) for file in root.iterdir())
 
 
 def warm_started() -> None:

@@ -135,8 +135,14 @@ def steps_done(folder: Path) -> int:
 
 
 def is_finished(folder: Path, steps: int) -> bool:
-    """Whether a run has come to its end: the policy is the last file but one that it writes, the summary the last."""
+    """Whether a run has come to its end: the policy is the last file but one that it writes, the summary the last.
+
+    A run whose summary cannot be read has not.
+    """
     summary = folder / "summary.json"
     if not (folder / "policy" / "config.json").is_file() or not summary.is_file():
         return False
-    return bool(json.loads(summary.read_text(encoding="utf-8"))["steps"] >= steps)
+    try:
+        return bool(json.loads(summary.read_text(encoding="utf-8"))["steps"] >= steps)
+    except (ValueError, KeyError, TypeError):
+        return False
