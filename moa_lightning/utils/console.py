@@ -6,9 +6,14 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Item = TypeVar("Item")
+
+_WIDER_THAN_ANY_TABLE = 100_000
 
 _NOT_FOR_USERS = (
     # Deprecations inside libraries.
@@ -95,6 +100,14 @@ def progress(items: Iterable[Item], what: str, unit: str) -> Iterable[Item]:
         items, desc=what, unit=f" {unit}", leave=False, disable=not shows_progress(), dynamic_ncols=True
     )
     return bar
+
+
+def table_console() -> "Console":
+    """A console for tables: as wide as the terminal, and in a pipe or a file as wide as the table needs."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _WIDER_THAN_ANY_TABLE  # else rich takes 80 columns for granted
+    return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 @contextmanager

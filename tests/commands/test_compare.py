@@ -21,6 +21,12 @@ def run(folder: Path, combiner: str, ends: dict[str, tuple[float, float | None]]
     return write(folder, {"combiner": combiner, "steps": 7, "objectives": objectives, **more})
 
 
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of the output, without the table's edges and its rule below the headings."""
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    return [line for line in lines if line.strip("─")]
+
+
 def numbers(end: float, error: float | None, prefix: str = "") -> dict[str, Any]:
     return {
         f"{prefix}start": 0.0,
@@ -49,7 +55,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_the_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moa("compare", f"--runs={runs}/*", "--output", tmp_path / "out")
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys)
     assert lines[0].split() == [
         "run", "combiner", "steps", "good", "(95", "%)", "short", "(95", "%)", "front", "thresholds"
     ]  # fmt: skip
@@ -72,10 +78,19 @@ def test_runs_may_be_named_one_by_one_and_thresholds_be_absent(
 ) -> None:
     run(tmp_path / "other", "Linear", {"good": (0.6, 0.01), "short": (0.6, 0.01)})
     moa("compare", f"--runs=[{runs / 'a'}, {tmp_path / 'other' / 'summary.json'}]")
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys)
     assert "thresholds" not in lines[0]
     assert [line.endswith("*") for line in lines[1:]] == [False, True]
     assert len(lines) == 3
+
+
+def test_a_pipe_gets_the_whole_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    folders = [run(tmp_path / f"[red]{letter * 150}", "PAMA", {"good": (0.5, 0.01)}) for letter in "ab"]
+    moa("compare", f"--runs={tmp_path}/*")
+    assert [line.split()[0] for line in printed(capsys)[1:]] == [str(folder) for folder in folders]
 
 
 def test_runs_may_each_have_a_flag(
@@ -89,14 +104,14 @@ def test_runs_may_each_have_a_flag(
         ["--runs=[ab]*", "--runs=c"],  # a pattern, and no list
     ):
         moa("compare", *flags)
-        lines = capsys.readouterr().out.splitlines()[1:]
+        lines = printed(capsys)[1:]
         assert [Path(line.split()[0]).name for line in lines] == ["a", "b", "c"]
 
 
 def test_a_pattern_passes_over_what_is_no_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs / "comparison").mkdir()
     moa("compare", f"--runs={runs}/*")
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert len(printed(capsys)) == 5
     assert "holds no summary.json" in complaint(capsys, "compare", f"--runs=[{runs / 'a'}, {runs / 'comparison'}]")
 
 
@@ -132,7 +147,7 @@ def test_a_run_is_no_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def table(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[str]:
     capsys.readouterr()
     moa("compare", f"--runs=[{', '.join(map(str, folders))}]")
-    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:]]
+    return [" ".join(line.split()) for line in printed(capsys)[1:]]
 
 
 def test_a_cost_is_compared_by_its_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

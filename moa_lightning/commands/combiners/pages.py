@@ -1,9 +1,13 @@
 """``moa combiners``: which there are, how they compare, and a page of each."""
 
 import inspect
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from moa_lightning.combiners import Combiner
 from moa_lightning.combiners.claims import MEANINGS, Claim
@@ -11,10 +15,12 @@ from moa_lightning.commands.combiners.facts import FAMILIES, Facts, every_combin
 from moa_lightning.commands.errors import closest
 from moa_lightning.errors import UserError
 from moa_lightning.signals import MEANINGS as SIGNALS
+from moa_lightning.utils.console import table_console
 from moa_lightning.utils.import_path import import_dotted
 
 _HEAD = ("combiner", "reads", "remembers", "extra backward passes", "claims", "convergence")
-_WIDTHS = (17, 13, 16, 15, 17, 32)  # with two spaces between them, 120 columns
+_WIDTHS = (17, 13, 16, 15, 17, 32)  # at most: 120 columns together with the spaces between them
+_WHOLE = ("combiner", "claims")  # these columns stay whole in a narrow terminal
 _SHOWN = 3  # names of what is remembered; the page has all of them
 
 
@@ -39,7 +45,7 @@ def combiners(name: str | None = None, output: str | None = None) -> None:
             (folder / "index.md").write_text(index(known), encoding="utf-8")
         print(f"written to {output}: {len(chosen)} page{'s' * (len(chosen) > 1)}{', index.md' * (name is None)}")
     elif name is None:
-        print("\n".join(table(known)))
+        _print_table(known, table_console())
     else:
         print(page(chosen[0]), end="")
 
@@ -63,16 +69,25 @@ def _named(name: str, known: Sequence[Facts]) -> Facts:
     return facts(found, name)
 
 
-def table(known: Sequence[Facts]) -> list[str]:
-    """The comparison, family by family, in 120 columns."""
-    lines = list(_wrapped(_HEAD))
+def _print_table(known: Sequence[Facts], console: Console) -> None:
+    """Print the comparison, family by family, and what its words mean."""
     for family, what in FAMILIES.items():
-        lines += ["", f"{family}: {what}"]
-        for one in (f for f in known if f.family == family):
-            lines += _wrapped(_row(one, _letters(one)))
-    lines += ["", *_legend("reads", {str(s): text for s, text in SIGNALS.items()})]
-    lines += ["", *_legend("claims", {_letter(c): f"{c}: {text}" for c, text in MEANINGS.items()})]
-    return [*lines, "", "A page of each: moa combiners --name=PAMA"]
+        console.print(Text(f"{family}: {what}", "bold"))
+        console.print(_family([one for one in known if one.family == family]))
+        console.print()
+    _print_legend("reads", {str(s): text for s, text in SIGNALS.items()}, console)
+    _print_legend("claims", {_letter(c): f"{c}: {text}" for c, text in MEANINGS.items()}, console)
+    console.print("A page of each: moa combiners --name=PAMA")
+
+
+def _family(known: Sequence[Facts]) -> Table:
+    """A row for each combiner."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+    for heading, width in zip(_HEAD, _WIDTHS, strict=True):
+        table.add_column(heading, max_width=width, overflow="fold", no_wrap=heading in _WHOLE)
+    for one in known:
+        table.add_row(*_row(one, _letters(one)))
+    return table
 
 
 def _row(one: Facts, claims: str) -> tuple[str, ...]:
@@ -80,15 +95,6 @@ def _row(one: Facts, claims: str) -> tuple[str, ...]:
     remembered = ", ".join(one.remembered[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
     convergence = one.sections.get("Convergence", "not stated").removesuffix(".").replace("`", "")
     return (one.name, ", ".join(one.needs), remembered or "nothing", one.extra_passes, claims, convergence)
-
-
-def _wrapped(cells: Sequence[str]) -> Iterator[str]:
-    columns = [
-        textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(cells, _WIDTHS, strict=True)
-    ]
-    for i in range(max(len(column) for column in columns)):
-        parts = [(column[i] if i < len(column) else "").ljust(w) for column, w in zip(columns, _WIDTHS, strict=True)]
-        yield "  ".join(parts).rstrip()
 
 
 def _letter(claim: Claim) -> str:
@@ -100,10 +106,13 @@ def _letters(one: Facts) -> str:
     return " ".join(_letter(claim) if claim in claimed else "·" for claim in Claim)
 
 
-def _legend(title: str, meanings: dict[str, str]) -> Iterator[str]:
-    width = max(len(name) for name in meanings)
-    yield title
-    yield from (f"  {name:<{width}}  {text}" for name, text in meanings.items())
+def _print_legend(title: str, meanings: dict[str, str], console: Console) -> None:
+    table = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    for name, text in meanings.items():
+        table.add_row(name, text)
+    console.print(Text(title, "bold"))
+    console.print(table)
+    console.print()
 
 
 def index(known: Sequence[Facts]) -> str:

@@ -5,8 +5,12 @@ import math
 from glob import glob
 from pathlib import Path
 
+from rich import box
+from rich.table import Table
+
 from moa_lightning.commands.compare.reached import Reached, read
 from moa_lightning.errors import UserError
+from moa_lightning.utils.console import table_console
 
 
 def compare(runs: str | list[str], output: str | None = None) -> None:
@@ -36,8 +40,7 @@ def compare(runs: str | list[str], output: str | None = None) -> None:
                 "compare runs on the same ones"
             )
     on_front, notes = _on_front(found, names)
-    for line in _table(found, names, on_front):
-        print(line)
+    table_console().print(_table(found, names, on_front))
     for line in [f"{run.run}: {lack}" for run in found for lack in run.lacks] + notes:
         print(line)
     if output is not None:
@@ -73,17 +76,21 @@ def _on_front(found: list[Reached], names: list[str]) -> tuple[list[bool], list[
     return [bool(keep) for keep in on_front_P], notes
 
 
-def _table(found: list[Reached], names: list[str], on_front: list[bool]) -> list[str]:
-    head = ["run", "combiner", "steps", *(f"{name} (95 %)" for name in names), "front", "thresholds"]
-    lines = [head]
+def _table(found: list[Reached], names: list[str], on_front: list[bool]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    with_thresholds = any(run.thresholds for run in found)
+    for heading in ("run", "combiner"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("steps", *(f"{name} (95 %)" for name in names)):
+        table.add_column(heading, justify="right", overflow="fold")
+    for heading in ("front", *(["thresholds"] if with_thresholds else [])):
+        table.add_column(heading, overflow="fold")
     for run, keep in zip(found, on_front, strict=True):
         cells = [run.cell(name) for name in names]
         told = "; ".join(f"{n} {t:.3g}: {run.verdict[n]}" for n, t in run.thresholds.items())
-        lines.append([run.run, run.combiner, str(run.steps), *cells, "*" if keep else "", told])
-    if not any(run.thresholds for run in found):
-        lines = [line[:-1] for line in lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        last = ["*" if keep else "", *([told] if with_thresholds else [])]
+        table.add_row(run.run, run.combiner, str(run.steps), *cells, *last)
+    return table
 
 
 def _cell(text: str) -> str:
