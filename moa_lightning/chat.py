@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateSyntaxError
-
 from moa_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +70,8 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     try:
         render(tokenizer, [{"role": "user", "content": _QUESTION}])
     except TemplateError as error:
+        from jinja2 import TemplateSyntaxError
+
         if isinstance(error.__cause__, TemplateSyntaxError):
             raise TemplateError(f"the chat template is not Jinja: {error.__cause__.message}") from error
 

@@ -71,7 +71,7 @@ LATE = DATA | SOLVERS | MODELS | {"matplotlib"}  # imported by what uses them, o
     [
         (["--help"], LATE | {"torch", "lightning", "jsonargparse"}),
         (["--version"], LATE | {"torch", "lightning", "jsonargparse"}),
-        (["combiners"], LATE | {"lightning", "torchmetrics"}),
+        (["combiners"], LATE | {"lightning", "torchmetrics", "jinja2"}),
         (["compare", "--help"], LATE | {"torch", "lightning", "torchmetrics"}),
         (["fit", "--help"], LATE),
         # Lightning brings scipy, transformers and matplotlib by way of torchmetrics; what it does not bring waits.
