@@ -26,7 +26,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ObjectiveMetrics, "on_train_batch_end", interrupted)
 
 
-def test_the_command_that_ctrl_c_prints_goes_on(
+def test_the_command_that_ctrl_c_prints_resumes(
     task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -35,7 +35,7 @@ def test_the_command_that_ctrl_c_prints_goes_on(
             moa("fit", "--config", task.config, "--trainer.max_steps=3")
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stopped")]
     assert len(told) == 1
-    said, _, command = told[0].partition("; go on with: ")
+    said, _, command = told[0].partition("; resume with: ")
     assert said == "stopped at step 2; the last checkpoint is of step 1"
     program, *arguments = shlex.split(command)
     assert program == "moa"

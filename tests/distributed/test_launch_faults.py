@@ -43,7 +43,7 @@ def launch(task: Task, root: str, events: str = "", *launcher: str) -> subproces
         f"--trainer.default_root_dir={task.folder / root}",
         "--ckpt_path=last",
     ]
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "launched.py"), *flags]
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "helpers" / "launched.py"), *flags]
     return subprocess.run(
         command, check=False, cwd=task.folder, env=environment, capture_output=True, text=True, timeout=500
     )
