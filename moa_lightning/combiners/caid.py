@@ -53,8 +53,8 @@ class CAID(ResponseCombiner):
     ``s_1 + sum_j lambda_j s_j`` less the KL penalty, less its baseline, in standard deviations.
     Symbols: ``lambda`` is ``duals/<name>`` in the logs; ``b`` is ``thresholds``; ``beta`` is ``kl_coefficient``; ``s``
     is a response's scores; the index 1 is ``primary``.
-    Missing score: takes the mean of the prompt's others; is left out of prompts without any. The pooled dual counts
-    only responses with all scores (``scored/<name>`` is their share).
+    Missing score: takes the mean of the prompt's other responses; is left out of prompts without any. The pooled dual
+    counts only responses with all scores (``scored/<name>`` is their share).
     Watch: ``duals/<name>`` after ``reference_batches``: at its largest at once, the threshold is far from what the
     reference does. ``kl`` that keeps rising: the policy leaves the region that the dual was solved for.
 

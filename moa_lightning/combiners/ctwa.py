@@ -50,7 +50,8 @@ class CTWA(FirstWeights, ScoreCombiner):
     eta max(target_i - c_i, 0)`` with ``c_i`` the running covariance of ``s_i`` and ``A``.
     Symbols: ``eta`` is ``lr``; ``target`` is ``targets``; ``c_i`` is ``covariances/<name>`` in the logs, its running
     mean of share ``tau``; ``w`` starts at ``weights``.
-    Missing score: takes the mean of the prompt's others; adds 0 in prompts without any. Covariances leave it out.
+    Missing score: takes the mean of the prompt's other responses; adds 0 in prompts without any. Covariances leave
+    it out.
     Watch: ``covariances/<name>`` against ``targets``: below it for long while ``weights/<name>`` rises, the objective
     cannot be had with the others.
 

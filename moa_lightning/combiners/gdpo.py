@@ -38,7 +38,7 @@ class GDPO(ScoreCombiner):
     Formula: ``A = sum_i w_i Z_i`` with ``Z_i = (s_i - mean_i) / std_i`` over the responses to the prompt; then divided
     by its standard deviation over the batch.
     Symbols: ``w`` is ``weights``; ``s_i`` is ``scores_BN[:, i]``.
-    Missing score: adds 0 there (``Z_i = 0``); mean and deviation are those of the prompt's others.
+    Missing score: adds 0 there (``Z_i = 0``); mean and deviation are those of the prompt's other responses.
     Watch: ``rewards/<name>/std``: at 0, all responses to a prompt score alike and the objective adds nothing; raise
     ``num_generations`` or the temperature.
 

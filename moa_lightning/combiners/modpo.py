@@ -40,7 +40,7 @@ class MODPO(Weighted):
     Formula: ``loss = -log sigmoid((beta (D_w - D_l) - sum_j w_j (r_j(y_w) - r_j(y_l))) / w_k)``, j over all but k.
     Symbols: ``k`` is ``primary``; ``w`` is ``weights``; ``D`` is ``log pi - log pi_ref`` of a response; ``beta`` is
     that of ``PairwiseLogistic``; ``r_j`` is ``scores_BN[:, j]``.
-    Missing score: gives no margin to all pairs of its prompt; of the primary objective, the prompt has no pairs.
+    Missing score: gives no margin to any pair of its prompt; of the primary objective, the prompt has no pairs.
     Watch: ``pair_accuracy`` and ``pair_margin``; on held-out prompts the win probability of each objective. ``pairs``
     near 0: labels are missing or all alike.
 

@@ -66,7 +66,8 @@ class MOPO(Combiner):
     Symbols: ``p`` and ``q`` are ``wins_BN`` of the primary objective and the others; ``lambda`` is ``duals/<name>`` in
     the logs; ``b`` is ``thresholds``; ``G`` is ``values/<name>``; ``t0`` is ``refresh_interval``; epsilon is
     ``radius``.
-    Missing score: takes the mean of the prompt's others in ``rho``; the prompt is left out of that objective's values.
+    Missing score: takes the mean of the prompt's other responses in ``rho``; the prompt is left out of that
+    objective's values.
     Watch: ``values/<name>`` against ``thresholds/<name>``; ``believed/<name>`` far above ``held_out/<name>`` means that
     the labels do not carry over to other prompts; ``ess`` near one over the responses to a prompt means that ``tau`` is
     small, and that each prompt trains on one of them.

@@ -39,7 +39,7 @@ class SmoothTchebycheff(DistanceToIdeal):
     Formula: ``A = -mu log sum_i exp(w_i (z_i - s_i) / mu)``, less its mean over the responses to the prompt, in
     standard deviations.
     Symbols: ``mu`` is ``mu``; ``w`` is ``weights``; ``z`` is ``ideal``; ``s_i`` is ``scores_BN[:, i]``.
-    Missing score: takes the mean of the prompt's others; is left out of prompts without any.
+    Missing score: takes the mean of the prompt's other responses; is left out of prompts without any.
     Watch: ``weights/<name>``: all equal, ``mu`` is large and this is nearly a plain mean; one at 1, it is
     ``Tchebycheff``.
 

@@ -34,11 +34,12 @@ class Tchebycheff(DistanceToIdeal):
     Cost: no extra backward pass.
     Convergence: none stated for policies; every Pareto-optimal point is an exact optimum for some weights.
     Source: Miettinen, "Nonlinear Multiobjective Optimization", 1999, section 3.4. Deviations: an objective that could
-    not score a response counts as the mean of the prompt's others; one that scored none of them is left out there.
+    not score a response counts as the mean of the prompt's other responses; one that scored none of them is
+    left out there.
 
     Formula: ``A = min_i w_i (s_i - z_i)``, less its mean over the responses to the prompt, in standard deviations.
     Symbols: ``w`` is ``weights``; ``z`` is ``ideal``; ``s_i`` is ``scores_BN[:, i]``.
-    Missing score: takes the mean of the prompt's others; is left out of prompts without any.
+    Missing score: takes the mean of the prompt's other responses; is left out of prompts without any.
     Watch: ``weights/<name>``, the share of responses that the objective decided: at 1, the others' scores have no
     effect, so check units and ``ideal``.
 

@@ -16,7 +16,7 @@ from moa_lightning.functional.preference import fill_scores, group_max, group_so
 class ReferenceSamples:
     """Responses of the reference with their scores, as data of the dual problem; float64."""
 
-    scores_RN: Tensor  # minus the penalty; a missing score is the mean of the prompt's others
+    scores_RN: Tensor  # minus the penalty; a missing score is the mean of the prompt's other responses
     present_RN: Tensor  # bool: False in prompts without any score of the objective
     scored_RN: Tensor  # bool: whether the response itself has the score
     penalty_R: Tensor

@@ -88,7 +88,7 @@ def test_is_average_where_objectives_are_standardised(name):
     torch.testing.assert_close(score_B[[0, 2, 3]], (others_B - others_B.mean()) / others_B.std())
 
 
-@named("takes the mean of the prompt's others")
+@named("takes the mean of the prompt's other responses")
 def test_takes_the_mean_of_the_prompts_others(combiner):
     rows = full_rows()
     state, lacking = learnt(combiner, rows), missing(rows)

@@ -29,7 +29,7 @@ class ScoredResponses:
         return replace(self, scores_BN=self.scores_BN + self.penalty_B.unsqueeze(1), penalty_B=None)
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        """Scores with the missing ones replaced by the mean of the prompt's others, and which there are then."""
+        """Scores, a missing one replaced by the mean of the prompt's other responses, and which there are then."""
         return fill_scores(self.scores_BN, self.valid_BN, self.group_B)
 
 
